@@ -1,0 +1,11 @@
+"""The ops (``torch.ops.mxfp4.*``) and their backends. Imports nothing of ``passes``."""
+
+from . import cpu, reference
+from .registry import register_backend
+
+for _backend in (reference.BACKEND, cpu.BACKEND):
+    register_backend(_backend)
+
+from . import schema  # noqa: E402  (registers the ops; backends come first, as its fakes may ask for them)
+
+__all__ = ["schema"]

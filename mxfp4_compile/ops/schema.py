@@ -1,0 +1,210 @@
+"""Every op once: signature, fake implementation, tags, and dispatch to the backend named in the call.
+
+Importing this module registers ``torch.ops.mxfp4.*``. Eager calls dispatch to the backend too, since
+``generate`` runs its prefill eagerly. Inference only: a backward raises and names the op.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import mx
+from ..spec import MoEParams, Role, moe_params
+from .registry import get_backend
+
+# needs_fixed_stride_order: Inductor may otherwise hand kernels a layout that eager never produces.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+_MOE_SCALARS = (
+    "str activation, bool gated, float alpha, float beta, float? gate_limit, float? up_limit, "
+    "str gate_layout, int activated_half, bool weight_on_input, int num_experts, int hidden, "
+    "int intermediate, ScalarType round_dtype, ScalarType accum_dtype"
+)
+
+_LIB = torch.library.Library("mxfp4", "DEF")
+_LIB.define("quantize(Tensor weight, str scale_rule) -> (Tensor, Tensor)", tags=_TAGS)
+_LIB.define("dequantize(Tensor packed, Tensor scales, int size, ScalarType dtype) -> Tensor", tags=_TAGS)
+_LIB.define(
+    f"prepare_moe(Tensor packed, Tensor scales, int k, str role, {_MOE_SCALARS}, str backend, str layout)"
+    " -> Tensor[]",
+    tags=_TAGS,
+)
+_LIB.define(
+    "prepare_linear(Tensor packed, Tensor scales, int k, str backend, str layout) -> Tensor[]", tags=_TAGS
+)
+_LIB.define(
+    "moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor? up_bias, "
+    f"Tensor? down_bias, {_MOE_SCALARS}, str backend, str layout) -> Tensor",
+    tags=_TAGS,
+)
+_LIB.define(
+    "grouped_linear(Tensor x, Tensor offsets, Tensor[] weight, int n, ScalarType round_dtype, str backend, "
+    "str layout) -> Tensor",
+    tags=_TAGS,
+)
+
+
+def moe_scalars(params: MoEParams) -> tuple[Any, ...]:
+    """The scalar arguments of ``mxfp4::moe`` for ``params``, in schema order."""
+    act = params.activation
+    return (
+        act.kind,
+        act.gated,
+        act.alpha,
+        act.beta,
+        None if act.gate_limit == float("inf") else act.gate_limit,
+        None if act.up_limit == float("inf") else act.up_limit,
+        params.gate_layout,
+        params.activated_half,
+        params.weight_on_input,
+        params.num_experts,
+        params.hidden,
+        params.intermediate,
+        params.round_dtype,
+        params.accum_dtype,
+    )
+
+
+def _params(scalars: tuple[Any, ...]) -> MoEParams:
+    kind, gated, alpha, beta, gate_limit, up_limit, layout, half, on_input, e, h, i, rnd, acc = scalars
+    inf = float("inf")
+    return moe_params(
+        e,
+        h,
+        i,
+        kind,
+        gated,
+        alpha,
+        beta,
+        inf if gate_limit is None else gate_limit,
+        inf if up_limit is None else up_limit,
+        layout,
+        half,
+        on_input,
+        rnd,
+        acc,
+    )
+
+
+def _quantize(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
+    return mx.quantize(weight, scale_rule)
+
+
+def _quantize_fake(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
+    mx.check_scale_rule(scale_rule)
+    *lead, k = weight.shape
+    new = lambda last: weight.new_empty((*lead, last), dtype=torch.uint8)  # noqa: E731
+    return new((k + 1) // 2), new((k + mx.BLOCK - 1) // mx.BLOCK)
+
+
+def _dequantize(packed: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return mx.dequantize(packed, scales, size, dtype)
+
+
+def _dequantize_fake(packed: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((*packed.shape[:-1], size), dtype=dtype)
+
+
+def _fresh(tensors: list[Tensor], packed: Tensor, scales: Tensor) -> list[Tensor]:
+    # An op may not return its inputs; a canonical layout would.
+    return [t.clone() if t is packed or t is scales else t for t in tensors]
+
+
+def _prepare_moe(packed: Tensor, scales: Tensor, k: int, role: Role, *rest: Any) -> list[Tensor]:
+    *scalars, backend, layout = rest
+    tensors = get_backend(backend).prepare(
+        packed, scales, k=k, role=role, params=_params(tuple(scalars)), layout=layout
+    )
+    return _fresh(tensors, packed, scales)
+
+
+def _prepare_linear(packed: Tensor, scales: Tensor, k: int, backend: str, layout: str) -> list[Tensor]:
+    tensors = get_backend(backend).prepare(packed, scales, k=k, role=None, params=None, layout=layout)
+    return _fresh(tensors, packed, scales)
+
+
+def _moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    up: list[Tensor],
+    down: list[Tensor],
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    *scalars, backend, layout = rest
+    params = _params(tuple(scalars))
+    _check_moe(x, topk_ids, topk_weights, params)
+    return get_backend(backend).moe(
+        x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout
+    )
+
+
+def _check_moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, params: MoEParams) -> None:
+    if x.dim() != 2 or x.shape[1] != params.hidden:
+        raise ValueError(f"mxfp4::moe: x must be [T, {params.hidden}], got {list(x.shape)}")
+    if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            "mxfp4::moe: topk_ids and topk_weights must both be [T, K] with T rows of x, got "
+            f"{list(topk_ids.shape)} and {list(topk_weights.shape)} for x {list(x.shape)}"
+        )
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"mxfp4::moe: topk_ids must be int32 or int64, got {topk_ids.dtype}")
+    if not topk_weights.is_floating_point():
+        raise TypeError(f"mxfp4::moe: topk_weights must be floating point, got {topk_weights.dtype}")
+
+
+def _moe_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: list[Tensor],
+    n: int,
+    round_dtype: torch.dtype,
+    backend: str,
+    layout: str,
+) -> Tensor:
+    return get_backend(backend).grouped_linear(x, offsets, weight, n, round_dtype, layout)
+
+
+def _grouped_linear_fake(
+    x: Tensor, offsets: Tensor, weight: list[Tensor], n: int, round_dtype: torch.dtype, *_: Any
+) -> Tensor:
+    return x.new_empty((x.shape[0], n), dtype=round_dtype)
+
+
+def _no_backward(name: str) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"mxfp4::{name} has no backward: MXFP4 experts are for inference only. "
+            "Run under torch.no_grad(), or mxfp4_compile.restore(model) before training."
+        )
+
+    return backward
+
+
+for _name, _impl, _fake in (
+    ("quantize", _quantize, _quantize_fake),
+    ("dequantize", _dequantize, _dequantize_fake),
+    ("prepare_moe", _prepare_moe, _prepare_moe),  # plain reshapes: they run on fake tensors as they are
+    ("prepare_linear", _prepare_linear, _prepare_linear),
+    ("moe", _moe, _moe_fake),
+    ("grouped_linear", _grouped_linear, _grouped_linear_fake),
+):
+    _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mxfp4::{_name}", _fake, lib=_LIB)
+    torch.library.register_autograd(f"mxfp4::{_name}", _no_backward(_name), lib=_LIB)
+
+quantize = torch.ops.mxfp4.quantize.default
+dequantize = torch.ops.mxfp4.dequantize.default
+prepare_moe = torch.ops.mxfp4.prepare_moe.default
+prepare_linear = torch.ops.mxfp4.prepare_linear.default
+moe = torch.ops.mxfp4.moe.default
+grouped_linear = torch.ops.mxfp4.grouped_linear.default

@@ -1,0 +1,287 @@
+"""Grouped matrix products on tensor cores, weights decoded in registers as the first operand.
+
+The output is computed transposed, [weight rows, tokens]: tensor cores of Hopper take only their first
+operand from registers, and few tokens then fill a narrow tile rather than a mostly empty one. Two
+kernels share the main loop: ``scan_matmul`` finds an expert's pairs by scanning the ids (one launch, no
+routing step), ``sorted_matmul`` reads them from the routing of routing.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .activation import activate
+from .decode import OPERAND_UNSCALE, decode_operand
+
+
+@triton.jit
+def _accumulate(
+    x_rows,  # [BT] pointers to the tokens' first elements
+    codes,  # pointer to the expert's codes, uint8 [SLABS, STEPS, 16, 32]
+    scales,  # pointer to the expert's scales, int16 [SLABS, STEPS, 16]
+    slab0,
+    SLABS,
+    STEPS,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TWIDDLED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """sum over k of weight[slab0*16 + r, k] * x[t, k] -> fp32 [BM, BT]."""
+    S: tl.constexpr = BK // 64
+    r = tl.arange(0, BM)
+    byte = tl.arange(0, BK // 2)
+    k = tl.arange(0, BK)
+    step = tl.arange(0, S)
+    # Rows past the end repeat the last slab: no mask in the loop, and the store drops them.
+    slab = tl.minimum(slab0 + r // 16, SLABS - 1)
+    row = slab * STEPS * 16 + r % 16
+    code_ptrs = codes + (row * 32)[:, None].to(tl.int64) + (byte // 32 * 512 + byte % 32)[None, :]
+    scale_ptrs = scales + row[:, None] + (step * 16)[None, :]
+    x_ptrs = x_rows[:, None] + k[None, :]
+    acc = tl.zeros([BM, BT], tl.float32)
+    for at in range(0, STEPS, S):
+        if EVEN:
+            c = tl.load(code_ptrs)
+            s = tl.load(scale_ptrs)
+            x = tl.load(x_ptrs)
+        else:
+            c = tl.load(code_ptrs, mask=(at + byte // 32 < STEPS)[None, :], other=0)
+            s = tl.load(scale_ptrs, mask=(at + step < STEPS)[None, :], other=0)
+            x = tl.load(x_ptrs, mask=(at * 64 + k < K)[None, :], other=0.0)
+        w = decode_operand(c, s, BM, S, TWIDDLED, DTYPE)
+        if SPLIT:
+            # fp16 and fp32 activations as the sum of two bf16: about 16 bits of mantissa.
+            high = x.to(tl.bfloat16)
+            low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(w, tl.trans(low), acc)
+            acc = tl.dot(w, tl.trans(high), acc)
+        elif DTYPE == tl.float32:
+            acc = tl.dot(w, tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(w, tl.trans(x), acc)
+        code_ptrs += S * 512
+        scale_ptrs += S * 16
+        x_ptrs += BK
+    return acc * OPERAND_UNSCALE
+
+
+@triton.jit
+def _finish(
+    acc,
+    column_scale,
+    bias,  # pointer to the expert's bias, or None
+    out_rows,  # [BT] pointers
+    out_ok,
+    slab0,
+    SLABS,
+    N: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Weight on input, bias and activation on fp32 [BM, BT]; stores [BT, N] at ``out_rows``."""
+    if column_scale is not None:
+        acc = acc * column_scale[None, :]
+    if bias is not None:
+        row = slab0 * 16 + tl.arange(0, BM)
+        b = tl.load(bias + tl.minimum(row, SLABS * 16 - 1))
+        acc += b.to(tl.float32)[:, None]
+    if KIND is not None:
+        if GATED:
+            # A slab is 8 activated rows and 8 others: rows r and r+8, which one thread holds.
+            both = tl.permute(tl.reshape(acc, [BM // 16, 2, 8, BT]), (0, 2, 3, 1))
+            gate, up = tl.split(both)
+            gate = tl.reshape(gate, [BM // 2, BT])
+            up = tl.reshape(up, [BM // 2, BT])
+            acc = activate(gate, up, KIND, True, ALPHA, BETA, GATE_LIMIT, UP_LIMIT)
+            n = slab0 * 8 + tl.arange(0, BM // 2)
+        else:
+            acc = activate(acc, acc, KIND, False, ALPHA, BETA, GATE_LIMIT, UP_LIMIT)
+            n = slab0 * 16 + tl.arange(0, BM)
+    else:
+        n = slab0 * 16 + tl.arange(0, BM)
+    tl.store(
+        out_rows[None, :] + n[:, None],
+        acc.to(out_rows.dtype.element_ty),
+        mask=(n < N)[:, None] & out_ok[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def scan_matmul(
+    x,  # [T, K] if X_BY_TOKEN else [pairs, K], row stride x_stride
+    codes,
+    scales,
+    bias,
+    ids,  # [pairs], any integer type
+    weights,  # [pairs] or None: scales the input
+    out,  # [pairs, N] contiguous
+    pairs,
+    x_stride,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLABS: tl.constexpr,
+    STEPS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    X_BY_TOKEN: tl.constexpr,
+    BY_EXPERT: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TWIDDLED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One program per (expert, row tile); ``pairs`` <= PAIRS <= a few hundred.
+
+    The first grid axis is the expert, or, where there are fewer pairs than experts, the pair: the first
+    pair of an expert then serves all of them. Results go to the pair's own row.
+    """
+    which = tl.program_id(1)
+    slab0 = tl.program_id(0) * (BM // 16)
+    p = tl.arange(0, PAIRS)
+    pair_expert = tl.load(ids + p, mask=p < pairs, other=-1).to(tl.int32)
+    if BY_EXPERT:
+        expert = which
+        mine = pair_expert == expert
+        count = tl.sum(mine.to(tl.int32), 0)
+    else:
+        expert = tl.load(ids + which).to(tl.int32)
+        mine = pair_expert == expert
+        first = tl.min(tl.where(mine, p, PAIRS), 0)
+        valid = (first == which) & (expert >= 0) & (expert < E)
+        count = tl.where(valid, tl.sum(mine.to(tl.int32), 0), 0)
+    if count > 0:
+        place = tl.cumsum(mine.to(tl.int32), 0) - 1
+        codes += expert.to(tl.int64) * (SLABS * STEPS * 512)
+        scales += expert.to(tl.int64) * (SLABS * STEPS * 16)
+        if bias is not None:
+            bias += expert.to(tl.int64) * (SLABS * 16)
+        for start in range(0, count, BT):
+            slot = start + tl.arange(0, BT)
+            # The pair of each slot, without a scatter: exactly one pair has the slot as its place.
+            hit = (place[:, None] == slot[None, :]) & mine[:, None]
+            pair = tl.sum(tl.where(hit, p[:, None], 0), 0)
+            ok = slot < count
+            if X_BY_TOKEN:
+                source = pair // TOP_K
+            else:
+                source = pair
+            column_scale = None
+            if weights is not None:
+                column_scale = tl.load(weights + pair).to(tl.float32)
+            acc = _accumulate(
+                x + source.to(tl.int64) * x_stride,
+                codes, scales, slab0, SLABS, STEPS, K, K % BK == 0, SPLIT, TWIDDLED, DTYPE, BM, BT, BK,
+            )  # fmt: skip
+            _finish(
+                acc, column_scale, bias, out + pair.to(tl.int64) * N, ok, slab0, SLABS, N,
+                KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, BT,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def sorted_matmul(
+    x,  # [T, K] if TOP_K else [rows, K], row stride x_stride
+    codes,
+    scales,
+    bias,
+    offsets,  # int32 [E]: end row of each expert in the sorted order
+    order,  # int32 [rows]: the pair at each sorted row, or None
+    weights,  # [pairs] or None: scales the input
+    out,  # [rows, N] contiguous
+    rows,
+    x_stride,
+    E: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLABS: tl.constexpr,
+    STEPS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    GATHER_X: tl.constexpr,
+    SCATTER_OUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TWIDDLED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One program per (token tile, row tile). Row r of the sorted order reads x[order[r] // TOP_K] or x[r].
+
+    Expert e owns token-tile numbers from start_e // BT + e on: enough for its rows whatever the others
+    hold, so that no table of tiles is needed; programs of unused numbers return at once. Within an
+    expert, GROUP token tiles share a row tile's weights before the next row tile, to stay within L2.
+    """
+    TILES: tl.constexpr = (SLABS * 16 + BM - 1) // BM
+    pid = tl.program_id(0)
+    e = tl.arange(0, E_PADDED)
+    starts = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
+    first_tiles = tl.where(e < E, starts // BT + e, 0x7FFFFFFF)
+    expert = tl.sum((first_tiles <= pid // TILES).to(tl.int32), 0) - 1
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    token_tiles = (end - start + BT - 1) // BT
+    local = pid - (start // BT + expert) * TILES
+    if local < token_tiles * TILES:
+        group = local // (GROUP * TILES)
+        size = tl.minimum(token_tiles - group * GROUP, GROUP)
+        within = local - group * (GROUP * TILES)
+        row_tile = within // size
+        slot = start + (group * GROUP + within % size) * BT + tl.arange(0, BT)
+        ok = slot < end
+        slot = tl.minimum(slot, end - 1)
+        slab0 = row_tile * (BM // 16)
+        pair = slot
+        if order is not None:
+            pair = tl.load(order + slot)
+        if GATHER_X:
+            source = pair // TOP_K
+        else:
+            source = slot
+        if SCATTER_OUT:
+            target = pair
+        else:
+            target = slot
+        column_scale = None
+        if weights is not None:
+            column_scale = tl.load(weights + pair).to(tl.float32)
+        if bias is not None:
+            bias += expert.to(tl.int64) * (SLABS * 16)
+        acc = _accumulate(
+            x + source.to(tl.int64) * x_stride,
+            codes + expert.to(tl.int64) * (SLABS * STEPS * 512),
+            scales + expert.to(tl.int64) * (SLABS * STEPS * 16),
+            slab0, SLABS, STEPS, K, K % BK == 0, SPLIT, TWIDDLED, DTYPE, BM, BT, BK,
+        )  # fmt: skip
+        _finish(
+            acc, column_scale, bias, out + target.to(tl.int64) * N, ok, slab0, SLABS, N,
+            KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, BT,
+        )  # fmt: skip

@@ -1,0 +1,240 @@
+"""Capture: one module to a functional, undecomposed ATen graph with parameters known by name.
+
+Contract: the module is read, never changed; nothing is computed on its weights (export fakeifies them).
+What a call passed that is no tensor becomes part of the capture and is checked at every later call.
+
+1. replay the recorded call on the real module under ``torch.export`` with the dimensions that differed
+   between two recorded calls marked dynamic;
+2. ``run_decompositions({})``: in-place ops become functional, composite ones (silu, gelu) stay whole;
+3. sort the placeholders into parameters, buffers, constants and inputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+
+
+class CaptureError(RuntimeError):
+    """A module that could not be captured, with the reason."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is recorded of a tensor argument: shape, dtype, device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self) -> Tensor:
+        """A real tensor of this description, all zeros."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call of a module; tensors are kept as TensorInfo."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def describe(args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+    """Record a call without keeping its tensors alive."""
+
+    def info(value: Any) -> Any:
+        return TensorInfo(tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else value
+
+    return Call(tuple(map(info, args)), {name: info(value) for name, value in kwargs.items()})
+
+
+@dataclass(frozen=True)
+class CallPattern:
+    """How a site is called: how many positional arguments, which keywords, and what each argument is.
+
+    ``leaves``: positional arguments, then keywords in order; a TensorInfo where a tensor is expected, else
+    the value every call must pass. ``dynamic``: per leaf, the dimensions that vary from call to call.
+    """
+
+    positional: int
+    keywords: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    dynamic: tuple[frozenset[int], ...]
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The tensor leaves in order."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorInfo))
+
+    def arrange(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Leaves -> (args, kwargs)."""
+        return tuple(leaves[: self.positional]), dict(zip(self.keywords, leaves[self.positional :], strict=True))
+
+    def __str__(self) -> str:
+        def show(i: int) -> str:
+            leaf = self.leaves[i]
+            if not isinstance(leaf, TensorInfo):
+                return repr(leaf)
+            dims = ["*" if d in self.dynamic[i] else str(n) for d, n in enumerate(leaf.shape)]
+            return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join(dims)}]"
+
+        shown = [show(i) for i in range(self.positional)]
+        shown += [f"{name}={show(self.positional + i)}" for i, name in enumerate(self.keywords)]
+        return f"({', '.join(shown)})"
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+def call_pattern(first: Call, second: Call | None = None) -> CallPattern:
+    """The pattern of two calls of one module; CaptureError if they differ in more than sizes."""
+    second = second or first
+    if len(first.args) != len(second.args) or first.kwargs.keys() != second.kwargs.keys():
+        raise CaptureError("two calls passed different arguments")
+    keywords = tuple(first.kwargs)
+    leaves = (*first.args, *first.kwargs.values())
+    others = (*second.args, *(second.kwargs[name] for name in keywords))
+    dynamic = []
+    for a, b in zip(leaves, others, strict=True):
+        if isinstance(a, TensorInfo) and isinstance(b, TensorInfo):
+            if a.dtype != b.dtype or len(a.shape) != len(b.shape):
+                raise CaptureError("an argument changes its dtype or rank from call to call")
+            dynamic.append(frozenset(d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n))
+            continue
+        for value in (a, b):
+            if not isinstance(value, _PLAIN):
+                raise CaptureError(f"an argument of type {type(value).__name__} is neither tensor nor plain value")
+        if a != b:
+            raise CaptureError(f"a plain argument changes from call to call ({a!r}, then {b!r})")
+        dynamic.append(frozenset())
+    return CallPattern(len(first.args), keywords, leaves, tuple(dynamic))
+
+
+@dataclass
+class Captured:
+    """A functional ATen graph and the meaning of its placeholders.
+
+    ``parameters`` and ``buffers`` map placeholder names to names in the module; ``constants`` to tensors;
+    ``inputs`` lists the placeholders that stand for the tensor leaves of a call, in order.
+    """
+
+    graph: fx.Graph
+    inputs: list[str]
+    parameters: dict[str, str]
+    buffers: dict[str, str]
+    constants: dict[str, Tensor]
+    pattern: CallPattern
+
+    def node(self, name: str) -> fx.Node:
+        """The node named ``name``."""
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+
+def capture(module: nn.Module, pattern: CallPattern) -> Captured:
+    """Trace ``module`` as ``pattern`` says it is called; CaptureError with the reason if it does not trace."""
+    example = [leaf.zeros() if isinstance(leaf, TensorInfo) else leaf for leaf in pattern.leaves]
+    args, kwargs = pattern.arrange(example)
+    error: Exception | None = None
+    # Sizes that were equal in both recorded calls are one size (the token count); if that does not hold for
+    # this module, let export find out the relations by itself.
+    for shapes in (_named_dims(pattern), _free_dims(pattern)):
+        arg_shapes, kwarg_shapes = pattern.arrange(shapes)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                # A wrapper gives every module the signature forward(args, kwargs): HF's own wrappers have
+                # names in their signatures that the implementation behind them does not accept.
+                program = torch.export.export(
+                    _Caller(module),
+                    (args, kwargs),
+                    dynamic_shapes={"args": arg_shapes, "kwargs": kwarg_shapes},
+                    strict=False,
+                ).run_decompositions({})
+            break
+        except Exception as failure:  # noqa: BLE001  (whatever stopped the trace is the reason we report)
+            error = error or failure
+    else:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise CaptureError(f"does not trace: {type(error).__name__}: {first_line[:300]}") from error
+    return _sort_placeholders(program, pattern)
+
+
+def _named_dims(pattern: CallPattern) -> list[Any]:
+    dims: dict[int, Any] = {}
+
+    def dim(leaf: TensorInfo, d: int, dynamic: frozenset[int]) -> Any:
+        if d not in dynamic:
+            return torch.export.Dim.STATIC
+        return dims.setdefault(leaf.shape[d], torch.export.Dim(f"size{len(dims)}"))
+
+    return [
+        {d: dim(leaf, d, dyn) for d in range(len(leaf.shape))} if isinstance(leaf, TensorInfo) else None
+        for leaf, dyn in zip(pattern.leaves, pattern.dynamic, strict=True)
+    ]
+
+
+def _free_dims(pattern: CallPattern) -> list[Any]:
+    return [
+        {d: torch.export.Dim.AUTO if d in dyn else torch.export.Dim.STATIC for d in range(len(leaf.shape))}
+        if isinstance(leaf, TensorInfo)
+        else None
+        for leaf, dyn in zip(pattern.leaves, pattern.dynamic, strict=True)
+    ]
+
+
+class _Caller(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, args: Any, kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def _sort_placeholders(program: torch.export.ExportedProgram, pattern: CallPattern) -> Captured:
+    signature = program.graph_signature
+    for out in signature.output_specs:
+        if out.kind != OutputKind.USER_OUTPUT:
+            raise CaptureError(f"the module changes its state ({out.kind.name.lower()} {out.target})")
+    output = program.call_spec.out_spec
+    if output is None or not output.is_leaf():
+        raise CaptureError("the module returns something else than one tensor")
+    captured = Captured(program.graph_module.graph, [], {}, {}, {}, pattern)
+    strip = len("module.")
+    dropped = []
+    for spec in signature.input_specs:
+        name = spec.arg.name
+        if spec.kind == InputKind.PARAMETER:
+            captured.parameters[name] = (spec.target or "")[strip:]
+        elif spec.kind == InputKind.BUFFER:
+            captured.buffers[name] = (spec.target or "")[strip:]
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            captured.constants[name] = program.constants[spec.target or ""]
+        elif spec.kind == InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
+            captured.inputs.append(name)
+        elif spec.kind == InputKind.USER_INPUT:
+            dropped.append(name)  # a plain value: baked into the graph
+        else:
+            raise CaptureError(f"the module takes an input of kind {spec.kind.name.lower()}")
+    for node in list(captured.graph.nodes):
+        if node.op == "placeholder" and node.name in dropped:
+            if node.users:
+                raise CaptureError(f"the plain argument {node.name} is used symbolically")
+            captured.graph.erase_node(node)
+    for node in list(captured.graph.nodes):
+        # Export records each cast's assumption; the dtypes of a call are checked where the site is called.
+        if node.target == torch.ops.aten._assert_tensor_metadata.default:
+            captured.graph.erase_node(node)
+    if len(captured.inputs) != len(pattern.tensors):
+        raise CaptureError("the trace has another number of tensor inputs than the call")
+    return captured

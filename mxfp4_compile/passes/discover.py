@@ -1,0 +1,242 @@
+"""Discover: which modules look like a mixture of experts, and how each is called in a forward.
+
+Contract: the model runs twice, on tiny inputs of two sizes, without gradients; nothing of it is changed
+(hooks are removed, the experts implementation and the random state are put back).
+
+"Looks like" is structural, never a matter of names:
+- packed: a module with two or more floating 3-D parameters of equal first dimension;
+- list: a ModuleList or ModuleDict of two or more structurally equal children with two or more matrices
+  each, of which the forwards used an input-dependent part.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Call, describe
+
+
+class DiscoveryError(RuntimeError):
+    """The forward that shows how experts are called could not be run."""
+
+
+@dataclass
+class Candidate:
+    """A module that looks like a mixture of experts. ``names``: every path to it (shared modules have several)."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    kind: Literal["packed", "list"]
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The first path."""
+        return self.names[0]
+
+
+def packed_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The floating 3-D parameters of equal first dimension (>= 2) that a module owns itself."""
+    own = {
+        name: p
+        for name, p in module._parameters.items()
+        if p is not None and p.dim() == 3 and p.is_floating_point() and p.shape[0] >= 2 and min(p.shape[1:]) >= 2
+    }
+    firsts = [p.shape[0] for p in own.values()]
+    return {n: p for n, p in own.items() if firsts.count(p.shape[0]) >= 2}
+
+
+def find_candidates(model: nn.Module) -> list[Candidate]:
+    """Packed experts, and lists of equal children that may be experts (their use decides), in model order."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+    found = []
+    for key, module in modules.items():
+        if packed_parameters(module):
+            found.append(Candidate(tuple(names[key]), module, "packed"))
+        elif isinstance(module, (nn.ModuleList, nn.ModuleDict)) and _equal_children(module):
+            found.append(Candidate(tuple(names[key]), module, "list"))
+    return found
+
+
+def _equal_children(module: nn.Module) -> bool:
+    children = list(module.children())
+    if len(children) < 2:
+        return False
+
+    def shape(child: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+        return [(n, tuple(p.shape)) for n, p in child.named_parameters()]
+
+    first = shape(children[0])
+    if sum(len(s) == 2 for _, s in first) < 2:
+        return False
+    return all(shape(child) == first for child in children[1:])
+
+
+# inputs
+
+
+def default_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
+    """Random token ids for one forward, derived from the model's signature and configuration.
+
+    Raises DiscoveryError if the model's main input is not token ids: then ``example_inputs`` are needed.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    config = getattr(model, "config", None)
+    if "input_ids" not in parameters or config is None:
+        raise DiscoveryError(
+            "this model does not take input_ids: pass example_inputs=... to optimize(), a dict of keyword "
+            "arguments (or a tuple of positional ones) for one forward"
+        )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = int(getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 100)
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    rows = getattr(getattr(embeddings, "weight", None), "shape", None)
+    if rows:
+        vocabulary = min(vocabulary, int(rows[0]))
+    device = next(iter(model.parameters())).device if embeddings is None else embeddings.weight.device
+    special = {v for k, v in _token_ids(config)} | {v for k, v in _token_ids(text)}
+    allowed = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special] or [0])
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens() -> Tensor:
+        return allowed[torch.randint(len(allowed), (batch, length), generator=generator)].to(device)
+
+    inputs: dict[str, Any] = {"input_ids": tokens()}
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        inputs["decoder_input_ids"] = tokens()
+    if "use_cache" in parameters:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _token_ids(config: Any) -> Iterator[tuple[str, int]]:
+    for name, value in vars(config).items():
+        if name.endswith(("token_id", "token_index")):
+            for v in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(v, int):
+                    yield name, v
+
+
+def _doubled(inputs: Any) -> Any:
+    """The same inputs with every tensor's first dimension doubled: a second size."""
+
+    def twice(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value
+
+    return torch.utils._pytree.tree_map(twice, inputs)
+
+
+def forward_runs(model: nn.Module, example_inputs: Any) -> list[Any]:
+    """Two input sets of different sizes."""
+    if example_inputs is None:
+        return [default_inputs(model, 2, 9), default_inputs(model, 3, 11)]
+    return [example_inputs, _doubled(example_inputs)]
+
+
+# running
+
+
+@contextmanager
+def experts_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Have transformers' experts modules of ``model`` use implementation ``name`` inside the block.
+
+    ``eager`` experts loop over experts in Python and do not trace; ``grouped_mm`` ones do. Modules without
+    this switch are left alone.
+    """
+    attribute = "_experts_implementation_internal"
+    configs = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, attribute):
+            configs[id(config)] = config
+    old = {key: getattr(config, attribute) for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            setattr(config, attribute, name)
+        yield
+    finally:
+        for key, config in configs.items():
+            setattr(config, attribute, old[key])
+
+
+def record_calls(model: nn.Module, candidates: list[Candidate], example_inputs: Any = None) -> None:
+    """Run the model twice and fill in ``calls`` of each candidate; drop lists that are used as a whole.
+
+    Raises DiscoveryError with the reason if the forward fails.
+    """
+    packed = [c for c in candidates if c.kind == "packed"]
+    lists = [c for c in candidates if c.kind == "list"]
+    if not packed and not lists:
+        return
+    uses: dict[int, list[list[tuple[int, ...]]]] = {id(c.module): [] for c in lists}
+    handles = []
+
+    def recorder(candidate: Candidate) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            candidate.calls.append(describe(args, kwargs))
+
+        return hook
+
+    def counter(rows: list[int], index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+            rows[index] += 1 if first is None else first.numel()
+
+        return hook
+
+    current: dict[int, list[int]] = {}
+    for c in packed:
+        handles.append(c.module.register_forward_pre_hook(recorder(c), with_kwargs=True))
+    for c in lists:
+        children = list(c.module.children())
+        current[id(c.module)] = [0] * len(children)
+        for i, child in enumerate(children):
+            handles.append(
+                child.register_forward_pre_hook(counter(current[id(c.module)], i), with_kwargs=True)
+            )
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), experts_implementation(model, "grouped_mm"):
+            for inputs in forward_runs(model, example_inputs):
+                before = {id(c): len(c.calls) for c in packed}
+                for rows in current.values():
+                    rows[:] = [0] * len(rows)
+                _run(model, inputs)
+                for c in packed:  # a module called several times in one forward: one call is enough
+                    del c.calls[before[id(c)] + 1 :]
+                for key, rows in current.items():
+                    uses[key].append([tuple(rows)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    for c in lists:
+        if not any(len(set(rows[0])) > 1 for rows in uses[id(c.module)]):
+            candidates.remove(c)  # every child got the same rows (layers, not experts), or none was called
+
+
+def _run(model: nn.Module, inputs: Any) -> None:
+    try:
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        else:
+            model(*inputs)
+    except Exception as error:  # noqa: BLE001
+        raise DiscoveryError(
+            "a forward with "
+            + ("these inputs" if not isinstance(inputs, Mapping) else ", ".join(inputs))
+            + f" failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); pass "
+            "example_inputs=... to optimize(), the arguments of a forward that works"
+        ) from error
+
+
+__all__ = ["Candidate", "DiscoveryError", "default_inputs", "experts_implementation", "find_candidates", "record_calls"]

@@ -1,0 +1,608 @@
+"""Match: a captured graph -> MoESpec, SplitSpec, or a reason.
+
+Contract: the graph is read, never changed. Nothing is concluded from names (of modules, classes, or
+ops) beyond the anchors, the expert GEMMs that ``forms`` finds. What lies between them is cut into three
+regions, and each is compared, by running it in fp64 on random values, with what a mixture of experts
+computes. Spelling therefore does not matter, and a region that merely looks right does not pass.
+
+1. anchors: one down GEMM, and one or two up GEMMs that feed it;
+2. head: find nodes x [T,H], ids [T,K] (and w [T,K]) such that the up GEMM's rows are x[token] (or
+   x[token] * w[pair]) for exactly the pairs that ids names, whatever their order;
+3. middle: the down GEMM's rows must be activation(up output + bias of the row's expert);
+4. tail: find the node that equals sum over a token's pairs of w * (down output + bias);
+5. no cast in these regions may be narrower than the model's own rounding.
+If 2 to 5 fail but the GEMMs are sound by themselves, the site is split: SplitSpec with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..spec import LinearSpec, MoEParams, MoESpec, SplitSpec, WeightSource
+from .activation import recognize
+from .capture import Captured
+from .evaluate import (
+    FLOATS,
+    EvaluationError,
+    Evaluator,
+    ancestors,
+    concrete,
+    graph_symbols,
+    is_float,
+    is_integer,
+    shape_of,
+)
+from .forms import ExpertGemm, find_gemms
+
+_PROBE_TOKENS = (5, 11)
+_MIN_PROBES = 4096
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class FusedMatch:
+    """A fused site: the spec, and the nodes where the op's inputs enter and its output leaves."""
+
+    spec: MoESpec
+    x: fx.Node
+    topk_ids: fx.Node
+    topk_weights: fx.Node
+    output: fx.Node
+    gemms: tuple[ExpertGemm, ...]
+
+
+@dataclass(frozen=True)
+class SplitMatch:
+    """A split site: each GEMM becomes a grouped_linear, everything else stays as it is."""
+
+    spec: SplitSpec
+    gemms: tuple[ExpertGemm, ...]
+
+
+@dataclass(frozen=True)
+class NoMatch:
+    """Why a graph is no site. ``dense``: every token meets every expert, there is no routing in it."""
+
+    reason: str
+    dense: bool = False
+
+
+class _Refused(Exception):
+    """A hypothesis that does not hold, with the reason in words."""
+
+
+def match(captured: Captured, fetch: Any = None) -> FusedMatch | SplitMatch | NoMatch:
+    """Match one captured experts module.
+
+    ``fetch(name) -> Tensor`` gives real values of small buffers and parameters that a region may read
+    (never of GEMM weights); without it such a region is not fused.
+    """
+    gemms = find_gemms(captured)
+    if not gemms:
+        return _no_gemms(captured)
+    problem = _weights_used_elsewhere(captured, gemms)
+    if problem:
+        return NoMatch(problem)
+    try:
+        return _Fused(captured, gemms).run()
+    except (_Refused, EvaluationError) as refusal:
+        reason = str(refusal)
+    if any(g.form != "grouped_mm" for g in gemms):
+        return NoMatch(f"not fused ({reason}), and only grouped_mm graphs can be split")
+    return SplitMatch(_split_spec(gemms, reason), tuple(gemms))
+
+
+def _no_gemms(captured: Captured) -> NoMatch:
+    """Tell a dense product over all experts from something unknown."""
+    chooses = {"sort", "topk", "index", "index_select", "gather", "nonzero", "embedding", "scatter", "where"}
+    used = {
+        str(n.target).split(".")[1]
+        for n in captured.graph.nodes
+        if n.op == "call_function" and str(n.target).startswith("aten.")
+    }
+    if not used & chooses and not any(is_integer(captured.node(name)) for name in captured.inputs):
+        return NoMatch("dense: every expert serves every token, nothing is routed", dense=True)
+    return NoMatch("no product of rows with the weights of their experts (grouped_mm or batched_mm) in its graph")
+
+
+def _weights_used_elsewhere(captured: Captured, gemms: Sequence[ExpertGemm]) -> str | None:
+    """A reason if a GEMM's weight also serves something that is no anchor."""
+    weights = {g.weight for g in gemms}
+    placeholders = {captured.node(p) for p, name in captured.parameters.items() if name in weights}
+    known = set()
+    for gemm in gemms:
+        known.add(gemm.node)
+    for placeholder in placeholders:
+        stack = list(placeholder.users)
+        while stack:
+            node = stack.pop()
+            if node in known:
+                continue
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.dim() == 3 and node.users and node.op == "call_function":
+                stack.extend(node.users)
+            elif not _only_sizes(node):
+                return f"weight {captured.parameters[placeholder.name]!r} is also used by {node.target}"
+    return None
+
+
+def _only_sizes(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("val"), Tensor)
+
+
+def _split_spec(gemms: Sequence[ExpertGemm], reason: str) -> SplitSpec:
+    return SplitSpec(
+        tuple(
+            LinearSpec(
+                g.shape[0],
+                g.shape[1],
+                g.shape[2],
+                WeightSource((g.weight,), g.transposed),
+                g.node.meta["val"].dtype,
+            )
+            for g in gemms
+        ),
+        reason,
+    )
+
+
+class _Fused:
+    """The search for a fused match; each step narrows what the graph can be or raises _Refused."""
+
+    def __init__(self, captured: Captured, gemms: Sequence[ExpertGemm]) -> None:
+        self.captured = captured
+        self.graph = captured.graph
+        self.down = gemms[-1]
+        self.ups = tuple(gemms[:-1])
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.generator = torch.Generator().manual_seed(1)
+
+    def run(self) -> FusedMatch:
+        self._check_chain()
+        self.experts, n_down, k_down = self.down.shape
+        self.hidden = self.ups[0].shape[2]
+        self.up_rows = sum(g.shape[1] for g in self.ups)
+        self.intermediate = k_down
+        if n_down != self.hidden:
+            raise _Refused(f"the experts' output width {n_down} is not their input width {self.hidden}")
+        symbols = graph_symbols(self.graph)
+        if len(symbols) != 1:
+            raise _Refused(f"the graph has {len(symbols)} free sizes, a token count alone was expected")
+        self.symbol = symbols[0]
+        self.probes = [self._make_probe(t) for t in _PROBE_TOKENS]
+        ids, x, w, on_input = self._find_head()
+        self.ids, self.x = ids, x
+        self.up_bias_nodes = self._bias_nodes(self.down.rows, [g.node for g in self.ups], self.ups)
+        recognized = self._find_middle(w if on_input else None)
+        w, output, down_bias = self._find_tail(w, on_input)
+        round_dtype = self.down.node.meta["val"].dtype
+        self._check_casts(output, w, round_dtype)
+        output = self._extend(output)
+        if output.meta["val"].dtype != x.meta["val"].dtype:
+            raise _Refused(f"the output is {output.meta['val'].dtype}, the tokens are {x.meta['val'].dtype}")
+        spec = MoESpec(
+            MoEParams(
+                self.experts,
+                self.hidden,
+                self.intermediate,
+                recognized.activation,
+                recognized.gate_layout,
+                recognized.activated_half,
+                on_input,
+                round_dtype,
+                self._accum_dtype(w, round_dtype),
+            ),
+            WeightSource(
+                tuple(g.weight for g in self.ups),
+                self.ups[0].transposed,
+                tuple(self.captured.parameters[b.name] for b in self.up_bias_nodes),
+            ),
+            WeightSource(
+                (self.down.weight,),
+                self.down.transposed,
+                tuple(self.captured.parameters[b.name] for b in down_bias),
+            ),
+            self.top_k,
+        )
+        return FusedMatch(spec, x, ids, w, output, (*self.ups, self.down))
+
+    # 1. anchors
+
+    def _check_chain(self) -> None:
+        if not 1 <= len(self.ups) <= 2:
+            raise _Refused(f"{len(self.ups) + 1} expert GEMMs in one module, two or three were expected")
+        feeds = ancestors([self.down.rows])
+        if not all(g.node in feeds for g in self.ups):
+            raise _Refused("the last expert GEMM does not take its rows from the others")
+        first = self.ups[0]
+        for up in self.ups:
+            if up.node in ancestors([g.rows for g in self.ups]):
+                raise _Refused("an up GEMM feeds another")
+            if up.transposed != first.transposed or up.shape[0] != first.shape[0] or up.shape[2] != first.shape[2]:
+                raise _Refused("the up GEMMs' weights are laid out differently")
+        if self.down.shape[0] != first.shape[0]:
+            raise _Refused("the projections have different numbers of experts")
+
+    # probes
+
+    def _make_probe(self, tokens: int) -> Evaluator:
+        sizes = {self.symbol: tokens}
+        values: dict[fx.Node, Any] = {}
+        weights = {g.weight for g in (*self.ups, self.down)}
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            value = node.meta.get("val")
+            if node.name in self.captured.constants:
+                constant = self.captured.constants[node.name]
+                values[node] = constant.double() if constant.dtype in FLOATS else constant
+            elif node.name in self.captured.parameters and self.captured.parameters[node.name] in weights:
+                # Only its sizes may be read: a GEMM is always overridden.
+                values[node] = torch.zeros((), dtype=torch.float64).expand(value.shape)
+            elif isinstance(value, Tensor) and node.name in self.captured.inputs:
+                shape = shape_of(node, sizes)
+                values[node] = self._random(shape) if is_float(node) else self._ids(shape)
+            elif isinstance(value, torch.SymInt):
+                values[node] = concrete(value, sizes)
+        return Evaluator(values)
+
+    def _random(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(tuple(shape), dtype=torch.float64, generator=self.generator)
+
+    def _ids(self, shape: Sequence[int]) -> Tensor:
+        """Random expert ids, distinct within each row as far as there are experts."""
+        columns = int(shape[-1]) if len(shape) else 1
+        rows = math.prod(shape) // max(columns, 1)
+        if columns <= self.experts:
+            keys = torch.rand(rows, self.experts, generator=self.generator)
+            ids = keys.argsort(dim=1)[:, :columns]
+        else:
+            ids = torch.randint(self.experts, (rows, columns), generator=self.generator)
+        return ids.contiguous().reshape(tuple(shape))
+
+    # 2. head
+
+    def _find_head(self) -> tuple[fx.Node, fx.Node, fx.Node | None, bool]:
+        """ids, x, and w if it is applied to the input."""
+        first = self.ups[0]
+        region = ancestors([first.rows, first.selector])
+        by_distance = sorted(region, key=lambda n: -self.order[n])
+        two = [n for n in by_distance if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim() == 2]
+        all_ids = [n for n in two if is_integer(n) and isinstance(n.meta["val"].shape[1], int)]
+        floats = [n for n in two if is_float(n)]
+        tokens = [n for n in floats if n.meta["val"].shape[1] == self.hidden and n is not first.rows]
+        if len(all_ids) * len(tokens) > 256:
+            raise _Refused("too many nodes could be the tokens or the expert ids")
+        for ids in all_ids:
+            for x in tokens:
+                if self._head_holds(ids, x, None):
+                    return ids, x, None, False
+                for w in floats:
+                    if w.meta["val"].shape == ids.meta["val"].shape and w is not x:
+                        if self._head_holds(ids, x, w):
+                            return ids, x, w, True
+        raise _Refused("the up-projection's rows are not the tokens of the pairs that the expert ids name")
+
+    def _head_holds(self, ids: fx.Node, x: fx.Node, w: fx.Node | None) -> bool:
+        tables = []
+        for tokens, probe in zip(_PROBE_TOKENS, self.probes, strict=True):
+            sizes = {self.symbol: tokens}
+            if shape_of(x, sizes)[0] != shape_of(ids, sizes)[0]:
+                return False
+            id_values, x_values = self._ids(shape_of(ids, sizes)), self._random(shape_of(x, sizes))
+            overrides: dict[fx.Node, Any] = {ids: id_values, x: x_values}
+            if w is not None:
+                overrides[w] = self._random(shape_of(w, sizes))
+            wanted = [node for g in self.ups for node in (g.rows, g.selector)]
+            try:
+                values = probe.run(wanted, overrides)
+            except EvaluationError:
+                return False
+            top_k = id_values.shape[1]
+            pair_rows = x_values.repeat_interleave(top_k, 0)
+            if w is not None:
+                pair_rows = pair_rows * overrides[w].reshape(-1, 1)
+            table = None
+            for g, rows, selector in zip(self.ups, values[0::2], values[1::2], strict=True):
+                found = _pair_of_row(
+                    g.row_matrix(rows), g.experts_of(selector, len(pair_rows)), pair_rows, id_values.reshape(-1)
+                )
+                if found is None or (table is not None and not torch.equal(found, table)):
+                    return False
+                table = found
+            assert table is not None
+            tables.append((id_values, x_values, table))
+        self.top_k = int(ids.meta["val"].shape[1])
+        self.tables = tables
+        return True
+
+    # 3. middle
+
+    def _bias_nodes(
+        self, target: fx.Node, stop: Sequence[fx.Node], gemms: Sequence[ExpertGemm]
+    ) -> tuple[fx.Node, ...]:
+        """The [E, N] parameters read between ``stop`` and ``target``, in the order of ``gemms``; or refuse."""
+        region = ancestors([target], stop=[*stop, self.ids, self.x])
+        read = [
+            n
+            for n in region
+            if n.op == "placeholder" and n.name not in self.captured.inputs and n.name not in self.captured.constants
+        ]
+        weights = {g.weight for g in (*self.ups, self.down)}
+        read = [n for n in read if self.captured.parameters.get(n.name) not in weights]
+        for node in read:
+            if node.name not in self.captured.parameters:
+                raise _Refused(f"{self.captured.buffers.get(node.name, node.name)!r} is read between the projections")
+        if not read:
+            return ()
+        wanted = [(g.shape[0], g.shape[1]) for g in gemms]
+        if sorted(tuple(n.meta["val"].shape) for n in read) != sorted(wanted):
+            names = ", ".join(self.captured.parameters[n.name] for n in read)
+            raise _Refused(f"{names} is read between the projections and is not one bias per expert and row")
+        if len(read) == 1:
+            return tuple(read)
+        # Two biases of separate gate and up projections: tell which is whose by what reaches it first.
+        ordered = []
+        for g in gemms:
+            mine = [n for n in read if any(g.node in ancestors([u]) for u in _adders(n))]
+            if len(mine) != 1:
+                raise _Refused("it is not clear which bias belongs to which projection")
+            ordered.append(mine[0])
+        return tuple(ordered)
+
+    def _middle(self, i: int, y: Tensor, bias: Tensor | None, overrides: dict[fx.Node, Any]) -> Tensor:
+        """The down GEMM's rows for up outputs ``y`` [S, N] and up bias [E, N], on probe ``i``."""
+        id_values, x_values, _ = self.tables[i]
+        given = {self.ids: id_values, self.x: x_values, **overrides}
+        start = 0
+        for g in self.ups:
+            given[g.node] = g.as_output(y[:, start : start + g.shape[1]])
+            start += g.shape[1]
+        start = 0
+        for node in self.up_bias_nodes:
+            n = node.meta["val"].shape[1]
+            given[node] = (
+                torch.zeros(self.experts, n, dtype=torch.float64) if bias is None else bias[:, start : start + n]
+            )
+            start += n
+        rows, selector = self.probes[i].run([self.down.rows, self.down.selector], given)
+        pairs = id_values.reshape(-1)
+        if not torch.equal(self.down.experts_of(selector, len(pairs)), pairs[self.tables[i][2]]):
+            raise _Refused("the down-projection's rows belong to other experts than the up-projection's")
+        return self.down.row_matrix(rows)
+
+    def _find_middle(self, w: fx.Node | None) -> Any:
+        region = ancestors([self.down.rows], stop=[*(g.node for g in self.ups), self.ids, self.x])
+        inputs = [n for n in region if n.name in self.captured.inputs and is_float(n)]
+        overrides = {}
+        if inputs:  # it may read their sizes; if it reads their values the comparison below fails
+            overrides = {}
+        constants = list(_constants(region, self.captured))
+        # Enough tokens that all pairs of probe values find a place at once where the layer is narrow.
+        tokens = max(_PROBE_TOKENS[0], math.ceil(_MIN_PROBES / (self.intermediate * self.top_k)))
+        tables, probes = self.tables, self.probes
+        probe = self._make_probe(tokens)
+        sizes = {self.symbol: tokens}
+        self.probes = [*probes, probe]
+        id_values, x_values = self._ids(shape_of(self.ids, sizes)), self._random(shape_of(self.x, sizes))
+        table = self._row_table(probe, id_values, x_values, w)
+        self.tables = [*tables, (id_values, x_values, table)]
+        last = len(self.tables) - 1
+        rows = tokens * self.top_k
+        found = recognize(
+            lambda y: self._middle(last, y, None, overrides), rows, self.up_rows, self.intermediate, constants
+        )
+        if isinstance(found, str):
+            raise _Refused(found)
+        self._check_middle(found)
+        return found
+
+    def _row_table(self, probe: Evaluator, ids: Tensor, x: Tensor, w: fx.Node | None) -> Tensor:
+        g = self.ups[0]
+        rows, selector = probe.run([g.rows, g.selector], {self.ids: ids, self.x: x})
+        pair_rows = x.repeat_interleave(self.top_k, 0)
+        if w is not None:
+            (value,) = probe.run([w], {})
+            pair_rows = pair_rows * value.reshape(-1, 1)
+        found = _pair_of_row(g.row_matrix(rows), g.experts_of(selector, len(pair_rows)), pair_rows, ids.reshape(-1))
+        if found is None:
+            raise _Refused("the order of rows depends on the number of tokens")
+        return found
+
+    def _check_middle(self, found: Any) -> None:
+        """activation(y + bias of the expert) on fresh values, at every token count."""
+        params = MoEParams(
+            self.experts,
+            self.hidden,
+            self.intermediate,
+            found.activation,
+            found.gate_layout,
+            found.activated_half,
+            False,
+            torch.float64,
+            torch.float64,
+        )
+        for i, (id_values, _, table) in enumerate(self.tables):
+            y = self._random((id_values.numel(), self.up_rows)) * 4
+            bias = self._random((self.experts, self.up_rows)) * 2 if self.up_bias_nodes else None
+            out = self._middle(i, y, bias, {})
+            if bias is not None:
+                y = y + bias[id_values.reshape(-1)[table]]
+            if not _close(params.activate(y), out):
+                raise _Refused("the region between the projections is more than a bias and an activation")
+
+    # 4. tail
+
+    def _find_tail(
+        self, w: fx.Node | None, on_input: bool
+    ) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]:
+        downstream = _descendants(self.down.node)
+        outputs = [
+            n
+            for n in sorted(downstream, key=lambda n: self.order[n])
+            if is_float(n) and n.meta["val"].dim() == 2 and _same_rows(n, self.x) and n.meta["val"].shape[1] == self.hidden
+        ]
+        for output in outputs:
+            if not _covers(output, downstream):
+                continue
+            region = ancestors([output], stop=[self.down.node])
+            candidates: list[fx.Node] = (
+                [w]
+                if on_input and w is not None
+                else [
+                    n
+                    for n in sorted(region, key=lambda n: -self.order[n])
+                    if is_float(n) and n.meta["val"].shape == self.ids.meta["val"].shape
+                ]
+            )
+            try:
+                bias = self._bias_nodes(output, [self.down.node, *candidates], (self.down,))
+            except _Refused as refusal:
+                last = refusal
+                continue
+            for weight in candidates:
+                if self._tail_holds(output, weight, bias, on_input):
+                    return weight, output, bias
+        if outputs and "last" in locals():
+            raise last
+        raise _Refused(
+            "the output is not the sum of the experts' outputs (plus bias) times the routing weights: "
+            "something else happens after the down-projection"
+        )
+
+    def _tail_holds(self, output: fx.Node, w: fx.Node, bias: tuple[fx.Node, ...], on_input: bool) -> bool:
+        for i, (id_values, x_values, table) in enumerate(self.tables):
+            y = self._random((id_values.numel(), self.hidden))
+            weights = self._random(id_values.shape)
+            given: dict[fx.Node, Any] = {
+                self.ids: id_values,
+                self.x: x_values,
+                self.down.node: self.down.as_output(y),
+                w: weights,
+            }
+            expected = y
+            for node in bias:
+                given[node] = self._random(node.meta["val"].shape)
+                expected = expected + given[node][id_values.reshape(-1)[table]]
+            by_pair = torch.empty_like(expected)
+            by_pair[table] = expected
+            if not on_input:
+                by_pair = by_pair * weights.reshape(-1, 1)
+            expected = by_pair.view(*id_values.shape, self.hidden).sum(1)
+            try:
+                (out,) = self.probes[i].run([output], given)
+            except EvaluationError:
+                return False
+            if out.shape != expected.shape or not _close(expected, out):
+                return False
+        return True
+
+    # 5. casts and dtypes
+
+    def _check_casts(self, output: fx.Node, w: fx.Node, round_dtype: torch.dtype) -> None:
+        rounding = torch.finfo(round_dtype)
+        final = ancestors([output], stop=[self.x, self.ids, w])
+        for node in final:
+            if not is_float(node) or node.op == "placeholder":
+                continue
+            info = torch.finfo(node.meta["val"].dtype)
+            if info.eps > rounding.eps or info.max < rounding.max:
+                raise _Refused(f"{node.name} rounds to {node.meta['val'].dtype}, narrower than {round_dtype}")
+
+    def _extend(self, output: fx.Node) -> fx.Node:
+        """Take in a closing cast to the tokens' dtype."""
+        x_dtype = self.x.meta["val"].dtype
+        while output.meta["val"].dtype != x_dtype and len(output.users) == 1:
+            (user,) = output.users
+            value = user.meta.get("val")
+            if user.target not in (
+                torch.ops.aten._to_copy.default,
+                torch.ops.aten.to.dtype,
+                torch.ops.prims.convert_element_type.default,
+            ) or not isinstance(value, Tensor):
+                break
+            output = user
+        return output
+
+    def _accum_dtype(self, w: fx.Node, round_dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(w.meta["val"].dtype, round_dtype)
+
+
+def _pair_of_row(rows: Tensor, experts: Tensor, pair_rows: Tensor, ids: Tensor) -> Tensor | None:
+    """[S] pair of each row if rows and experts are exactly those of the pairs in some order, else None."""
+    if rows.shape != pair_rows.shape:
+        return None
+    # One random number per row and expert stands for the whole row while pairing; the rows themselves decide.
+    direction = torch.randn(rows.shape[1], dtype=rows.dtype, generator=torch.Generator().manual_seed(2))
+    key_rows = rows @ direction + math.pi * experts.to(rows.dtype)
+    key_pairs = pair_rows @ direction + math.pi * ids.to(rows.dtype)
+    pair = (key_rows.unsqueeze(1) - key_pairs.unsqueeze(0)).abs().argmin(1)
+    if not torch.equal(pair.sort().values, torch.arange(len(pair))):
+        return None
+    if not torch.equal(experts.to(ids.dtype), ids[pair]) or not _close(rows, pair_rows[pair]):
+        return None
+    return pair
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(
+        ((a - b).abs() <= _TOLERANCE * (1 + torch.maximum(a.abs(), b.abs()))).all()
+    )
+
+
+def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
+    """Every number written in a region's nodes, and the values of one-element constants it reads."""
+    for node in region:
+        if node.op == "placeholder":
+            constant = captured.constants.get(node.name)
+            if constant is not None and constant.numel() == 1:
+                yield float(constant)
+            continue
+        for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                if abs(value) < 1e6:  # larger ints are slice ends, not numbers of a formula
+                    yield float(value)
+                    if value:
+                        yield 1 / float(value)
+
+
+def _adders(node: fx.Node) -> list[fx.Node]:
+    """The two-operand nodes that a bias reaches first."""
+    found, stack = [], list(node.users)
+    while stack:
+        user = stack.pop()
+        if len(user.all_input_nodes) >= 2 and str(user.target).startswith("aten.add"):
+            found.append(user)
+        else:
+            stack.extend(user.users)
+    return found
+
+
+def _descendants(node: fx.Node) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user not in seen:
+            seen.add(user)
+            stack.extend(user.users)
+    return seen
+
+
+def _covers(output: fx.Node, downstream: set[fx.Node]) -> bool:
+    """Whether everything that leaves the region after the down GEMM leaves through ``output``."""
+    inside = ancestors([output]) & downstream
+    for node in inside - {output}:
+        if any(user not in inside for user in node.users):
+            return False
+    return True
+
+
+def _same_rows(a: fx.Node, b: fx.Node) -> bool:
+    return bool(str(a.meta["val"].shape[0]) == str(b.meta["val"].shape[0]))

@@ -1,0 +1,118 @@
+"""The prep program of a projection: an FX graph from original parameters to prepared weights.
+
+Its inputs are slices [e, ...] of the source parameters, its output is (packed, scales, prepared tensors).
+It runs a few experts at a time, so that temporary memory stays small whatever the site's size.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from .. import mx
+from ..ops import schema
+from ..ops.registry import get_backend
+from ..spec import MoEParams
+from .experts import Projection
+
+# Experts are prepared in groups of at least one, and of at most this many bytes of source weights.
+_GROUP_BYTES = 64 << 20
+
+aten = torch.ops.aten
+
+
+def prep_program(
+    projection: Projection, params: MoEParams | None, scale_rule: str, backend: str, layout: str
+) -> fx.GraphModule:
+    """Build the prep program of one projection."""
+    graph = fx.Graph()
+    parts = [graph.placeholder(name.replace(".", "_")) for name in projection.source.parameters]
+    if projection.source.transposed:
+        parts = [graph.call_function(aten.transpose.int, (part, 1, 2)) for part in parts]
+    weight = parts[0] if len(parts) == 1 else graph.call_function(aten.cat.default, (parts, 1))
+    quantized = graph.call_function(schema.quantize, (weight, scale_rule))
+    packed = graph.call_function(operator.getitem, (quantized, 0))
+    scales = graph.call_function(operator.getitem, (quantized, 1))
+    k = projection.shape[2]
+    prepared: fx.Node | list[fx.Node] = [packed, scales]
+    if layout != "canonical":
+        if projection.role is None or params is None:
+            prepared = graph.call_function(schema.prepare_linear, (packed, scales, k, backend, layout))
+        else:
+            scalars = schema.moe_scalars(params)
+            prepared = graph.call_function(
+                schema.prepare_moe, (packed, scales, k, projection.role, *scalars, backend, layout)
+            )
+    graph.output((packed, scales, prepared))
+    return fx.GraphModule(nn.Module(), graph, class_name="PrepProgram")
+
+
+@dataclass(frozen=True)
+class PreparedProjection:
+    """Prepared tensors (first dimension E) and each expert's relative squared error [E] (fp64, CPU)."""
+
+    tensors: list[Tensor]
+    errors: Tensor
+
+
+def run_prep(
+    program: fx.GraphModule,
+    projection: Projection,
+    original: nn.Module,
+    progress: Callable[[int], None] | None = None,
+) -> PreparedProjection:
+    """Run ``program`` over all experts of ``original``; peak extra memory is one group of experts."""
+    sources = [original.get_parameter(name).detach() for name in projection.source.parameters]
+    experts = projection.shape[0]
+    per_expert = max(1, sum(s[0].numel() * s.element_size() for s in sources))
+    group = max(1, min(experts, _GROUP_BYTES // per_expert))
+    outputs: list[Tensor] = []
+    errors = []
+    for start in range(0, experts, group):
+        stop = min(start + group, experts)
+        slices = [s[start:stop] for s in sources]
+        with torch.no_grad():
+            packed, scales, prepared = program(*slices)
+            weight = [s.transpose(1, 2) if projection.source.transposed else s for s in slices]
+            errors.append(_errors(weight, packed, scales))
+        if not outputs:
+            outputs = [t.new_empty((experts, *t.shape[1:])) for t in prepared]
+        for target, source in zip(outputs, prepared, strict=True):
+            target[start:stop].copy_(source)
+        if progress is not None:
+            progress(sum(s.numel() * s.element_size() for s in slices))
+    return PreparedProjection(outputs, torch.cat(errors))
+
+
+def _errors(parts: list[Tensor], packed: Tensor, scales: Tensor) -> Tensor:
+    """Relative squared error per expert, each part weighed by its energy."""
+    start, error, energy = 0, 0.0, 0.0
+    for part in parts:
+        n = part.shape[1]
+        own = part.double().square().sum((1, 2)) if part.numel() < 1 << 16 else _energy(part)
+        relative = mx.relative_error(part, packed[:, start : start + n], scales[:, start : start + n])
+        error = error + relative.double() * own
+        energy = energy + own
+        start += n
+    assert isinstance(energy, Tensor) and isinstance(error, Tensor)
+    return torch.where(energy > 0, error / energy, torch.zeros_like(energy)).cpu()
+
+
+def _energy(part: Tensor) -> Tensor:
+    """Sum of squares per expert, in fp32 norms of single experts so that no wide copy is made."""
+    return torch.stack([torch.linalg.vector_norm(e, dtype=torch.float32).double().square() for e in part])
+
+
+def prepare_bias(
+    projection: Projection, original: nn.Module, params: MoEParams | None, backend: str, layout: str
+) -> Tensor | None:
+    """The prepared bias of a projection, or None."""
+    if not projection.source.bias:
+        return None
+    bias = torch.cat([original.get_parameter(name).detach() for name in projection.source.bias], dim=1)
+    # prepare_bias may hand its input back: the buffer must not share memory with the original parameter.
+    return get_backend(backend).prepare_bias(bias.clone(), role=projection.role, params=params, layout=layout)

@@ -1,0 +1,207 @@
+"""Rewrite: the captured graph with its matched region replaced by op calls on prepared weights.
+
+Contract: the captured graph is not changed; the result is a GraphModule without state whose inputs are
+the site's tensor arguments, then the retained parameters, then the prepared tensors. No expert GEMM may
+be left over: RewriteError if one is.
+
+1. copy the graph; 2. add inputs for prepared tensors; 3. put the op where the region's output was;
+4. drop what nothing uses any more; 5. check that the anchors are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ops import schema
+from ..spec import MoESpec
+from .capture import Captured
+from .experts import projections_of
+from .match import FusedMatch, SplitMatch
+
+
+class RewriteError(RuntimeError):
+    """A matched graph that could not be rewritten as a whole, with the reason."""
+
+
+def retained_names(captured: Captured, found: FusedMatch | SplitMatch) -> tuple[str, ...]:
+    """Parameters and buffers that the rewritten graph still reads."""
+    graph, _ = _rewritten(captured, found, {p.slot: 1 for p in projections_of(found.spec)}, "reference", "canonical")
+    names = {**captured.parameters, **captured.buffers}
+    return tuple(names[n.target] for n in graph.nodes if n.op == "placeholder" and n.target in names)
+
+
+def rewrite(
+    captured: Captured, found: FusedMatch | SplitMatch, counts: Mapping[str, int], backend: str, layout: str
+) -> fx.GraphModule:
+    """The rewritten graph; ``counts``: slot -> number of prepared tensors."""
+    graph, _ = _rewritten(captured, found, counts, backend, layout)
+    root = torch.nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            root.register_buffer(node.target, captured.constants[node.target], persistent=False)
+    return fx.GraphModule(root, graph, class_name="RewrittenExperts")
+
+
+def _rewritten(
+    captured: Captured, found: FusedMatch | SplitMatch, counts: Mapping[str, int], backend: str, layout: str
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    graph = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    state = {**captured.parameters, **captured.buffers}
+    by_name = {n.name: n for n in captured.graph.nodes if n.op == "placeholder"}
+    for name in captured.inputs:
+        mapped[by_name[name]] = graph.node_copy(by_name[name])
+    for name in state:
+        mapped[by_name[name]] = graph.node_copy(by_name[name])
+    slots = _weight_inputs(graph, found, counts)
+    for name in captured.constants:
+        mapped[by_name[name]] = graph.get_attr(name)
+    replaced = {found.output: None} if isinstance(found, FusedMatch) else {g.node: g for g in found.gemms}
+    index = 0
+    for node in captured.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node in replaced:
+            if isinstance(found, FusedMatch):
+                mapped[node] = _moe_call(graph, found, mapped, slots, backend, layout)
+            else:
+                gemm = found.gemms[index]
+                mapped[node] = graph.call_function(
+                    schema.grouped_linear,
+                    (
+                        mapped[gemm.rows],
+                        mapped[gemm.selector],
+                        slots[f"linear{index}"][0],
+                        gemm.shape[1],
+                        gemm.node.meta["val"].dtype,
+                        backend,
+                        layout,
+                    ),
+                )
+                index += 1
+            mapped[node].meta = dict(node.meta)
+            continue
+        if node.op == "output":
+            # Exported programs return a tuple; a module called in a model returns its tensor.
+            (result,) = node.args[0]  # type: ignore[misc]
+            graph.output(mapped[result])  # type: ignore[index]
+            continue
+        mapped[node] = graph.node_copy(node, lambda n: mapped[n])
+        if node.target == torch.ops.aten.view.default:
+            # The capture saw contiguous arguments; callers may pass others, as the original's reshape allowed.
+            mapped[node].target = torch.ops.aten.reshape.default
+    _drop_unused(graph, set(captured.inputs))
+    left = {mapped[g.node] for g in found.gemms} & set(graph.nodes) if isinstance(found, FusedMatch) else set()
+    if left:
+        raise RewriteError(f"the products {sorted(map(str, left))} are also used outside the matched region")
+    weights = {n for p in projections_of(found.spec) for n in p.source.parameters}
+    for node in graph.nodes:
+        if node.op == "placeholder" and state.get(node.target) in weights:
+            raise RewriteError(f"weight {state[node.target]!r} is still used by the rewritten graph")
+    graph.lint()
+    return graph, mapped
+
+
+def _weight_inputs(
+    graph: fx.Graph, found: FusedMatch | SplitMatch, counts: Mapping[str, int]
+) -> dict[str, tuple[list[fx.Node], fx.Node | None]]:
+    projections = projections_of(found.spec)
+    tensors = {p.slot: [graph.placeholder(f"{p.slot}_{i}") for i in range(counts[p.slot])] for p in projections}
+    biases = {p.slot: graph.placeholder(f"{p.slot}_bias") if p.source.bias else None for p in projections}
+    return {p.slot: (tensors[p.slot], biases[p.slot]) for p in projections}
+
+
+def _moe_call(
+    graph: fx.Graph,
+    found: FusedMatch,
+    mapped: Mapping[fx.Node, fx.Node],
+    slots: Mapping[str, tuple[list[fx.Node], fx.Node | None]],
+    backend: str,
+    layout: str,
+) -> fx.Node:
+    (up, up_bias), (down, down_bias) = slots["up"], slots["down"]
+    return graph.call_function(
+        schema.moe,
+        (
+            mapped[found.x],
+            mapped[found.topk_ids],
+            mapped[found.topk_weights],
+            up,
+            down,
+            up_bias,
+            down_bias,
+            *schema.moe_scalars(found.spec.params),
+            backend,
+            layout,
+        ),
+    )
+
+
+def _drop_unused(graph: fx.Graph, keep: set[str]) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "output" or node.users:
+            continue
+        prepared = "val" not in node.meta and node.op == "placeholder"
+        if node.op == "placeholder" and (node.target in keep or prepared):
+            continue
+        graph.erase_node(node)
+
+
+def reroute(
+    module: fx.GraphModule, counts: Mapping[str, int], backend: str, layout: str, device: torch.device
+) -> fx.GraphModule:
+    """A copy of a rewritten graph for another backend and device: other prepared tensors, other ids."""
+    graph = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    fresh: dict[str, list[fx.Node]] = {}
+    nodes = list(module.graph.nodes)
+    old_slots = {f"{slot}_" for slot in counts}
+
+    def slot_of(node: fx.Node) -> str | None:
+        stem, _, tail = str(node.target).rpartition("_")
+        return stem if node.op == "placeholder" and f"{stem}_" in old_slots and tail.isdigit() else None
+
+    for node in nodes:
+        slot = slot_of(node)
+        if slot is not None:
+            if slot not in fresh:
+                fresh[slot] = [graph.placeholder(f"{slot}_{i}") for i in range(counts[slot])]
+            continue
+        new = graph.node_copy(node, lambda n: mapped.get(n, n)) if not _is_op(node) else None
+        if new is None:
+            args: list[Any] = []
+            for arg in node.args:
+                if isinstance(arg, (list, tuple)) and arg and slot_of(arg[0]) is not None:
+                    args.append(fresh[slot_of(arg[0]) or ""])
+                else:
+                    args.append(fx.node.map_arg(arg, lambda n: mapped[n]))
+            args[-2:] = [backend, layout]
+            new = graph.call_function(node.target, tuple(args))
+        if "device" in new.kwargs:
+            new.kwargs = {**new.kwargs, "device": device}
+        mapped[node] = new
+    graph.lint()
+    return fx.GraphModule(module, graph, class_name="RewrittenExperts")
+
+
+def _is_op(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (schema.moe, schema.grouped_linear)
+
+
+def count_ops(module: torch.nn.Module) -> dict[str, int]:
+    """How many ``mxfp4::moe`` and ``mxfp4::grouped_linear`` calls a rewritten graph holds."""
+    counts = {"moe": 0, "grouped_linear": 0}
+    if isinstance(module, fx.GraphModule):
+        for node in module.graph.nodes:
+            if node.target == schema.moe:
+                counts["moe"] += 1
+            elif node.target == schema.grouped_linear:
+                counts["grouped_linear"] += 1
+    return counts
+
+
+__all__ = ["MoESpec", "RewriteError", "count_ops", "reroute", "retained_names", "rewrite"]

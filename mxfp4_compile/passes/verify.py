@@ -1,0 +1,279 @@
+"""Verify: the original module on dequantized weights against the rewritten one, by running both.
+
+Contract: neither module is changed; memory beyond the site's prepared weights is a few experts.
+
+1. Take a few experts at a time: a copy of the ORIGINAL module gets their dequantized weights (its other
+   experts do not exist in the copy; ids are drawn among the few), the rewritten one keeps all of its own.
+2. Feed both the same tokens, over the edge cases of routing: one token, a prime number of tokens, an
+   expert with none, all tokens on one set of experts; tokens large enough that clamps are reached.
+3. Judge by distance from an fp32 run of the original: the rewritten module may be at most
+   ``RATIO`` times as far from it as the original in its own dtype, plus a little for fp32 sums in
+   another order.
+Separately every expert's dequantized weights are compared with the original ones, since both sides of
+the first check share them (``check_weights``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import mx
+from .capture import TensorInfo
+from .experts import BLUEPRINT, MXFP4Experts
+from .match import FusedMatch
+
+# The rewritten module's error over the original's, both against fp32. Kernels round less often than the
+# original, so 1 is typical; a wrong rewrite is off by orders of magnitude.
+RATIO = 1.5
+# Relative error that sums taken in another order may add, per dtype the module works in.
+SLACK = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
+
+# A weight matrix read along the wrong axis or in the wrong order is uncorrelated with the right one:
+# relative squared error about 2. The worst any right layout can give is below 0.1 (every block clipped).
+WRONG_LAYOUT = 0.25
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome for one site: relative errors against an fp32 run of the original module."""
+
+    error: float
+    original_error: float
+    cases: int
+    experts: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether the rewritten module is as close to fp32 as the original, within the tolerance."""
+        return bool(self.error <= self.limit)
+
+    limit: float = 0.0
+
+
+class VerificationError(RuntimeError):
+    """A rewritten site that does not compute what the original does."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which tensor arguments of a site are tokens, expert ids and routing weights (indices into them)."""
+
+    ids: int | None
+    top_k: int
+
+
+def check_weights(errors: Tensor, scale_rule: str, weights: Sequence[str]) -> list[str]:
+    """Messages about experts whose quantization error [E] is beyond twice the rule's usual one.
+
+    Raises VerificationError where the error says that the weights were read in a wrong layout.
+    """
+    usual = 2 * max(mx.EXPECTED_RELATIVE_MSE[scale_rule])
+    worst = float(errors.max()) if errors.numel() else 0.0
+    name = ", ".join(weights)
+    if not worst < WRONG_LAYOUT:  # NaN included
+        expert = int(errors.nan_to_num(nan=float("inf")).argmax())
+        raise VerificationError(
+            f"{name}, expert {expert}: the dequantized weights have a relative squared error of {worst:.3g} against "
+            "the original ones; no right layout gives more than 0.1"
+        )
+    beyond = (errors > usual).nonzero().flatten().tolist()
+    if not beyond:
+        return []
+    shown = ", ".join(map(str, beyond[:8])) + (", ..." if len(beyond) > 8 else "")
+    return [
+        f"{name}: {len(beyond)} of {errors.numel()} experts ({shown}) lose more than usual: relative squared error up "
+        f"to {worst:.4f}, twice the usual is {usual:.4f}"
+    ]
+
+
+def verify(site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0) -> Verification:
+    """Compare ``site`` with ``original`` (weights present or not: they are replaced by dequantized ones).
+
+    Raises VerificationError with both errors if they disagree.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    experts = site.projections[0].shape[0]
+    ids_at, top_k = _roles(site, found)
+    groups = _groups(experts, top_k)
+    squared = torch.zeros(3, dtype=torch.float64)
+    cases = checked = 0
+    dtype = site.plan.weight_dtype
+    for start, stop in groups:
+        narrow = slice(start, stop)
+        try:
+            outcome = _compare_group(site, original, narrow, ids_at, top_k, generator, dtype)
+        except _NeedsAllExperts:
+            outcome = _compare_group(site, original, slice(0, experts), ids_at, top_k, generator, dtype)
+        for ours, theirs, truth in outcome:
+            cases += 1
+            delta = torch.tensor(
+                [
+                    float((ours.double() - truth).square().sum()),
+                    float((theirs.double() - truth).square().sum()),
+                    float(truth.square().sum()),
+                ],
+                dtype=torch.float64,
+            )
+            _judge(delta, dtype, f"experts {start} to {stop - 1}, {ours.shape[0]} tokens")
+            squared += delta
+        checked += stop - start
+    error, original_error, limit = _judge(squared, dtype, "all cases together")
+    return Verification(error, original_error, cases, checked, limit)
+
+
+def _judge(squared: Tensor, dtype: torch.dtype, what: str) -> tuple[float, float, float]:
+    norm = float(squared[2]) ** 0.5
+    if norm == 0:
+        error, original_error = float(squared[0]) ** 0.5, float(squared[1]) ** 0.5
+    else:
+        error, original_error = float(squared[0]) ** 0.5 / norm, float(squared[1]) ** 0.5 / norm
+    limit = RATIO * original_error + SLACK[dtype]
+    if not error <= limit:  # NaN fails
+        raise VerificationError(
+            f"{what}: relative error {error:.3g} against an fp32 run of the original, which itself is at "
+            f"{original_error:.3g} in {dtype}; at most {limit:.3g} is allowed"
+        )
+    return error, original_error, limit
+
+
+class _NeedsAllExperts(Exception):
+    """The original module does not run with a part of its experts."""
+
+
+def _roles(site: MXFP4Experts, found: Any) -> tuple[int, int]:
+    """Index (among the tensor arguments) of the expert ids, and K."""
+    infos = site.plan.pattern.tensors
+    integer = [i for i, info in enumerate(infos) if not info.dtype.is_floating_point and info.dtype != torch.bool]
+    if len(integer) != 1:
+        raise VerificationError(f"{len(integer)} integer arguments, one with the expert ids was expected")
+    index = integer[0]
+    top_k = found.spec.top_k if isinstance(found, FusedMatch) else int(infos[index].shape[-1])
+    return index, top_k
+
+
+def _groups(experts: int, top_k: int) -> list[tuple[int, int]]:
+    """Ranges of experts to check: all where there are few, else the first, a middle and the last few."""
+    size = max(8, top_k)
+    if experts <= 2 * size:
+        return [(0, experts)]
+    middle = (experts // 2) - size // 2
+    return [(0, size), (middle, middle + size), (experts - size, experts)]
+
+
+def _compare_group(
+    site: MXFP4Experts,
+    original: nn.Module,
+    narrow: slice,
+    ids_at: int,
+    top_k: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    whole = narrow.stop - narrow.start == site.projections[0].shape[0]
+    own = _with_weights(site, original, narrow, dtype)
+    exact = _with_weights(site, original, narrow, torch.float32 if dtype.itemsize < 8 else dtype)
+    out = []
+    with torch.no_grad():
+        for tokens, pattern in _routings(narrow.stop - narrow.start, top_k):
+            inputs = _inputs(site, tokens, ids_at, pattern, generator)
+            shifted = list(inputs)
+            shifted[ids_at] = inputs[ids_at] + narrow.start
+            try:
+                theirs = _call(own, site, inputs)
+                truth = _call(exact, site, [t.float() if t.is_floating_point() else t for t in inputs])
+            except Exception as error:  # noqa: BLE001
+                if not whole:
+                    raise _NeedsAllExperts from error
+                raise VerificationError(f"the original module does not run on verification inputs: {error}") from error
+            ours = _call(site, site, shifted)
+            out.append((ours.cpu(), theirs.cpu(), truth.cpu().double()))
+    return out
+
+
+def _with_weights(site: MXFP4Experts, original: nn.Module, narrow: slice, dtype: torch.dtype) -> nn.Module:
+    """A copy of the original module with the dequantized weights of some experts, in ``dtype``."""
+    released = {n for p in site.projections for n in (*p.source.parameters, *p.source.bias)}
+    memo: dict[int, Any] = {}
+    for name in released:  # do not copy the full weights only to replace them
+        parameter = original.get_parameter(name)
+        memo[id(parameter)] = parameter
+    config = getattr(original, "config", None)
+    if config is not None:
+        memo[id(config)] = config  # the caller decides which implementation it names
+    module = copy.deepcopy(original, memo)
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        hooks.clear()
+    values: dict[str, Tensor] = {}
+    for projection in site.projections:
+        values.update(site.dequantized(projection, narrow, dtype))
+    for name, bias in site.dequantized_biases().items():
+        values[name] = bias[narrow].to(dtype)
+    for name, value in values.items():
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    for child in module.modules():
+        for leaf, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+                child._parameters[leaf] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+    return module
+
+
+def _routings(experts: int, top_k: int) -> Iterator[tuple[int, str]]:
+    yield 1, "random"
+    yield 13, "random"
+    yield 7, "one"
+    if experts > top_k:
+        yield 11, "skip last"
+
+
+def _inputs(
+    site: MXFP4Experts, tokens: int, ids_at: int, pattern: str, generator: torch.Generator
+) -> list[Tensor]:
+    """Tensor arguments of a call with ``tokens`` tokens, ids among the experts of one group."""
+    plan = site.plan
+    infos = plan.pattern.tensors
+    experts = site.projections[0].shape[0]
+    size = min(experts, max(8, infos[ids_at].shape[-1])) if experts > 2 * max(8, infos[ids_at].shape[-1]) else experts
+    recorded = infos[ids_at].shape[0]
+    out: list[Tensor] = []
+    for index, info in enumerate(infos):
+        shape = tuple(tokens if n == recorded and d == 0 else n for d, n in enumerate(info.shape))
+        if index == ids_at:
+            out.append(_ids(shape, size, pattern, generator).to(info.dtype).to(info.device))
+        elif info.dtype.is_floating_point and len(shape) == 2 and shape[1] == infos[ids_at].shape[-1]:
+            weights = torch.rand(shape, generator=generator) + 0.05
+            out.append((weights / weights.sum(-1, keepdim=True)).to(info.dtype).to(info.device))
+        elif info.dtype.is_floating_point:
+            values = torch.randn(shape, generator=generator)
+            values[::3] *= 8  # some tokens large enough to reach the clamps
+            out.append(values.to(info.dtype).to(info.device))
+        else:
+            out.append(torch.zeros(shape, dtype=info.dtype, device=info.device))
+    return out
+
+
+def _ids(shape: tuple[int, ...], experts: int, pattern: str, generator: torch.Generator) -> Tensor:
+    tokens, top_k = shape[0], shape[-1]
+    usable = experts - 1 if pattern == "skip last" else experts
+    if usable < top_k:
+        return torch.randint(experts, shape, generator=generator)
+    keys = torch.rand((1 if pattern == "one" else tokens, usable), generator=generator)
+    return keys.argsort(dim=1)[:, :top_k].expand(tokens, top_k).reshape(shape).contiguous()
+
+
+def _call(module: nn.Module, site: MXFP4Experts, tensors: Sequence[Tensor]) -> Tensor:
+    remaining = iter(tensors)
+    leaves = [next(remaining) if isinstance(leaf, TensorInfo) else leaf for leaf in site.plan.pattern.leaves]
+    args, kwargs = site.plan.pattern.arrange(leaves)
+    result = module(*args, **kwargs)
+    assert isinstance(result, Tensor)
+    return result
+
+
+__all__ = ["BLUEPRINT", "Verification", "VerificationError", "check_weights", "verify"]

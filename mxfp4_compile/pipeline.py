@@ -1,0 +1,570 @@
+"""optimize() and restore(), readable top to bottom.
+
+Order: everything that can fail for reasons of the model (discover, capture, match, plan, the scan for
+NaN and Inf, verification of each distinct structure) is finished for ALL sites before the first weight
+is released. Until then a failure leaves the model untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import mx
+from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
+from .ops.registry import get_backend
+from .ops.selection import Choice, choose, requested_backend
+from .passes.capture import CallPattern, CaptureError, Captured, call_pattern, capture
+from .passes.discover import (
+    Candidate,
+    experts_implementation,
+    find_candidates,
+    packed_parameters,
+    record_calls,
+)
+from .passes.experts import (
+    MXFP4Experts,
+    SitePlan,
+    dtype_message,
+    mxfp4_sites,
+    projections_of,
+    release,
+    source_names,
+)
+from .passes.match import FusedMatch, NoMatch, SplitMatch, match
+from .passes.prep import prep_program, prepare_bias, run_prep
+from .passes.rewrite import RewriteError, retained_names, rewrite
+from .passes.verify import VerificationError, check_weights, verify
+from .report import Report, SiteReport
+
+GUARD = "mxfp4_guard"
+REPORT = "mxfp4_report"
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class OptimizeError(RuntimeError):
+    """optimize() could not do what was asked. ``report`` says what happened to every module."""
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class Structure:
+    """What sites of one distinct structure share: captured, matched and planned once."""
+
+    pattern: CallPattern
+    captured: Captured
+    found: FusedMatch | SplitMatch
+    choice: Choice
+    retained: tuple[str, ...]
+    graphs: dict[tuple[int, ...], torch.fx.GraphModule] = field(default_factory=dict)
+    verified: bool = False
+
+
+@dataclass
+class Site:
+    """A candidate with its structure, or the reason why it has none."""
+
+    candidate: Candidate
+    structure: Structure | None = None
+    outcome: str = ""
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The first path to the module."""
+        return self.candidate.name
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    activation_dtype: str = "bf16",
+    max_capture_size: int = 512,
+    scale_rule: str = mx.DEFAULT_SCALE_RULE,
+    skip: Sequence[str] = (),
+    strict: bool = True,
+    verify: bool = True,
+    example_inputs: Any = None,
+    progress: bool | None = None,
+) -> Any:
+    """Make a model's mixture-of-experts weights MXFP4, in place, and return the model.
+
+    Every experts module (packed weights [E, N, K] or [E, K, N] in bf16, fp16 or fp32) is captured as a
+    graph, matched, quantized, rewritten to one fused op (or to grouped projections around a middle no
+    kernel knows), verified against the original, and replaced. ``model.mxfp4_report`` says what happened.
+
+    backend: "auto", or a name that must then serve every site. activation_dtype: "bf16" (the model's own
+    dtype; nothing else is supported yet). max_capture_size: largest batch, in tokens, kernels are tuned
+    for. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns (fnmatch) to leave alone. strict:
+    raise when nothing is found or something MoE-looking has no match. verify: check each site numerically.
+    example_inputs: dict or tuple for one forward, where token ids alone will not do. progress: None shows
+    a bar on a terminal only.
+
+    Raises TypeError or ValueError for bad arguments, OptimizeError (with ``.report``) otherwise. The model
+    is untouched if it raises before the first site is installed; a site that fails verification later
+    stays as it was, and the error lists which sites changed.
+    """
+    started = time.perf_counter()
+    requested = _check_arguments(model, backend, activation_dtype, max_capture_size, scale_rule)
+    if mxfp4_sites(model):
+        report: Report = getattr(model, REPORT)
+        print("mxfp4_compile: this model is optimized already; nothing to do", file=sys.stderr)
+        return model
+    report = Report(scale_rule, activation_dtype, max_capture_size, verify, versions=_versions())
+    if activation_dtype != "bf16":
+        raise ValueError(f"activation_dtype {activation_dtype!r} is not supported; known: bf16")
+
+    candidates = find_candidates(model)
+    sites = _apply_skip([Site(c) for c in candidates], skip, report)
+    _check_model(model, [s.candidate for s in sites if not s.outcome])
+    with experts_implementation(model, "grouped_mm"):
+        _match_all(model, sites, example_inputs, requested)
+    _check_matches(sites, report, strict)
+    todo = [s for s in sites if s.structure is not None]
+    _scan_finite(todo)
+
+    with _progress(todo, progress) as advance:
+        if verify:
+            _verify_structures(todo, scale_rule, model)
+        failures = []
+        for site in sites:
+            if site.structure is None:
+                report.sites.append(_left(site))
+                continue
+            outcome = _install(model, site, scale_rule, verify, advance)
+            report.sites.append(outcome)
+            if outcome.outcome == "failed":
+                failures.append(outcome)
+    report.seconds = time.perf_counter() - started
+    if report.rewritten:
+        _put_guard(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    model.mxfp4_report = report  # type: ignore[assignment]
+    if failures and strict:
+        changed = [n for s in report.rewritten for n in s.names]
+        raise OptimizeError(
+            "these sites failed verification and stay in their original precision: "
+            + "; ".join(f"{s.names[0]} ({s.reason})" for s in failures)
+            + f". Changed to MXFP4: {', '.join(changed) or 'none'}. The model remains usable.",
+            report,
+        )
+    return model
+
+
+# 1. arguments and model
+
+
+def _check_arguments(
+    model: Any, backend: str, activation_dtype: str, max_capture_size: int, scale_rule: str
+) -> str | None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize() takes a torch.nn.Module, got {type(model).__name__}")
+    mx.check_scale_rule(scale_rule)
+    if not isinstance(max_capture_size, int) or max_capture_size < 0:
+        raise ValueError(f"max_capture_size must be an int >= 0, got {max_capture_size!r}")
+    requested = requested_backend(backend)
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or model._compiled_call_impl is not None:
+        raise OptimizeError("this model is compiled already: optimize() it first, then torch.compile it")
+    if model.training:
+        raise OptimizeError("this model is in training mode; MXFP4 is for inference: call model.eval() first")
+    return requested
+
+
+def _check_model(model: nn.Module, candidates: list[Candidate]) -> None:
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantization is not None:
+        method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method")
+        raise OptimizeError(f"this model is quantized already ({method}); optimize() takes bf16, fp16 or fp32 experts")
+    for candidate in candidates:
+        for name, parameter in candidate.module.named_parameters():
+            path = f"{candidate.name}.{name}"
+            if _is_dtensor(parameter):
+                raise OptimizeError(f"{path} is a DTensor: tensor- or expert-parallel experts are not supported yet")
+            if parameter.device.type == "meta":
+                raise OptimizeError(f"{path} is on the meta device: load the model's weights first")
+            if parameter.is_floating_point() and parameter.dtype not in _WEIGHT_DTYPES:
+                raise OptimizeError(
+                    f"{path} is {parameter.dtype}: quantized already; optimize() takes bf16, fp16 or fp32 experts"
+                )
+        if getattr(candidate.module, "_is_expert_parallel", False):
+            raise OptimizeError(f"{candidate.name} is expert-parallel, which is not supported yet")
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise OptimizeError("this model is tensor-parallel (tp_plan), which is not supported yet")
+
+
+def _is_dtensor(parameter: torch.Tensor) -> bool:
+    return type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor"
+
+
+def _apply_skip(sites: list[Site], skip: Sequence[str], report: Report) -> list[Site]:
+    for pattern in skip:
+        hit = [s for s in sites if any(fnmatch.fnmatch(n, pattern) for n in s.candidate.names)]
+        if not hit:
+            report.notes.append(f"skip pattern {pattern!r} names no MoE-looking module")
+        for site in hit:
+            site.outcome, site.reason = "skipped", f"skip={pattern!r}"
+    return sites
+
+
+# 2. discover, capture, match, plan
+
+
+def _match_all(model: nn.Module, sites: list[Site], example_inputs: Any, requested: str | None) -> None:
+    waiting = [s for s in sites if not s.outcome]
+    candidates = [s.candidate for s in waiting]
+    record_calls(model, candidates, example_inputs)
+    kept = {id(c) for c in candidates}
+    sites[:] = [s for s in sites if s.outcome or id(s.candidate) in kept]
+    known: dict[Any, Structure | NoMatch] = {}
+    patterns: dict[Any, CallPattern] = {}
+    for site in sites:
+        if site.outcome:
+            continue
+        if site.candidate.kind == "list":
+            site.outcome = "unmatched"
+            site.reason = "a list of experts of which a forward uses a part; only packed experts are rewritten so far"
+            continue
+        _match_site(site, known, patterns, requested)
+    # Modules that no forward reached are matched by the calls of an equal module, if there is one.
+    for site in sites:
+        if site.outcome == "unreached":
+            shape = _shape_key(site.candidate.module)
+            if shape in patterns:
+                _match_pattern(site, patterns[shape], known, requested)
+            else:
+                site.outcome, site.reason = "unmatched", "no forward with these inputs reached it (pass example_inputs)"
+
+
+def _match_site(
+    site: Site, known: dict[Any, Structure | NoMatch], patterns: dict[Any, CallPattern], requested: str | None
+) -> None:
+    calls = site.candidate.calls
+    if not calls:
+        site.outcome = "unreached"
+        return
+    try:
+        pattern = call_pattern(calls[0], calls[-1])
+    except CaptureError as error:
+        site.outcome, site.reason = "unmatched", str(error)
+        return
+    patterns.setdefault(_shape_key(site.candidate.module), pattern)
+    _match_pattern(site, pattern, known, requested)
+
+
+def _match_pattern(
+    site: Site, pattern: CallPattern, known: dict[Any, Structure | NoMatch], requested: str | None
+) -> None:
+    module = site.candidate.module
+    key = (structure_key(module), pattern)
+    if key not in known:
+        known[key] = match_structure(module, pattern, requested)
+    result = known[key]
+    if isinstance(result, NoMatch):
+        site.outcome = "dense" if result.dense else "unmatched"
+        site.reason = result.reason
+    else:
+        site.structure, site.outcome, site.reason = result, "", ""
+
+
+def match_structure(module: nn.Module, pattern: CallPattern, requested: str | None) -> Structure | NoMatch:
+    """Capture, match and plan one module; NoMatch with the reason, or BackendUnavailable for ``requested``."""
+    try:
+        captured = capture(module, pattern)
+        found = match(captured)
+        if isinstance(found, NoMatch):
+            return found
+        retained = retained_names(captured, found)
+    except (CaptureError, RewriteError) as error:
+        return NoMatch(str(error))
+    params = found.spec.params if isinstance(found, FusedMatch) else None
+    device = next(module.parameters()).device
+    choice = choose(params, device, requested)
+    return Structure(pattern, captured, found, choice, retained)
+
+
+def structure_key(module: nn.Module) -> Any:
+    """Two modules with equal keys trace to the same graph: class, code, parameters, plain attributes."""
+    parts: list[Any] = []
+    for name, child in module.named_modules():
+        plain = []
+        for attribute, value in sorted(vars(child).items()):
+            if isinstance(value, (bool, int, float, str, type(None), torch.dtype, tuple)):
+                plain.append((attribute, repr(value)))
+            elif attribute not in _OWN_STATE:
+                plain.append((attribute, id(value) if attribute == "config" else repr(type(value))))
+        tensors = [
+            (n, tuple(t.shape), t.dtype, t.device, t.stride())
+            for n, t in (*child._parameters.items(), *child._buffers.items())
+            if t is not None
+        ]
+        parts.append((name, type(child), tuple(plain), tuple(tensors)))
+    return tuple(parts)
+
+
+_OWN_STATE = frozenset(vars(nn.Module()))
+
+
+def _shape_key(module: nn.Module) -> Any:
+    return type(module), tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters())
+
+
+def _check_matches(sites: list[Site], report: Report, strict: bool) -> None:
+    unmatched = [s for s in sites if s.outcome == "unmatched"]
+    matched = [s for s in sites if s.structure is not None]
+    if not strict:
+        return
+    if unmatched:
+        report.sites = [_left(s) for s in sites if s.structure is None]
+        raise OptimizeError(
+            f"{len(unmatched)} modules look like mixtures of experts but have no match: "
+            + "; ".join(f"{s.name} [{type(s.candidate.module).__name__}]: {s.reason}" for s in unmatched[:8])
+            + ". Nothing was changed. strict=False leaves them in their original precision; skip=[...] names them.",
+            report,
+        )
+    if not matched and not any(s.outcome == "skipped" for s in sites):
+        report.sites = [_left(s) for s in sites]
+        found = "; ".join(f"{s.name}: {s.reason}" for s in sites)
+        raise OptimizeError(
+            "no mixture of experts was found. Looked for: modules with two or more floating 3-D parameters of equal "
+            "first dimension, and lists of two or more equal children with two or more matrices each of which a "
+            "forward uses a part" + (f". Found only: {found}" if found else "") + ". Nothing was changed.",
+            report,
+        )
+
+
+def _scan_finite(sites: list[Site]) -> None:
+    seen: set[int] = set()
+    for site in sites:
+        assert site.structure is not None
+        names = source_names(projections_of(site.structure.found.spec))
+        for name in names:
+            parameter = site.candidate.module.get_parameter(name).detach()
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            # One expert at a time, one synchronization a parameter. A sum is finite only if its terms are,
+            # and overflow of finite terms is ruled out by taking the largest magnitude instead.
+            finite = torch.stack([expert.abs().amax().isfinite() for expert in parameter])
+            if not bool(finite.all()):
+                expert = int((~finite).nonzero()[0])
+                raise OptimizeError(
+                    f"{site.name}.{name} holds NaN or Inf in expert {expert}. Nothing was changed."
+                )
+
+
+# 3. prepare, verify, install
+
+
+def _build(site: Site, scale_rule: str, advance: Callable[[int], None]) -> tuple[MXFP4Experts, torch.Tensor, list[str]]:
+    """Quantize and prepare a site's weights; the module that would take its place, errors, warnings."""
+    structure = site.structure
+    assert structure is not None
+    module, choice, spec = site.candidate.module, structure.choice, structure.found.spec
+    params = structure.found.spec.params if isinstance(structure.found, FusedMatch) else None
+    dtype = module.get_parameter(projections_of(spec)[0].source.parameters[0]).dtype
+    plan = SitePlan(spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained)
+    weights, biases, errors, warnings = {}, {}, [], []
+    for projection in projections_of(spec):
+        program = prep_program(projection, params, scale_rule, choice.backend, choice.layout)
+        prepared = run_prep(program, projection, module, advance)
+        weights[projection.slot] = prepared.tensors
+        bias = prepare_bias(projection, module, params, choice.backend, choice.layout)
+        if bias is not None:
+            biases[projection.slot] = bias
+        errors.append(prepared.errors)
+        warnings += check_weights(prepared.errors, scale_rule, projection.source.parameters)
+    counts = {slot: len(tensors) for slot, tensors in weights.items()}
+    key = tuple(counts.values())
+    if key not in structure.graphs:
+        structure.graphs[key] = rewrite(structure.captured, structure.found, counts, choice.backend, choice.layout)
+    built = MXFP4Experts(plan, structure.graphs[key], module, weights, biases)
+    return built, torch.cat(errors), warnings
+
+
+def _verify_structures(sites: list[Site], scale_rule: str, model: nn.Module) -> None:
+    """Build and verify one site of each structure, and drop it again: nothing is released yet."""
+    for site in sites:
+        structure = site.structure
+        assert structure is not None
+        if structure.verified:
+            continue
+        try:
+            built, _, _ = _build(site, scale_rule, lambda _: None)
+            with experts_implementation(model, "eager"):
+                verify_site(built, site)
+        except (VerificationError, RewriteError) as error:
+            raise OptimizeError(f"{site.name} was matched but failed verification: {error}. Nothing was changed.") from error
+        structure.verified = True
+        del built
+
+
+def verify_site(built: MXFP4Experts, site: Site) -> Any:
+    """Verify one built site against the module it would replace."""
+    assert site.structure is not None
+    return verify(built, site.candidate.module, site.structure.found)
+
+
+def _install(
+    model: nn.Module, site: Site, scale_rule: str, check: bool, advance: Callable[[int], None]
+) -> SiteReport:
+    structure = site.structure
+    assert structure is not None
+    module, spec = site.candidate.module, structure.found.spec
+    projections = projections_of(spec)
+    before = sum(
+        p.numel() * p.element_size()
+        for projection in projections
+        for p in (module.get_parameter(n) for n in projection.source.parameters)
+    )
+    base = SiteReport(
+        names=site.candidate.names,
+        module_class=type(module).__name__,
+        outcome="fused" if isinstance(structure.found, FusedMatch) else "split",
+        form=str(spec),
+        backend=structure.choice.backend,
+        layout=structure.choice.layout,
+        rejected=tuple(
+            f"{name}: " + ", ".join(f"{r.name} ({r.reason})" for r in unmet)
+            for name, unmet in structure.choice.rejected
+        ),
+        bytes_before=before,
+    )
+    verification = None
+    try:
+        built, errors, warnings = _build(site, scale_rule, advance)
+        if check:
+            with experts_implementation(model, "eager"):
+                verification = verify_site(built, site)
+    except VerificationError as error:
+        return replace(base, outcome="failed", reason=str(error))
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+        setattr(built, hooks, copy.copy(getattr(module, hooks)))
+    for name in site.candidate.names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, built)
+    release(module, source_names(projections))
+    if errors.numel() and built.device.type == "cpu":
+        gc.collect(0)  # young garbage only: modules refer to themselves through hooks
+    return replace(
+        base,
+        bytes_after=built.expert_bytes(),
+        weight_error_mean=float(errors.mean()),
+        weight_error_max=float(errors.max()),
+        error=None if verification is None else verification.error,
+        original_error=None if verification is None else verification.original_error,
+        warnings=tuple(warnings),
+    )
+
+
+def _left(site: Site) -> SiteReport:
+    return SiteReport(
+        names=site.candidate.names,
+        module_class=type(site.candidate.module).__name__,
+        outcome=site.outcome,  # type: ignore[arg-type]
+        reason=site.reason,
+    )
+
+
+# 4. life afterwards
+
+
+class DtypeGuard(nn.Module):
+    """First child of a rewritten model: refuses a change of dtype before any other module was cast."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DtypeGuard:
+        moved = fn(torch.zeros(1, dtype=self.dtype))
+        if moved.dtype != self.dtype:
+            raise TypeError(dtype_message(self.dtype, moved.dtype))
+        return self
+
+    def forward(self) -> None:
+        raise RuntimeError("the guard is never called")
+
+
+def _put_guard(model: nn.Module) -> None:
+    dtype = next(iter(mxfp4_sites(model).values())).plan.weight_dtype
+    children = dict(model._modules)
+    model._modules.clear()
+    model._modules[GUARD] = DtypeGuard(dtype)
+    model._modules.update(children)
+
+
+def restore(model: nn.Module) -> Any:
+    """Undo optimize(), in place: ordinary experts with dequantized weights, every hook undone; returns the model.
+
+    Weights keep the values MXFP4 gave them (the original ones are gone). Raises OptimizeError if the model
+    is not optimized.
+    """
+    if not mxfp4_sites(model):
+        raise OptimizeError("this model is not optimized: there is nothing to restore")
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, MXFP4Experts):
+                module._modules[name] = _restored(child)
+    model._modules.pop(GUARD, None)
+    model.__dict__.pop(REPORT, None)
+    return model
+
+
+def _restored(site: MXFP4Experts) -> nn.Module:
+    original = site.original
+    if not any(p.device.type == "meta" for p in original.parameters()):
+        return original  # a shared module, restored under its first name
+    values = dict(site.dequantized_biases())
+    for projection in site.projections:
+        values.update(site.dequantized(projection))
+    for name, value in values.items():
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(value.clone(), requires_grad=False)
+        original.get_submodule(owner)._parameters[leaf] = parameter
+    return original
+
+
+@contextmanager
+def _progress(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[int], None]]:
+    total = sum(
+        p.numel() * p.element_size() for s in sites for p in packed_parameters(s.candidate.module).values()
+    )
+    if wanted is None:
+        # Short work needs no bar: a gigabyte takes seconds.
+        wanted = sys.stderr.isatty() and total > 1 << 28
+    if not wanted:
+        yield lambda count: None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield lambda count: None
+        return
+    with tqdm(total=total, unit="B", unit_scale=True, desc="MXFP4") as bar:
+        yield lambda count: bar.update(count)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:
+        versions["transformers"] = transformers.__version__
+    return versions
+
+
+__all__ = ["OptimizeError", "get_backend", "optimize", "restore"]

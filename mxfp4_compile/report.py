@@ -1,0 +1,152 @@
+"""What happened to a model: every MoE-looking module, what it became, and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Outcome = Literal["fused", "split", "skipped", "dense", "unmatched", "failed"]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One MoE-looking module.
+
+    ``names``: every path to it. ``form``: what it is, in words. ``bytes_before`` and ``bytes_after`` count
+    the expert weights (not biases). ``weight_error``: mean and largest relative squared error of its
+    experts' quantization. ``error``: relative error of the rewritten module against an fp32 run of the
+    original on the same dequantized weights; ``original_error``: that of the original in its own dtype.
+    """
+
+    names: tuple[str, ...]
+    module_class: str
+    outcome: Outcome
+    form: str = ""
+    reason: str = ""
+    backend: str = ""
+    layout: str = ""
+    rejected: tuple[str, ...] = ()
+    bytes_before: int = 0
+    bytes_after: int = 0
+    weight_error_mean: float | None = None
+    weight_error_max: float | None = None
+    error: float | None = None
+    original_error: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether the site runs on MXFP4 weights now."""
+        return self.outcome in ("fused", "split")
+
+
+@dataclass
+class Report:
+    """The report of one ``optimize`` call; ``str()`` is a readable account, ``to_json()`` for machines."""
+
+    scale_rule: str
+    activation_dtype: str
+    max_capture_size: int
+    verified: bool
+    sites: list[SiteReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def rewritten(self) -> list[SiteReport]:
+        """The sites that run on MXFP4 weights."""
+        return [s for s in self.sites if s.rewritten]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the rewritten sites' expert weights before."""
+        return sum(s.bytes_before for s in self.rewritten)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the rewritten sites' packed weights and scales."""
+        return sum(s.bytes_after for s in self.rewritten)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            **{k: v for k, v in asdict(self).items() if k != "sites"},
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "sites": [asdict(s) for s in self.sites],
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        done = self.rewritten
+        lines = [f"MXFP4: {len(done)} of {len(self.sites)} MoE modules rewritten, scale rule {self.scale_rule}"]
+        if done:
+            ratio = self.bytes_before / max(self.bytes_after, 1)
+            lines[0] += (
+                f", experts {_size(self.bytes_before)} -> {_size(self.bytes_after)} ({ratio:.2f}x smaller), "
+                f"{self.seconds:.1f} s"
+            )
+        for group in _groups(self.sites):
+            lines += _describe(group)
+        lines += [f"note: {note}" for note in self.notes]
+        if done and not self.verified:
+            lines.append("note: verify=False, nothing above was checked against the original module")
+        return "\n".join(lines)
+
+
+def _groups(sites: list[SiteReport]) -> list[list[SiteReport]]:
+    """Consecutive sites that differ in name and numbers only, so that 48 equal layers read as one line."""
+    groups: list[list[SiteReport]] = []
+    for site in sites:
+        key = (site.outcome, site.form, site.reason, site.backend, site.rejected, site.module_class)
+        last = groups[-1][0] if groups else None
+        if last is not None and key == (
+            last.outcome,
+            last.form,
+            last.reason,
+            last.backend,
+            last.rejected,
+            last.module_class,
+        ):
+            groups[-1].append(site)
+        else:
+            groups.append([site])
+    return groups
+
+
+def _describe(group: list[SiteReport]) -> list[str]:
+    first = group[0]
+    name = first.names[0] if len(group) == 1 else f"{first.names[0]} ... {group[-1].names[0]} ({len(group)} sites)"
+    head = f"- {name} [{first.module_class}]: "
+    if not first.rewritten:
+        return [f"{head}{first.outcome}, stays as it was: {first.reason}"]
+    lines = [f"{head}{first.outcome}, backend {first.backend} ({first.layout}): {first.form}"]
+    if first.reason:
+        lines.append(f"    {first.reason}")
+    before, after = sum(s.bytes_before for s in group), sum(s.bytes_after for s in group)
+    detail = f"    {_size(before)} -> {_size(after)}"
+    means = [s.weight_error_mean for s in group if s.weight_error_mean is not None]
+    if means:
+        detail += f"; weights: relative squared error {sum(means) / len(means):.4f}"
+    errors = [s.error for s in group if s.error is not None]
+    if errors:
+        originals = [s.original_error or 0.0 for s in group if s.error is not None]
+        detail += f"; verified: error {max(errors):.1e} against fp32 (original module {max(originals):.1e})"
+    lines.append(detail)
+    lines += [f"    not {line}" for line in first.rejected]
+    lines += [f"    warning: {s.names[0]}: {w}" for s in group for w in s.warnings]
+    return lines
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

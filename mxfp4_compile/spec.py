@@ -1,0 +1,236 @@
+"""The vocabulary every room shares: what a mixture-of-experts site computes.
+
+A spec says everything semantic and nothing about kernels. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+GateLayout = Literal["none", "halves", "interleaved"]
+Role = Literal["up", "down"]
+
+ACTIVATION_KINDS: tuple[ActivationKind, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The function between the up- and the down-projection.
+
+    With ``g`` the activated and ``u`` the other half of the up-projection's output::
+
+        gated:      h = f(min(g, gate_limit)) * (clamp(u, -up_limit, up_limit) + beta)
+        not gated:  h = f(min(g, gate_limit))
+
+    where ``f`` is ``g * sigmoid(alpha * g)`` (silu), the exact gelu, its tanh form, relu, or relu
+    squared. ``alpha`` only enters silu. gpt-oss is silu, alpha 1.702, beta 1, both limits 7.
+    """
+
+    kind: ActivationKind
+    gated: bool = True
+    alpha: float = 1.0
+    beta: float = 0.0
+    gate_limit: float = math.inf
+    up_limit: float = math.inf
+
+    def __call__(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """Evaluate in the dtype of ``gate`` (any float); ``up`` has the same shape, or is None if not gated."""
+        if math.isfinite(self.gate_limit):
+            gate = gate.clamp(max=self.gate_limit)
+        if self.kind == "silu":
+            # F.silu is one fused pass where alpha allows it.
+            out = (
+                torch.nn.functional.silu(gate)
+                if self.alpha == 1.0
+                else gate * torch.sigmoid(gate * self.alpha)
+            )
+        elif self.kind == "gelu":
+            out = torch.nn.functional.gelu(gate)
+        elif self.kind == "gelu_tanh":
+            out = torch.nn.functional.gelu(gate, approximate="tanh")
+        elif self.kind == "relu":
+            out = gate.relu()
+        elif self.kind == "relu2":
+            out = gate.relu().square()
+        else:
+            raise ValueError(f"unknown activation kind {self.kind!r}; known: {', '.join(ACTIVATION_KINDS)}")
+        if not self.gated:
+            return out
+        if up is None:
+            raise ValueError("a gated activation needs both halves of the up-projection")
+        if math.isfinite(self.up_limit):
+            up = up.clamp(-self.up_limit, self.up_limit)
+        if self.beta:
+            up = up + self.beta
+        return out * up
+
+    def __str__(self) -> str:
+        numbers = [
+            f"{name}={value:g}"
+            for name, value, plain in (
+                ("alpha", self.alpha, 1.0),
+                ("beta", self.beta, 0.0),
+                ("gate_limit", self.gate_limit, math.inf),
+                ("up_limit", self.up_limit, math.inf),
+            )
+            if value != plain
+        ]
+        form = f"{self.kind}(gate)*up" if self.gated else f"{self.kind}(x)"
+        return form + (f" [{', '.join(numbers)}]" if numbers else "")
+
+
+@dataclass(frozen=True)
+class MoEParams:
+    """Everything ``mxfp4::moe`` needs besides tensors: the part of a spec that reaches a kernel.
+
+    ``num_experts`` E, ``hidden`` H, ``intermediate`` I (columns of the down-projection; the up-projection
+    has 2*I rows when gated, else I). ``activated_half`` is 0 if the first half (or the even rows, when
+    interleaved) goes through the activation, else 1. ``weight_on_input`` scales the token before the
+    up-projection instead of the expert's output. ``round_dtype`` is the dtype the original model rounds
+    each projection to; ``accum_dtype`` the one in which it weights and sums the experts' outputs.
+    """
+
+    num_experts: int
+    hidden: int
+    intermediate: int
+    activation: Activation
+    gate_layout: GateLayout
+    activated_half: int
+    weight_on_input: bool
+    round_dtype: torch.dtype
+    accum_dtype: torch.dtype
+
+    @property
+    def up_rows(self) -> int:
+        """Rows N of the up-projection weight [E, N, H]."""
+        return 2 * self.intermediate if self.activation.gated else self.intermediate
+
+    def shape(self, role: Role) -> tuple[int, int, int]:
+        """[E, N, K] of the canonical weight of ``role``."""
+        if role == "up":
+            return self.num_experts, self.up_rows, self.hidden
+        return self.num_experts, self.hidden, self.intermediate
+
+    def split_gate(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[..., N] up-projection output -> (activated half [..., I], other half [..., I] or None)."""
+        if self.gate_layout == "none":
+            return y, None
+        if self.gate_layout == "halves":
+            first, second = y[..., : self.intermediate], y[..., self.intermediate :]
+        else:
+            first, second = y[..., 0::2], y[..., 1::2]
+        return (first, second) if self.activated_half == 0 else (second, first)
+
+    def activate(self, y: Tensor) -> Tensor:
+        """[..., N] up-projection output -> [..., I], in the dtype of ``y``."""
+        return self.activation(*self.split_gate(y))
+
+
+@lru_cache(maxsize=1024)
+def moe_params(
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+    kind: ActivationKind,
+    gated: bool,
+    alpha: float,
+    beta: float,
+    gate_limit: float,
+    up_limit: float,
+    gate_layout: GateLayout,
+    activated_half: int,
+    weight_on_input: bool,
+    round_dtype: torch.dtype,
+    accum_dtype: torch.dtype,
+) -> MoEParams:
+    """The MoEParams of an op call's scalars; cached, since eager decoding asks once per layer and token."""
+    return MoEParams(
+        num_experts,
+        hidden,
+        intermediate,
+        Activation(kind, gated, alpha, beta, gate_limit, up_limit),
+        gate_layout,
+        activated_half,
+        weight_on_input,
+        round_dtype,
+        accum_dtype,
+    )
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where one projection's weight lies in the original module.
+
+    ``parameters``: names within the site, one packed [E, ., .] parameter, or several that are
+    concatenated along N (separate gate and up). ``transposed`` is True for [E, K, N] storage.
+    ``bias``: names of the [E, N] biases, one per parameter, or empty.
+    """
+
+    parameters: tuple[str, ...]
+    transposed: bool
+    bias: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """A fused site: ``params`` plus where its weights come from. ``top_k`` is K of topk_ids [T, K]."""
+
+    params: MoEParams
+    up: WeightSource
+    down: WeightSource
+    top_k: int
+
+    def source(self, role: Role) -> WeightSource:
+        """The weight source of ``role``."""
+        return self.up if role == "up" else self.down
+
+    def __str__(self) -> str:
+        p = self.params
+        gate = (
+            ""
+            if p.gate_layout == "none"
+            else f", {p.gate_layout}, {'first' if p.activated_half == 0 else 'second'} activated"
+        )
+        return (
+            f"E={p.num_experts} K={self.top_k} H={p.hidden} I={p.intermediate} {p.activation}{gate}"
+            f"{', biases' if self.up.bias or self.down.bias else ''}"
+            f"{', weight on input' if p.weight_on_input else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One grouped projection of a split site: y[r] = x[r] @ W[expert(r)].T for rows sorted by expert."""
+
+    num_experts: int
+    out_features: int
+    in_features: int
+    source: WeightSource
+    round_dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[E, N, K] of the canonical weight."""
+        return self.num_experts, self.out_features, self.in_features
+
+
+@dataclass(frozen=True)
+class SplitSpec:
+    """A site whose middle no fused kernel knows: each projection becomes a ``mxfp4::grouped_linear``.
+
+    ``reason`` says which property keeps it from the fused form.
+    """
+
+    linears: tuple[LinearSpec, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"[{s.num_experts},{s.out_features},{s.in_features}]" for s in self.linears)
+        return f"split into {len(self.linears)} grouped_linear {shapes}: {self.reason}"
