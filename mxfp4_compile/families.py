@@ -5,8 +5,6 @@ holds what one family needs beside them. A key is set only where the configurati
 reads the network: configurations are built from their classes and weights are drawn from a seeded generator.
 """
 
-# ruff: noqa: C408  (a table of configuration fields reads as the keyword arguments it becomes)
-
 from __future__ import annotations
 
 import contextlib
@@ -16,7 +14,6 @@ import importlib
 import importlib.util
 import inspect
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +25,7 @@ from torch import nn
 __all__ = ["decorated_families", "tiny_experts", "tiny_inputs", "tiny_model", "undecorated_families"]
 
 # hidden size, intermediate size (dense, expert), experts, experts per token
-H, I, MI, E, K = 64, 96, 32, 8, 2
+H, F, MI, E, K = 64, 96, 32, 8, 2
 
 
 def _layers(n: int) -> int:
@@ -49,21 +46,21 @@ def _each(*pattern: Any) -> Callable[[int], list[Any]]:
 # A value that is a function is called with the number of layers.
 GEN: dict[str, Any] = dict(
     # sizes of any transformer
-    vocab_size=128, hidden_size=H, intermediate_size=I, num_hidden_layers=_layers, num_attention_heads=4,
+    vocab_size=128, hidden_size=H, intermediate_size=F, num_hidden_layers=_layers, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=256, sliding_window=8,
     pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    d_model=H, d_ff=I, d_kv=16, num_layers=_layers, num_heads=4, n_layers=_layers, n_heads=4, n_head=4,
+    d_model=H, d_ff=F, d_kv=16, num_layers=_layers, num_heads=4, n_layers=_layers, n_heads=4, n_head=4,
     max_seq_len=256, kv_channels=16,
-    encoder_layers=_layers, decoder_layers=_layers, num_decoder_layers=_layers, encoder_ffn_dim=I,
-    decoder_ffn_dim=I, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_layers=_layers, decoder_layers=_layers, num_decoder_layers=_layers, encoder_ffn_dim=F,
+    decoder_ffn_dim=F, encoder_attention_heads=4, decoder_attention_heads=4,
     # experts
     moe_intermediate_size=MI, moe_dim=MI, expert_ffn_hidden_size=MI, moe_hidden_size=H,
     num_experts=E, num_local_experts=E, n_routed_experts=E, moe_num_experts=E,
     num_experts_per_tok=K, moe_topk=K, moe_top_k=K, top_k_experts=K, moe_k=K, num_selected_experts=K,
     n_group=2, topk_group=1, zero_expert_num=2, router_hidden_size=32,
     n_shared_experts=1, num_shared_experts=1, moe_num_shared_experts=1, shared_expert_intermediate_size=MI,
-    shared_intermediate_size=MI, moe_shared_expert_intermediate_size=MI, intermediate_size_mlp=I,
-    ffn_hidden_size=I, dense_intermediate_size=I,
+    shared_intermediate_size=MI, moe_shared_expert_intermediate_size=MI, intermediate_size_mlp=F,
+    ffn_hidden_size=F, dense_intermediate_size=F,
     # which layers have experts: all of them
     first_k_dense_replace=0, num_dense_layers=0, moe_layer_start_index=0, moe_layer_interval=1,
     decoder_sparse_step=1, mlp_only_layers=[], moe_layer_freq=1, sparse_layer_freq=1,
@@ -87,16 +84,16 @@ GEN: dict[str, Any] = dict(
 
 # For vision and audio towers, which a text-only forward never runs: they only have to build.
 TOWER: dict[str, Any] = dict(
-    hidden_size=H, intermediate_size=I, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+    hidden_size=H, intermediate_size=F, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
     head_dim=16, depth=1, num_heads=4, image_size=28, out_hidden_size=H, embed_dim=H, num_layers=1,
-    d_model=H, encoder_layers=1, encoder_ffn_dim=I, encoder_attention_heads=4, decoder_layers=1,
-    decoder_ffn_dim=I, decoder_attention_heads=4, output_dim=H, vocab_size=128,
+    d_model=H, encoder_layers=1, encoder_ffn_dim=F, encoder_attention_heads=4, decoder_layers=1,
+    decoder_ffn_dim=F, decoder_attention_heads=4, output_dim=H, vocab_size=128,
     max_position_embeddings=64, num_position_embeddings=64, position_embedding_size=64,
     deepstack_visual_indexes=[0], conv_chunksize=8, downsample_hidden_size=8, fullatt_block_indexes=[0],
     num_experts=E, n_routed_experts=E, num_experts_per_tok=K, moe_intermediate_size=MI,
 )  # fmt: skip
 
-_SAM: dict[str, Any] = dict(sam_config=dict(output_channels=16, downsample_channels=[32, H], mlp_dim=I))
+_SAM: dict[str, Any] = dict(sam_config=dict(output_channels=16, downsample_channels=[32, H], mlp_dim=F))
 
 # A key that is a sub-configuration holds what that sub-configuration needs.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -105,7 +102,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": dict(layer_types=_each("linear_attention", "full_attention")),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
-        ffn_config=dict(ffn_hidden_size=I, hidden_size=H, moe_num_experts=E, moe_top_k=K),
+        ffn_config=dict(ffn_hidden_size=F, hidden_size=H, moe_num_experts=E, moe_top_k=K),
     ),
     "deepseek_ocr2": dict(vision_config=_SAM),
     "deepseek_v3": dict(head_dim=8),
@@ -137,7 +134,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         layer_types=_each("linear_attention", "full_attention"),
     ),
     "glm_moe_dsa": dict(num_key_value_heads=4),
-    "granitemoehybrid": dict(layer_types=_each("linear_attention", "full_attention")),
+    "granitemoehybrid": dict(layer_types=_each("full_attention", "linear_attention")),
     "hy_v4": dict(indexer_types=_each("full")),
     "inkling2": dict(vision_config=dict(text_hidden_size=H), audio_config=dict(text_hidden_size=H)),
     "kimi_linear": dict(layer_types=_each("full_attention")),
@@ -226,8 +223,8 @@ def decorated_families() -> list[str]:
     """Names, sorted, of the transformers model folders whose modeling file decorates a class with
     `@use_experts_implementation`.
 
-    Read from the installed source without importing any model. Empty if transformers is not installed or too old
-    to have the decorator.
+    Read from the installed source without importing any model. Empty if transformers is not installed or too
+    old to have the decorator.
     """
     return list(_scan())
 
@@ -254,7 +251,7 @@ def _modeling_module(family: str) -> Any:
     return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 
 
-def _model_class(family: str, name: str | None = None) -> type[nn.Module]:
+def _model_class(family: str, name: str | None = None) -> Any:
     from transformers import PreTrainedModel
 
     module = _modeling_module(family)
@@ -294,8 +291,10 @@ def _sub_config(spec: Any) -> tuple[type | None, dict[str, Any]]:
     cls, arguments = getattr(spec, "config_class", spec), dict(getattr(spec, "init_kwargs", None) or {})
     if inspect.isclass(cls) and issubclass(cls, PreTrainedConfig):
         return cls, arguments
-    model_type = getattr(spec, "model_type", None)
-    return CONFIG_MAPPING.get(model_type), arguments
+    model_type = str(getattr(spec, "model_type", None))
+    if model_type not in CONFIG_MAPPING:  # a lazy mapping: its `get` does not find what was not used yet
+        return None, arguments
+    return CONFIG_MAPPING[model_type], arguments
 
 
 def _build_config(
@@ -310,8 +309,8 @@ def _build_config(
 ) -> Any:
     """An instance of configuration class `cls` with the tables applied, sub-configurations included.
 
-    `special` and `overrides` win over the tables, the tables over `arguments`. Names that found a field are added
-    to `used`.
+    `special` and `overrides` win over the tables, the tables over `arguments`. Names that found a field are
+    added to `used`.
     """
     mine = {**special, **overrides} if not tower else dict(special)
     fields = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -373,20 +372,17 @@ def _uninitialised_is_nan() -> Iterator[None]:
 def _new_values(module: nn.Module, name: str, old: torch.Tensor, rng: torch.Generator) -> torch.Tensor | None:
     """Random values for one floating parameter of `module`, or None to keep those it has."""
     noise = torch.randn(old.shape, generator=rng)
+    finite = bool(old.isfinite().all())
     if "norm" in type(module).__name__.lower() and old.dim() <= 1:
         # A weight that starts at zero is used as (1 + weight): keep its start and move a little from it.
-        start = (
-            old.float() if bool(old.isfinite().all()) else torch.full(old.shape, float("bias" not in name))
-        )
+        start = old.float() if finite else torch.full(old.shape, 0.0 if "bias" in name else 1.0)
         return start + 0.1 * noise
     if isinstance(module, nn.Embedding):
         noise = noise / math.sqrt(old.shape[-1])
         if module.padding_idx is not None:
             noise[module.padding_idx] = 0
         return noise
-    if hasattr(module, "is_transposed") and hasattr(
-        module, "has_gate"
-    ):  # an experts class with the decorator
+    if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):  # experts with the decorator
         if name.endswith("bias"):
             return 0.5 * noise
         if old.dim() == 3:
@@ -397,9 +393,8 @@ def _new_values(module: nn.Module, name: str, old: torch.Tensor, rng: torch.Gene
     if old.dim() >= 3:  # packed experts without the decorator, relative-position tables and the like
         return noise / math.sqrt(old.shape[-1])
     if name.endswith("bias"):
-        finite = old.float() if bool(old.isfinite().all()) else torch.zeros(old.shape)
-        return finite + 0.1 * noise
-    if bool(old.isfinite().all()) and (old.dim() == 0 or bool((old != 0).any())):
+        return (old.float() if finite else torch.zeros(old.shape)) + 0.1 * noise
+    if finite and (old.dim() == 0 or bool((old != 0).any())):
         return None  # decays, gates, scales: what the model's own initialisation says
     if old.dim() >= 2:
         return noise / math.sqrt(old.shape[-1])
@@ -472,10 +467,10 @@ def tiny_model(
 ) -> nn.Module:
     """A whole model of `family` in eval mode: hidden size 64, 8 experts, random weights of type `dtype`.
 
-    The class is `model_class`, by default the family's `ForCausalLM` where there is one, else the nearest to it.
-    Values depend on `seed` only, a lower-precision model holds the float32 one's values rounded (and in float32
-    what `from_pretrained` would keep so), and the global random state is left as it was. `overrides` are
-    configuration fields, set in every configuration but those of vision and audio towers.
+    The class is `model_class`, by default the family's `ForCausalLM` where there is one, else the nearest to
+    it. Values depend on `seed` only, a lower-precision model holds the float32 one's values rounded (and in
+    float32 what `from_pretrained` would keep so), and the global random state is left as it was. `overrides`
+    are configuration fields, set in every configuration but those of vision and audio towers.
 
     Raises ValueError for an unknown family or an override no configuration has, RuntimeError if the installed
     transformers cannot build the whole model.
@@ -484,8 +479,9 @@ def tiny_model(
     cls = _model_class(family, model_class)
 
     def make(kind: torch.dtype) -> nn.Module:
-        config = _tiny_config(family, cls.config_class, layers, overrides)  # type: ignore[attr-defined]
-        return cls._from_config(config, dtype=kind)  # type: ignore[attr-defined]
+        config = _tiny_config(family, cls.config_class, layers, overrides)
+        model: nn.Module = cls._from_config(config, dtype=kind)
+        return model
 
     try:
         return _construct(make, dtype, seed)
@@ -540,9 +536,11 @@ def _experts_of_model(family: str, cls: type[nn.Module], dtype: torch.dtype, see
     return next((module for module in model.modules() if type(module) is cls), None)
 
 
-def _experts_alone(
-    family: str, cls: type[nn.Module], root: type[nn.Module], dtype: torch.dtype, seed: int
-) -> nn.Module:
+def _common_prefix(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _experts_alone(family: str, cls: type[nn.Module], root: Any, dtype: torch.dtype, seed: int) -> nn.Module:
     configuration = importlib.import_module(
         _modeling_module(family).__name__.replace("modeling_", "configuration_")
     )
@@ -555,10 +553,10 @@ def _experts_alone(
         and issubclass(value, PreTrainedConfig)
         and value.__module__ == configuration.__name__
     ]
-    if root.config_class not in classes:  # type: ignore[attr-defined]
-        classes.append(root.config_class)  # type: ignore[attr-defined]
+    if root.config_class not in classes:
+        classes.append(root.config_class)
     # XTalkerTextExperts goes with XTalkerTextConfig: the longest common prefix first.
-    classes.sort(key=lambda c: -len(os.path.commonprefix([c.__name__, cls.__name__])))
+    classes.sort(key=lambda c: -_common_prefix(c.__name__, cls.__name__))
     required = [
         p.name
         for p in list(inspect.signature(cls.__init__).parameters.values())[2:]
@@ -579,7 +577,7 @@ def _experts_alone(
 
         try:
             built = _construct(make, dtype, seed)
-        except Exception as error:  # noqa: BLE001  (another configuration may fit)
+        except Exception as error:  # another configuration may fit
             reasons.append(f"{config_class.__name__}: {type(error).__name__}: {error}")
             continue
         return built
@@ -623,9 +621,10 @@ def _special_ids(model: Any) -> set[int]:
 
 def _embeddings(model: Any) -> nn.Module | None:
     try:
-        return model.get_input_embeddings()
+        found: nn.Module | None = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
+    return found
 
 
 def _vocabulary(model: Any) -> int:

@@ -1,9 +1,9 @@
 """MXFP4 numerics: quantize weights to E2M1 codes with E8M0 block scales, and back.
 
-The format is OCP Microscaling Formats (MX) v1.0: elements are E2M1 (section 5.3.3: sign in bit 3, two exponent
-bits, one mantissa bit), a block of 32 along the last axis (section 5.2) shares one E8M0 scale (section 5.4.1:
-byte = e + 127, 255 = NaN), and section 6.3 is the conversion from scalars. Two codes share a byte, the even
-index in the low nibble.
+The format is OCP Microscaling Formats (MX) v1.0: elements are E2M1 (section 5.3.3: sign in bit 3, two
+exponent bits, one mantissa bit), a block of 32 along the last axis (section 5.2) shares one E8M0 scale
+(section 5.4.1: byte = e + 127, 255 = NaN), and section 6.3 is the conversion from scalars. Two codes share a
+byte, the even index in the low nibble.
 
 Everything is pure torch: the same bits come out on every device, nothing waits for the device, and no Python
 branch depends on a value in a tensor.
@@ -40,8 +40,8 @@ DEFAULT_SCALE_RULE = "mse"
 CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Value of each of the 16 E2M1 codes."""
 
-# ||w - dq||^2 / ||w||^2 for (Gaussian, Laplace) weights. Measured on 100k+ blocks of independent samples per entry;
-# another sample of that size lands within 1 %.
+# ||w - dq||^2 / ||w||^2 for (Gaussian, Laplace) weights. Measured on 100k+ blocks of independent samples per
+# entry; another sample of that size lands within 1 %.
 EXPECTED_RELATIVE_MSE: dict[str, tuple[float, float]] = {
     "floor": (0.01322, 0.01605),
     "even": (0.01252, 0.01533),
@@ -58,15 +58,16 @@ _NAN_BYTE = 255
 _MAX_BYTE = 125 + _BIAS
 _MAX_BYTE_FP16 = 13 + _BIAS
 
-# What to add to the bit pattern of a block's fp32 amax before its exponent field is read, which rounds amax up to
-# the next power of two from some mantissa on: floor never (from 8 = 2^3 on), even from 1.75 on, inclusive (7 = 1.75 *
-# 2^2; as if amax were rounded to E2M1's single mantissa bit, half up, the way vLLM, Quark and compressed-tensors do
-# it), round_up above 1.5, exclusive (6 = 1.5 * 2^2 is itself a code, so it need not go up).
+# What to add to the bit pattern of a block's fp32 amax before its exponent field is read, which rounds amax
+# up to the next power of two from some mantissa on: floor never (from 8 = 2^3 on), even from 1.75 on,
+# inclusive (7 = 1.75 * 2^2; as if amax were rounded to E2M1's single mantissa bit, half up, the way vLLM,
+# Quark and compressed-tensors do it), round_up above 1.5, exclusive (6 = 1.5 * 2^2 is itself a code, so it
+# need not go up).
 _AMAX_ROUNDING = {"floor": 0, "even": 0x200000, "round_up": 0x3FFFFF, "mse": 0}
 
-# Elements worked on at a time: long enough to hide the overhead of an operation, short enough that a CPU's caches hold
-# the buffers (2^18 measured fastest of 2^15 to 2^19). 13 to 24 bytes of temporaries per element are in use, so at
-# most 24 MiB.
+# Elements worked on at a time: long enough to hide the overhead of an operation, short enough that a CPU's
+# caches hold the buffers (2^18 measured fastest of 2^15 to 2^19). 13 to 24 bytes of temporaries per element
+# are in use, so at most 24 MiB.
 _CHUNK_CPU = 1 << 18
 _CHUNK_DEVICE = 1 << 20
 
@@ -81,21 +82,21 @@ def quantize(weight: Tensor, scale_rule: str = DEFAULT_SCALE_RULE) -> tuple[Tens
     """Quantize `weight` to MXFP4 in blocks of 32 along its last axis.
 
     Args:
-        weight: [..., K] bfloat16, float16 or float32, any strides, K >= 1. A short last block counts as padded
-            with zeros.
+        weight: [..., K] bfloat16, float16 or float32, any strides, K >= 1. A short last block counts as
+            padded with zeros.
         scale_rule: how the exponent e of a block follows from amax, its largest magnitude: "floor" e =
-            floor(log2 amax) - 2, the OCP formula; "even" the smallest e with amax < 7 * 2^e, as vLLM, Quark and
-            compressed-tensors choose it; "round_up" the smallest e with amax <= 6 * 2^e, which never clips; "mse"
-            the better in squared error of the floor rule's e and e + 1, of two equals the floor rule's. e is clamped
-            to [-127, 125], for float16 to [-127, 13], so that every code stays finite in the weight's dtype. The
-            choice is exact, never a float log2.
+            floor(log2 amax) - 2, the OCP formula; "even" the smallest e with amax < 7 * 2^e, as vLLM, Quark
+            and compressed-tensors choose it; "round_up" the smallest e with amax <= 6 * 2^e, which never
+            clips; "mse" the better in squared error of the floor rule's e and e + 1, of two equals the floor
+            rule's. e is clamped to [-127, 125], for float16 to [-127, 13], so that every code stays finite in
+            the weight's dtype. The choice is exact, never a float log2.
 
     Returns:
-        packed: [..., ceil(K / 2)] uint8, two E2M1 codes a byte, the even index in the low nibble, 0 in the last
-            high nibble if K is odd. Elements round to nearest, ties to the even code, saturate at 6, keep their sign
-            (a negative one that rounds to zero gives code 8).
-        scales: [..., ceil(K / 32)] uint8 E8M0, byte e + 127; 0 for an all-zero block. A block that holds NaN or Inf
-            gets byte 255 (NaN) and all-zero codes.
+        packed: [..., ceil(K / 2)] uint8, two E2M1 codes a byte, the even index in the low nibble, 0 in the
+            last high nibble if K is odd. Elements round to nearest, ties to the even code, saturate at 6,
+            keep their sign (a negative one that rounds to zero gives code 8).
+        scales: [..., ceil(K / 32)] uint8 E8M0, byte e + 127; 0 for an all-zero block. A block that holds NaN
+            or Inf gets byte 255 (NaN) and all-zero codes.
 
     Raises:
         TypeError: `weight` is no tensor, or of another dtype.
@@ -130,7 +131,10 @@ def quantize(weight: Tensor, scale_rule: str = DEFAULT_SCALE_RULE) -> tuple[Tens
 
 
 def dequantize(
-    packed: Tensor, scales: Tensor, size: int | None = None, dtype: torch.dtype = torch.bfloat16
+    packed: Tensor,
+    scales: Tensor,
+    size: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Return the values code * 2^e of an MXFP4 tensor, exactly wherever `dtype` can represent them.
 
@@ -138,7 +142,7 @@ def dequantize(
         packed: [..., P] uint8, two E2M1 codes a byte, the even index in the low nibble, any strides.
         scales: [..., ceil(size / 32)] uint8 E8M0, any strides. Byte 255 makes its whole block NaN.
         size: K, either 2 * P (the default) or, for an odd K, 2 * P - 1.
-        dtype: bfloat16, float16, float32 or float64. A value it cannot represent is rounded to nearest, or Inf.
+        dtype: bfloat16, float16, float32 or float64. Values it cannot represent round to nearest, or to Inf.
 
     Returns:
         [..., size] of `dtype`, contiguous.
@@ -156,8 +160,8 @@ def dequantize(
     if out.numel() == 0:
         return out
 
-    # 2^e of float16's blocks need not fit float16 where the product does, so that product is formed in float32. In
-    # bfloat16 and float32 every 2^e does fit, the smallest, 2^-127, as a subnormal.
+    # 2^e of float16's blocks need not fit float16 where the product does, so that product is formed in
+    # float32. In bfloat16 and float32 every 2^e does fit, the smallest, 2^-127, as a subnormal.
     compute = torch.float32 if dtype == torch.float16 else dtype
     chunk = _chunk(packed.device)
     pairs, exps = pair_table(compute, packed.device), scale_table(compute, packed.device)
@@ -191,7 +195,7 @@ def relative_error(weight: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
         TypeError: `weight` is no tensor, or of another dtype.
         ValueError: shapes, dtypes or devices that do not fit together.
 
-    Source: the error measure is this project's; the values are those of OCP Microscaling Formats (MX) v1.0, 5.1.
+    Source: the measure is this project's own; the values are as in OCP MX v1.0, section 5.1.
     """
     _check_weight(weight)
     k = weight.shape[-1]
@@ -246,11 +250,11 @@ def _quantize_tile(weight: Tensor, packed: Tensor, scales: Tensor, rule: str, wo
     torch.abs(x, out=a)
     amax = a.view(torch.int32).amax(-1, keepdim=True)
     bad = amax >= 0x7F800000
-    # The exponent field of amax / 4, which is e + 127. It is at most 0, so e clamped to -127, wherever amax is so
-    # small that its own field says nothing (zero, subnormal).
+    # The exponent field of amax / 4, which is e + 127. It is at most 0, so e clamped to -127, wherever amax
+    # is so small that its own field says nothing (zero, subnormal).
     top = _MAX_BYTE_FP16 if weight.dtype == torch.float16 else _MAX_BYTE
     byte = amax.add_(_AMAX_ROUNDING[rule]).bitwise_right_shift_(23).sub_(2).clamp_(0, top)
-    # y = |x| * 2^-e: exact where y is large enough to matter. 254 - byte is the exponent field of 2^-e, 2 to 254.
+    # y = |x| * 2^-e: exact where y is large enough to matter. 254 - byte is the exponent field of 2^-e.
     y = a.mul_((254 - byte).bitwise_left_shift_(23).view(torch.float32))
     if rule == "mse":
         up = _next_is_better(y, b, work.wide).logical_and_(byte < top)
@@ -259,14 +263,15 @@ def _quantize_tile(weight: Tensor, packed: Tensor, scales: Tensor, rule: str, wo
     scales.copy_(byte.masked_fill_(bad, _NAN_BYTE).view(rows, -1))
 
     if weight.dtype == torch.float32:
-        # Keep 11 mantissa bits and fold the others into the lowest of them (round to odd): no element crosses or
-        # reaches a tie by it, and y + 1 below becomes exact, as it is for the shorter dtypes.
+        # Keep 11 mantissa bits and fold the others into the lowest of them (round to odd): no element crosses
+        # or reaches a tie by it, and y + 1 below becomes exact, as it is for the shorter dtypes.
         bits, rest = y.view(torch.int32), b.view(torch.int32)
         torch.bitwise_and(bits, 0xFFF, out=rest)
         bits.bitwise_or_(rest.add_(0xFFF)).bitwise_and_(~0xFFF)
-    # E2M1 has one mantissa bit from 1 on and steps of 1/2 below, as y + 1 would. So z = 2 y from 1 on and y + 1 below
-    # has its values at one mantissa bit throughout, and they are numbered by the pattern's top bits. From 5 on, z = y
-    # + 5 rounds to 12 for every y < 9, which saturates at code 7; y < 8 always.
+    # E2M1 has one mantissa bit from 1 on and steps of 1/2 below, as y + 1 in [1, 2) would have with one bit.
+    # So z = y + 1 below 1 and 2 y from there on has the codes' values at one mantissa bit throughout, and the
+    # top bits of its pattern number them. From 5 on, z = y + 5 rounds to 12, code 7, for every y < 9; y < 8
+    # always.
     z = torch.clamp(y, 1, 5, out=b).add_(y).view(torch.int32)
     # Round the pattern to one mantissa bit, ties to even, and count from z = 1, whose exponent field is 127.
     odd = torch.bitwise_right_shift(z, 22, out=a.view(torch.int32)).bitwise_and_(1)
@@ -274,26 +279,26 @@ def _quantize_tile(weight: Tensor, packed: Tensor, scales: Tensor, rule: str, wo
     sign = torch.bitwise_right_shift(x.view(torch.int32), 28, out=a.view(torch.int32)).bitwise_and_(8)
     codes.copy_(z.bitwise_or_(sign))
 
-    # A pair of codes read as one little-endian 16-bit number is hi << 8 | lo (every device torch runs on is little-
-    # endian); hi << 4 | lo is wanted.
+    # A pair of codes read as one little-endian 16-bit number is hi << 8 | lo (hosts and devices
+    # are little-endian); hi << 4 | lo is wanted.
     pair = codes.view(torch.int16)
-    pair.bitwise_or_(
-        torch.bitwise_right_shift(pair, 4, out=a.view(torch.int16).view(-1)[: pair.numel()].view_as(pair))
-    )
+    high = a.view(torch.int16).view(-1)[: pair.numel()].view_as(pair)
+    pair.bitwise_or_(torch.bitwise_right_shift(pair, 4, out=high))
     pair.bitwise_and_(torch.where(bad, 0, 0xFF).to(torch.int16))
     packed.copy_(pair.view(rows, -1)[:, : packed.shape[1]])
 
 
 def _next_is_better(y: Tensor, b: Tensor, wide: Tensor | None) -> Tensor:
-    """Whether e + 1 gives a block [n, 32] a smaller squared error than e, given y = |x| * 2^-e < 8; [n, 1] bool.
+    """Whether e + 1 gives blocks [n, 32] a smaller squared error than e; y = |x| * 2^-e < 8. [n, 1] bool.
 
-    Rounding to the grid of e + 1, {0, 1, 2, 3, 4, 6, 8, ...}, differs from rounding to that of e only near the values
-    that one of them lacks, .5, 1.5 and 8. There (y - q')^2 - (y - q)^2 comes to 1/4 - |y - 1/2|, 1/4 - |y - 3/2| and
-    4 (7 - y), and it is 0 wherever that is of the other sign. With v = min(||y - 1| - 1/2|, 1/4) the sum over the
-    block is sum(1/4 - v) - 4 sum(max(y, 7) - 7).
+    Rounding to the grid of e + 1, {0, 1, 2, 3, 4, 6, 8, ...}, differs from rounding to that of e only near
+    the values that one of them lacks, .5, 1.5 and 8. There (y - q')^2 - (y - q)^2 comes to 1/4 - |y - 1/2|,
+    1/4 - |y - 3/2| and 4 (7 - y), and it is 0 wherever that is of the other sign. With v = min(||y - 1| -
+    1/2|, 1/4) the sum over the block is sum(1/4 - v) - 4 sum(max(y, 7) - 7).
 
-    That is exact, in any order of summation: all that counts is y >= 1/4, so for bfloat16 and float16 weights every
-    term is a multiple of 2^-12 and every sum below 2^8. Float32 weights have multiples of 2^-25 and take float64.
+    That is exact, in any order of summation: all that counts is y >= 1/4, so for bfloat16 and float16 weights
+    every term is a multiple of 2^-12 and every sum below 2^8. Float32 weights have multiples of 2^-25 and
+    take float64.
     """
     v = b if wide is None else wide[: y.numel()].view_as(y)
     over = torch.clamp(y, min=7, out=b).sum(-1, keepdim=True, dtype=v.dtype)
@@ -335,8 +340,8 @@ def _dequantize_tile(packed: Tensor, scales: Tensor, out: Tensor, pairs: Tensor,
 def pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The two values of each byte, [256, 2] or, where an integer is as wide as two values, [256].
 
-    Computed rather than copied from the host, which would wait for the device; and not cached, so that no fake tensor
-    of a tracing mode can stay behind.
+    Computed rather than copied from the host, which would wait for the device; and not cached, so that no
+    fake tensor of a tracing mode can stay behind.
     """
     code = torch.arange(256, dtype=torch.int32, device=device).view(-1, 1).expand(-1, 2).clone()
     code[:, 1].bitwise_right_shift_(4)
@@ -365,7 +370,7 @@ def _squares(weight: Tensor, packed: Tensor, scales: Tensor) -> tuple[Tensor, Te
 
 
 def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """View tensors [..., n_i] with the same leading axes as matrices [rows, n_i], in as many pieces as that takes."""
+    """View tensors [..., n_i] with equal leading axes as matrices [rows, n_i], in pieces if need be."""
     try:
         yield tuple(t.view(-1, t.shape[-1]) for t in tensors)
         return
@@ -377,7 +382,7 @@ def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _tiles(rows: int, width: int, chunk: int) -> Iterator[tuple[slice, int, int]]:
-    """Cut [rows, width] into tiles of at most `chunk` elements (widths padded to whole blocks): rows, start, end."""
+    """Cut [rows, width] into tiles (rows, start, end) of at most `chunk` elements, padding included."""
     columns = min(_ceil_div(width, BLOCK) * BLOCK, chunk)
     step = max(1, chunk // columns)
     for i in range(0, rows, step):

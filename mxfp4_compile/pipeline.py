@@ -44,7 +44,7 @@ from .passes.experts import (
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.prep import prep_program, prepare_bias, run_prep
 from .passes.rewrite import RewriteError, retained_names, rewrite
-from .passes.verify import VerificationError, check_weights, verify
+from .passes.verify import Verification, VerificationError, check_weights, verify
 from .report import Report, SiteReport
 
 GUARD = "mxfp4_guard"
@@ -75,10 +75,14 @@ class Structure:
 
 @dataclass
 class Site:
-    """A candidate with its structure, or the reason why it has none."""
+    """A candidate with its structure, or the reason why it has none.
+
+    ``tied``: ids of its weights; sites with the same weights share their prepared ones.
+    """
 
     candidate: Candidate
     structure: Structure | None = None
+    tied: tuple[int, ...] = ()
     outcome: str = ""
     reason: str = ""
 
@@ -133,27 +137,29 @@ def optimize(
     _check_model(model, [s.candidate for s in sites if not s.outcome])
     with experts_implementation(model, "grouped_mm"):
         _match_all(model, sites, example_inputs, requested)
+    gc.collect()  # exported programs are cyclic garbage that keeps the captured modules' weights alive
     _check_matches(sites, report, strict)
     todo = [s for s in sites if s.structure is not None]
+    for site in todo:
+        site.tied = _weight_ids(site)
     _scan_finite(todo)
 
     with _progress(todo, progress) as advance:
         if verify:
             _verify_structures(todo, scale_rule, model)
         failures = []
+        prepared: dict[tuple[int, ...], MXFP4Experts] = {}
         for site in sites:
             if site.structure is None:
                 report.sites.append(_left(site))
                 continue
-            outcome = _install(model, site, scale_rule, verify, advance)
+            outcome = _install(model, site, scale_rule, verify, advance, prepared)
             report.sites.append(outcome)
             if outcome.outcome == "failed":
                 failures.append(outcome)
     report.seconds = time.perf_counter() - started
     if report.rewritten:
         _put_guard(model)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
     model.mxfp4_report = report  # type: ignore[assignment]
     if failures and strict:
         changed = [n for s in report.rewritten for n in s.names]
@@ -353,13 +359,13 @@ def _scan_finite(sites: list[Site]) -> None:
         assert site.structure is not None
         names = source_names(projections_of(site.structure.found.spec))
         for name in names:
-            parameter = site.candidate.module.get_parameter(name).detach()
+            parameter = site.candidate.module.get_parameter(name)
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            # One expert at a time, one synchronization a parameter. A sum is finite only if its terms are,
-            # and overflow of finite terms is ruled out by taking the largest magnitude instead.
-            finite = torch.stack([expert.abs().amax().isfinite() for expert in parameter])
+            # One expert at a time, one synchronization a parameter; aminmax makes no copy and hands NaN on.
+            extremes = [torch.stack(torch.aminmax(expert)) for expert in parameter.detach()]
+            finite = torch.stack(extremes).isfinite().all(1)
             if not bool(finite.all()):
                 expert = int((~finite).nonzero()[0])
                 raise OptimizeError(
@@ -404,23 +410,58 @@ def _verify_structures(sites: list[Site], scale_rule: str, model: nn.Module) -> 
         if structure.verified:
             continue
         try:
-            built, _, _ = _build(site, scale_rule, lambda _: None)
-            with experts_implementation(model, "eager"):
-                verify_site(built, site)
+            result = _trial(site, scale_rule, model)
+            if result.error > _FINER_ABOVE * result.original_error and _can_round_finer(structure):
+                _try_finer(site, scale_rule, model, result)
         except (VerificationError, RewriteError) as error:
-            raise OptimizeError(f"{site.name} was matched but failed verification: {error}. Nothing was changed.") from error
+            raise OptimizeError(
+                f"{site.name} was matched but failed verification: {error}. Nothing was changed."
+            ) from error
         structure.verified = True
-        del built
 
 
-def verify_site(built: MXFP4Experts, site: Site) -> Any:
+# Kernels that round where the original does come out at 0.95 to 1.05 times its error. Well above that, the
+# original works in fp32 inside (openai_privacy_filter's default implementation does) though its captured
+# form does not.
+_FINER_ABOVE = 1.25
+
+
+def _trial(site: Site, scale_rule: str, model: nn.Module) -> Verification:
+    built, _, _ = _build(site, scale_rule, lambda _: None)
+    with experts_implementation(model, "eager"):
+        return verify_site(built, site)
+
+
+def _can_round_finer(structure: Structure) -> bool:
+    return isinstance(structure.found, FusedMatch) and structure.found.spec.params.round_dtype.itemsize < 4
+
+
+def _try_finer(site: Site, scale_rule: str, model: nn.Module, before: Verification) -> None:
+    """Keep the stages in fp32 for sites whose original does, if that brings the site closer to it."""
+    structure = site.structure
+    assert structure is not None and isinstance(structure.found, FusedMatch)
+    coarse, spec = structure.found, structure.found.spec
+    params = replace(spec.params, round_dtype=torch.float32, accum_dtype=torch.float32)
+    structure.found = replace(coarse, spec=replace(spec, params=params))
+    structure.graphs.clear()
+    if _trial(site, scale_rule, model).error >= before.error:
+        structure.found = coarse
+        structure.graphs.clear()
+
+
+def verify_site(built: MXFP4Experts, site: Site) -> Verification:
     """Verify one built site against the module it would replace."""
     assert site.structure is not None
     return verify(built, site.candidate.module, site.structure.found)
 
 
 def _install(
-    model: nn.Module, site: Site, scale_rule: str, check: bool, advance: Callable[[int], None]
+    model: nn.Module,
+    site: Site,
+    scale_rule: str,
+    check: bool,
+    advance: Callable[[int], None],
+    prepared: dict[tuple[int, ...], MXFP4Experts],
 ) -> SiteReport:
     structure = site.structure
     assert structure is not None
@@ -447,6 +488,7 @@ def _install(
     verification = None
     try:
         built, errors, warnings = _build(site, scale_rule, advance)
+        _share_tensors(built, prepared.setdefault(site.tied, built))
         if check:
             with experts_implementation(model, "eager"):
                 verification = verify_site(built, site)
@@ -458,8 +500,6 @@ def _install(
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, built)
     release(module, source_names(projections))
-    if errors.numel() and built.device.type == "cpu":
-        gc.collect(0)  # young garbage only: modules refer to themselves through hooks
     return replace(
         base,
         bytes_after=built.expert_bytes(),
@@ -469,6 +509,19 @@ def _install(
         original_error=None if verification is None else verification.original_error,
         warnings=tuple(warnings),
     )
+
+
+def _share_tensors(built: MXFP4Experts, first: MXFP4Experts) -> None:
+    """Weights tied between two modules stay tied."""
+    if built is not first and built.layout == first.layout:
+        for name in built._tensor_names:
+            built._buffers[name] = first._buffers[name]
+
+
+def _weight_ids(site: Site) -> tuple[int, ...]:
+    assert site.structure is not None
+    names = source_names(projections_of(site.structure.found.spec))
+    return tuple(id(site.candidate.module.get_parameter(name)) for name in names)
 
 
 def _left(site: Site) -> SiteReport:
@@ -484,11 +537,15 @@ def _left(site: Site) -> SiteReport:
 
 
 class DtypeGuard(nn.Module):
-    """First child of a rewritten model: refuses a change of dtype before any other module was cast."""
+    """First child of a rewritten model: refuses a change of dtype before any other module was cast.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    ``trainable``: names of the parameters that optimize() froze.
+    """
+
+    def __init__(self, dtype: torch.dtype, trainable: tuple[str, ...]) -> None:
         super().__init__()
         self.dtype = dtype
+        self.trainable = trainable
 
     def _apply(self, fn: Any, recurse: bool = True) -> DtypeGuard:
         moved = fn(torch.zeros(1, dtype=self.dtype))
@@ -502,9 +559,11 @@ class DtypeGuard(nn.Module):
 
 def _put_guard(model: nn.Module) -> None:
     dtype = next(iter(mxfp4_sites(model).values())).plan.weight_dtype
+    trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    model.requires_grad_(False)
     children = dict(model._modules)
     model._modules.clear()
-    model._modules[GUARD] = DtypeGuard(dtype)
+    model._modules[GUARD] = DtypeGuard(dtype, trainable)
     model._modules.update(children)
 
 
@@ -520,7 +579,11 @@ def restore(model: nn.Module) -> Any:
         for name, child in list(module._modules.items()):
             if isinstance(child, MXFP4Experts):
                 module._modules[name] = _restored(child)
-    model._modules.pop(GUARD, None)
+    guard = model._modules.pop(GUARD, None)
+    parameters = dict(model.named_parameters())
+    for name in guard.trainable if isinstance(guard, DtypeGuard) else ():
+        if name in parameters:
+            parameters[name].requires_grad_(True)
     model.__dict__.pop(REPORT, None)
     return model
 

@@ -201,7 +201,7 @@ class MoESpec:
         return (
             f"E={p.num_experts} K={self.top_k} H={p.hidden} I={p.intermediate} {p.activation}{gate}"
             f"{', biases' if self.up.bias or self.down.bias else ''}"
-            f"{', weight on input' if p.weight_on_input else ''}"
+            f"{', weight on input' if p.weight_on_input else ''}, rounds to {str(p.round_dtype).removeprefix('torch.')}"
         )
 
 

@@ -1,8 +1,8 @@
 """A second, slow implementation of MXFP4 to hold `mxfp4_compile.mx` against.
 
-It shares no code and no method with it: floats are decoded from their bits into Python integers that count 2^-149, the
-smallest float32, scale exponents come from the definitions of the rules on those integers, and an element's code is
-the nearest of the eight by exhaustive search. Nothing here rounds.
+It shares no code and no method with it: floats are decoded from their bits into Python integers that count
+2^-149, the smallest float32, scale exponents come from the definitions of the rules on those integers, and an
+element's code is the nearest of the eight by exhaustive search. Nothing here rounds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def nearest(magnitude: int, e: int) -> int:
 
 def squared_error(magnitudes: list[int], e: int) -> int:
     step = 1 << (e - 1 + UNIT)
-    return sum(min(abs(m - c * step) for c in TWICE_CODE) ** 2 for m in magnitudes)
+    return sum(min(abs(m - c * step) for c in TWICE_CODE) ** 2 for m in magnitudes if m)
 
 
 # T * 2^e for every e there is, in units of 2^-149.

@@ -63,7 +63,9 @@ class CpuBackend(Backend):
         tokens, top_k = topk_ids.shape
         pairs = tokens * top_k
         if pairs == 0:
-            return x.new_zeros(x.shape)
+            return torch.zeros_like(x)
+        result_dtype = x.dtype
+        x = x.to(params.round_dtype)
         flat_ids = topk_ids.reshape(-1)
         weights = topk_weights.reshape(-1, 1)
         matrix = params.up_rows * params.hidden + params.hidden * params.intermediate
@@ -79,7 +81,7 @@ class CpuBackend(Backend):
             out = out * weights.to(params.accum_dtype)
         if top_k > 1:
             out = out.view(tokens, top_k, -1).sum(1)
-        return out.to(x.dtype)
+        return out.to(result_dtype)
 
     def grouped_linear(
         self,
@@ -114,11 +116,11 @@ def _gathered(
     w = _dequantize(up[0].index_select(0, ids), up[1].index_select(0, ids), params.hidden, dtype)
     y = torch.bmm(w, inputs.unsqueeze(-1)).squeeze(-1)
     if up_bias is not None:
-        y = y + up_bias.index_select(0, ids)
+        y = y + up_bias.index_select(0, ids).to(dtype)
     h = params.activate(y)
     w = _dequantize(down[0].index_select(0, ids), down[1].index_select(0, ids), params.intermediate, dtype)
     y = torch.bmm(w, h.unsqueeze(-1)).squeeze(-1)
-    return y if down_bias is None else y + down_bias.index_select(0, ids)
+    return y if down_bias is None else y + down_bias.index_select(0, ids).to(dtype)
 
 
 def _looped(
@@ -148,11 +150,11 @@ def _looped(
         w = _dequantize(up[0][expert], up[1][expert], params.hidden, x.dtype)
         y = linear(inputs, w)
         if up_bias is not None:
-            y = y + up_bias[expert]
+            y = y + up_bias[expert].to(y.dtype)
         h = params.activate(y)
         w = _dequantize(down[0][expert], down[1][expert], params.intermediate, x.dtype)
         y = linear(h, w)
-        out[rows] = y if down_bias is None else y + down_bias[expert]
+        out[rows] = y if down_bias is None else y + down_bias[expert].to(y.dtype)
     return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from .. import mx
 from ..ops.registry import get_backend
-from ..ops.selection import choose
+from ..ops.selection import Choice, choose
 from ..spec import MoEParams, MoESpec, Role, SplitSpec, WeightSource
 from .capture import CallPattern, TensorInfo
 
@@ -300,21 +300,28 @@ class MXFP4Experts(nn.Module):
         if moved.device == probe.device:
             super()._apply(fn, recurse)
             return self
-        params = self.plan.params
-        choice = choose(params, moved.device, None)
-        old, old_layout = get_backend(self.backend), self.layout
-        new = get_backend(choice.backend)
+        self.prepare_for(moved.device, choose(self.plan.params, moved.device, None))
+        for name in {n.split(".")[0] for n in self.plan.retained}:
+            child = self._modules.get(name)
+            if child is not None:
+                child._apply(fn)
+            elif self._parameters.get(name) is not None:
+                self._parameters[name] = nn.Parameter(fn(self._parameters[name]), requires_grad=False)
+            else:
+                self._buffers[name] = fn(self._buffers[name])
+        return self
+
+    def prepare_for(self, device: torch.device, choice: Choice) -> None:
+        """Move the weights to ``device`` in the layout of another backend, through the canonical form."""
+        old, new = get_backend(self.backend), get_backend(choice.backend)
         for projection in self.projections:
             experts, n, k = projection.shape
-            kwargs: dict[str, Any] = {"role": projection.role, "params": params}
+            common: dict[str, Any] = {"role": projection.role, "params": self.plan.params}
             collected: list[list[Tensor]] = []
-            source = self.weights(projection.slot)
             for e in range(experts):
-                packed, scales = old.recover(
-                    [t[e : e + 1] for t in source], n=n, k=k, layout=old_layout, **kwargs
-                )
+                packed, scales = self.canonical(projection, slice(e, e + 1))
                 collected.append(
-                    new.prepare(packed.to(moved.device), scales.to(moved.device), k=k, layout=choice.layout, **kwargs)
+                    new.prepare(packed.to(device), scales.to(device), k=k, layout=choice.layout, **common)
                 )
             for i in range(self._counts[projection.slot]):
                 del self._buffers[f"{projection.slot}_{i}"]
@@ -324,21 +331,11 @@ class MXFP4Experts(nn.Module):
             self._counts[projection.slot] = len(tensors)
             bias = self._buffers.get(f"{projection.slot}_bias")
             if bias is not None:
-                canonical = old.recover_bias(bias, n=n, layout=old_layout, **kwargs)
+                canonical = old.recover_bias(bias, n=n, layout=self.layout, **common)
                 self._buffers[f"{projection.slot}_bias"] = new.prepare_bias(
-                    canonical.to(moved.device), layout=choice.layout, **kwargs
+                    canonical.to(device), layout=choice.layout, **common
                 )
-        retained = {n.split(".")[0] for n in self.plan.retained}
-        for name in retained:
-            child = self._modules.get(name)
-            if child is not None:
-                child._apply(fn)
-            elif self._parameters.get(name) is not None:
-                self._parameters[name] = nn.Parameter(fn(self._parameters[name]), requires_grad=False)
-            else:
-                self._buffers[name] = fn(self._buffers[name])
         self._reroute(choice.backend, choice.layout)
-        return self
 
     def _reroute(self, backend: str, layout: str) -> None:
         """Rebuild the rewritten graph for another backend."""

@@ -20,7 +20,7 @@ from ..spec import MoEParams
 from .experts import Projection
 
 # Experts are prepared in groups of at least one, and of at most this many bytes of source weights.
-_GROUP_BYTES = 64 << 20
+_GROUP_BYTES = 8 << 20
 
 aten = torch.ops.aten
 

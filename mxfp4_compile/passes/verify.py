@@ -34,6 +34,9 @@ RATIO = 1.5
 # Relative error that sums taken in another order may add, per dtype the module works in.
 SLACK = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 
+# Memory for dequantized copies of experts; an eighth of the site where that is more.
+_GROUP_BYTES = 12 << 20
+
 # A weight matrix read along the wrong axis or in the wrong order is uncorrelated with the right one:
 # relative squared error about 2. The worst any right layout can give is below 0.1 (every block clipped).
 WRONG_LAYOUT = 0.25
@@ -47,25 +50,11 @@ class Verification:
     original_error: float
     cases: int
     experts: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether the rewritten module is as close to fp32 as the original, within the tolerance."""
-        return bool(self.error <= self.limit)
-
-    limit: float = 0.0
+    limit: float
 
 
 class VerificationError(RuntimeError):
     """A rewritten site that does not compute what the original does."""
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Which tensor arguments of a site are tokens, expert ids and routing weights (indices into them)."""
-
-    ids: int | None
-    top_k: int
 
 
 def check_weights(errors: Tensor, scale_rule: str, weights: Sequence[str]) -> list[str]:
@@ -100,7 +89,7 @@ def verify(site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     experts = site.projections[0].shape[0]
     ids_at, top_k = _roles(site, found)
-    groups = _groups(experts, top_k)
+    groups = _groups(site, original)
     squared = torch.zeros(3, dtype=torch.float64)
     cases = checked = 0
     dtype = site.plan.weight_dtype
@@ -157,13 +146,18 @@ def _roles(site: MXFP4Experts, found: Any) -> tuple[int, int]:
     return index, top_k
 
 
-def _groups(experts: int, top_k: int) -> list[tuple[int, int]]:
-    """Ranges of experts to check: all where there are few, else the first, a middle and the last few."""
-    size = max(8, top_k)
-    if experts <= 2 * size:
+def _groups(site: MXFP4Experts, original: nn.Module) -> list[tuple[int, int]]:
+    """Ranges of experts to check: all where they fit, else the first, a middle and the last few."""
+    experts = site.projections[0].shape[0]
+    weights = sum(original.get_parameter(n).numel() for p in site.projections for n in p.source.parameters)
+    # Two copies exist at a time, in the site's dtype and in fp32.
+    per_expert = weights // experts * (site.plan.weight_dtype.itemsize + 4)
+    budget = max(_GROUP_BYTES, weights * site.plan.weight_dtype.itemsize // 8)
+    size = max(2, min(experts, budget // max(per_expert, 1)))
+    if experts <= size:
         return [(0, experts)]
-    middle = (experts // 2) - size // 2
-    return [(0, size), (middle, middle + size), (experts - size, experts)]
+    middle = (experts - size) // 2
+    return sorted({(0, size), (middle, middle + size), (experts - size, experts)})
 
 
 def _compare_group(
@@ -181,7 +175,7 @@ def _compare_group(
     out = []
     with torch.no_grad():
         for tokens, pattern in _routings(narrow.stop - narrow.start, top_k):
-            inputs = _inputs(site, tokens, ids_at, pattern, generator)
+            inputs = _inputs(site, tokens, ids_at, narrow.stop - narrow.start, pattern, generator)
             shifted = list(inputs)
             shifted[ids_at] = inputs[ids_at] + narrow.start
             try:
@@ -233,19 +227,17 @@ def _routings(experts: int, top_k: int) -> Iterator[tuple[int, str]]:
 
 
 def _inputs(
-    site: MXFP4Experts, tokens: int, ids_at: int, pattern: str, generator: torch.Generator
+    site: MXFP4Experts, tokens: int, ids_at: int, experts: int, pattern: str, generator: torch.Generator
 ) -> list[Tensor]:
     """Tensor arguments of a call with ``tokens`` tokens, ids among the experts of one group."""
     plan = site.plan
     infos = plan.pattern.tensors
-    experts = site.projections[0].shape[0]
-    size = min(experts, max(8, infos[ids_at].shape[-1])) if experts > 2 * max(8, infos[ids_at].shape[-1]) else experts
     recorded = infos[ids_at].shape[0]
     out: list[Tensor] = []
     for index, info in enumerate(infos):
         shape = tuple(tokens if n == recorded and d == 0 else n for d, n in enumerate(info.shape))
         if index == ids_at:
-            out.append(_ids(shape, size, pattern, generator).to(info.dtype).to(info.device))
+            out.append(_ids(shape, experts, pattern, generator).to(info.dtype).to(info.device))
         elif info.dtype.is_floating_point and len(shape) == 2 and shape[1] == infos[ids_at].shape[-1]:
             weights = torch.rand(shape, generator=generator) + 0.05
             out.append((weights / weights.sum(-1, keepdim=True)).to(info.dtype).to(info.device))

@@ -19,40 +19,44 @@ OPERAND_UNSCALE = tl.constexpr(4294967296.0)
 # Vector kernels scale activations by 2^64 (a code alone is subnormal), undone in the block multiplier.
 VECTOR_SCALE = tl.constexpr(18446744073709551616.0)
 
+# One word in, its eight codes times a bf16 multiplier out, two at a time.
 _UNTWIDDLE = tl.constexpr(
     """{
-    .reg .b32 w, m, z, a, b, c, d, t;
-    mov.b32 w, $4;
-    mov.b32 m, $5;
+    .reg .b32 m, z, a, b, c, d, t;
+    mov.b32 m, {$9, $9};
     mov.b32 z, 0x80008000;
-    and.b32 a, w, 0x81C081C0;
-    shl.b32 t, w, 3;
+    and.b32 a, $8, 0x81C081C0;
+    shl.b32 t, $8, 3;
     and.b32 b, t, 0x81C081C0;
-    shl.b32 t, w, 6;
+    shl.b32 t, $8, 6;
     and.b32 c, t, 0x81C081C0;
-    shl.b32 t, w, 1;
+    shl.b32 t, $8, 1;
     and.b32 d, t, 0x80008000;
-    shr.u32 t, w, 3;
+    shr.u32 t, $8, 3;
     and.b32 t, t, 0x01800180;
     or.b32 d, d, t;
-    shr.u32 t, w, 7;
+    shr.u32 t, $8, 7;
     and.b32 t, t, 0x00400040;
     or.b32 d, d, t;
-    fma.rn.bf16x2 $0, a, m, z;
-    fma.rn.bf16x2 $1, b, m, z;
-    fma.rn.bf16x2 $2, c, m, z;
-    fma.rn.bf16x2 $3, d, m, z;
+    fma.rn.bf16x2 a, a, m, z;
+    fma.rn.bf16x2 b, b, m, z;
+    fma.rn.bf16x2 c, c, m, z;
+    fma.rn.bf16x2 d, d, m, z;
+    mov.b32 {$0, $1}, a;
+    mov.b32 {$2, $3}, b;
+    mov.b32 {$4, $5}, c;
+    mov.b32 {$6, $7}, d;
 }"""
 )
 
 
 @triton.jit
 def _multiplier(scale, DTYPE: tl.constexpr):
-    """Block scale byte (int32) -> 2^126 * 2^(scale - 127) / OPERAND_UNSCALE; NaN above 2^33 and for 255."""
+    """Block scale byte (int32) -> 2^126 * 2^(scale - 127) / OPERAND_UNSCALE; inf or NaN above 2^33."""
     if DTYPE == tl.bfloat16:
-        bits = tl.where(scale > 160, 0x7FC0, (scale + 94) << 7).to(tl.int16)
+        bits = tl.minimum((scale << 7) + (94 << 7), 0x7FC0).to(tl.int16)
     else:
-        bits = tl.where(scale > 160, 0x7FC00000, (scale + 94) << 23)
+        bits = tl.minimum(scale + 94, 255) << 23
     return bits.to(DTYPE, bitcast=True)
 
 
@@ -67,29 +71,43 @@ def _nibble(code, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def decode_operand(
-    codes, scales, ROWS: tl.constexpr, STEPS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr
-):
-    """codes uint8 [ROWS, STEPS*32], scales int16 [ROWS, STEPS] -> DTYPE [ROWS, STEPS*64] / OPERAND_UNSCALE.
+def decode_operand(words, scales, SLABS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr):
+    """One K step: words int32 [SLABS, 128], scales int32 [SLABS, 8] -> DTYPE [SLABS*16, 64] / OPERAND_UNSCALE.
 
-    The bytes of one row of a step are (lane 4, block 2, half 2, parity 2), each with two codes 16 apart
-    along K, so that the eight bytes of a lane are the fragments a tensor core wants from one thread: the
-    reshapes below move no data.
+    A slab's 128 words are, for each of 32 lanes (row of eight, quarter of a fragment), the four it
+    decodes: (row half, block), each eight codes. A coalesced load thus lands every code in the thread
+    whose tensor-core fragment it belongs to, and the reshapes below move no data.
     """
-    s = scales.to(tl.int32)
-    m = _multiplier(tl.join(s & 0xFF, (s >> 8) & 0xFF), DTYPE)
-    m = tl.reshape(m, [ROWS, STEPS, 1, 2, 1])
-    m = tl.reshape(tl.broadcast_to(m, [ROWS, STEPS, 4, 2, 4]), [ROWS, STEPS * 32])
+    first = tl.join(scales & 0xFF, (scales >> 8) & 0xFF)
+    second = tl.join((scales >> 16) & 0xFF, (scales >> 24) & 0xFF)
+    s = tl.permute(tl.join(first, second), (0, 1, 3, 2))  # [SLABS, 8, row half, block]
+    m = tl.reshape(_multiplier(s, DTYPE), [SLABS, 8, 1, 2, 2])
+    m = tl.reshape(tl.broadcast_to(m, [SLABS, 8, 4, 2, 2]), [SLABS, 128])
+    # digits: nibble, half, parity
     if TWIDDLED:
-        low, high = tl.inline_asm_elementwise(
-            _UNTWIDDLE, "=r,=r,=r,=r,r,r,r", [codes, m], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        w000, w001, w010, w011, w100, w101, w110, w111 = tl.inline_asm_elementwise(
+            _UNTWIDDLE,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
+            [words, m],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=1,
         )
     else:
-        c = codes.to(tl.int32)
-        low = _nibble(c, DTYPE) * m
-        high = _nibble(c >> 4, DTYPE) * m
-    w = tl.reshape(tl.join(low, high), [ROWS, STEPS, 4, 2, 2, 2, 2])
-    return tl.reshape(tl.permute(w, (0, 1, 3, 6, 4, 2, 5)), [ROWS, STEPS * 64])
+        w000 = _nibble(words, DTYPE) * m
+        w001 = _nibble(words >> 8, DTYPE) * m
+        w010 = _nibble(words >> 16, DTYPE) * m
+        w011 = _nibble(words >> 24, DTYPE) * m
+        w100 = _nibble(words >> 4, DTYPE) * m
+        w101 = _nibble(words >> 12, DTYPE) * m
+        w110 = _nibble(words >> 20, DTYPE) * m
+        w111 = _nibble(words >> 28, DTYPE) * m
+    low = tl.join(tl.join(w000, w001), tl.join(w010, w011))
+    high = tl.join(tl.join(w100, w101), tl.join(w110, w111))
+    # slab, row, quarter, row half, block, parity, half, nibble -> rows (slab, row half, row),
+    # K (block, nibble, half, quarter, parity)
+    w = tl.reshape(tl.join(low, high), [SLABS, 8, 4, 2, 2, 2, 2, 2])
+    return tl.reshape(tl.permute(w, (0, 3, 1, 4, 7, 6, 2, 5)), [SLABS * 16, 64])
 
 
 @triton.jit

@@ -18,43 +18,34 @@ from .decode import OPERAND_UNSCALE, decode_operand
 @triton.jit
 def _accumulate(
     x_rows,  # [BT] pointers to the tokens' first elements
-    codes,  # pointer to the expert's codes, uint8 [SLABS, STEPS, 16, 32]
-    scales,  # pointer to the expert's scales, int16 [SLABS, STEPS, 16]
+    codes,  # pointer to the expert's codes, int32 [SLABS, STEPS, 128]
+    scales,  # pointer to the expert's scales, int32 [SLABS, STEPS, 8]
     slab0,
     SLABS,
     STEPS,
     K: tl.constexpr,
-    EVEN: tl.constexpr,
     SPLIT: tl.constexpr,
     TWIDDLED: tl.constexpr,
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
-    BK: tl.constexpr,
 ):
     """sum over k of weight[slab0*16 + r, k] * x[t, k] -> fp32 [BM, BT]."""
-    S: tl.constexpr = BK // 64
-    r = tl.arange(0, BM)
-    byte = tl.arange(0, BK // 2)
-    k = tl.arange(0, BK)
-    step = tl.arange(0, S)
-    # Rows past the end repeat the last slab: no mask in the loop, and the store drops them.
-    slab = tl.minimum(slab0 + r // 16, SLABS - 1)
-    row = slab * STEPS * 16 + r % 16
-    code_ptrs = codes + (row * 32)[:, None].to(tl.int64) + (byte // 32 * 512 + byte % 32)[None, :]
-    scale_ptrs = scales + row[:, None] + (step * 16)[None, :]
+    k = tl.arange(0, 64)
+    # Slabs past the end repeat the last: no mask in the loop, and the store drops them.
+    slab = tl.minimum(slab0 + tl.arange(0, BM // 16), SLABS - 1).to(tl.int64) * STEPS
+    code_ptrs = codes + (slab * 128)[:, None] + tl.arange(0, 128)[None, :]
+    scale_ptrs = scales + (slab * 8)[:, None] + tl.arange(0, 8)[None, :]
     x_ptrs = x_rows[:, None] + k[None, :]
     acc = tl.zeros([BM, BT], tl.float32)
-    for at in range(0, STEPS, S):
-        if EVEN:
-            c = tl.load(code_ptrs)
-            s = tl.load(scale_ptrs)
+    for step in range(0, STEPS):
+        c = tl.load(code_ptrs)
+        s = tl.load(scale_ptrs)
+        if K % 64 == 0:
             x = tl.load(x_ptrs)
         else:
-            c = tl.load(code_ptrs, mask=(at + byte // 32 < STEPS)[None, :], other=0)
-            s = tl.load(scale_ptrs, mask=(at + step < STEPS)[None, :], other=0)
-            x = tl.load(x_ptrs, mask=(at * 64 + k < K)[None, :], other=0.0)
-        w = decode_operand(c, s, BM, S, TWIDDLED, DTYPE)
+            x = tl.load(x_ptrs, mask=(step * 64 + k < K)[None, :], other=0.0)
+        w = decode_operand(c, s, BM // 16, TWIDDLED, DTYPE)
         if SPLIT:
             # fp16 and fp32 activations as the sum of two bf16: about 16 bits of mantissa.
             high = x.to(tl.bfloat16)
@@ -65,9 +56,9 @@ def _accumulate(
             acc = tl.dot(w, tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
         else:
             acc = tl.dot(w, tl.trans(x), acc)
-        code_ptrs += S * 512
-        scale_ptrs += S * 16
-        x_ptrs += BK
+        code_ptrs += 128
+        scale_ptrs += 8
+        x_ptrs += 64
     return acc * OPERAND_UNSCALE
 
 
@@ -120,7 +111,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["pairs"])
 def scan_matmul(
-    x,  # [T, K] if X_BY_TOKEN else [pairs, K], row stride x_stride
+    x,  # [T, K] if X_BY_TOKEN else [pairs, K], row stride X_STRIDE
     codes,
     scales,
     bias,
@@ -128,9 +119,9 @@ def scan_matmul(
     weights,  # [pairs] or None: scales the input
     out,  # [pairs, N] contiguous
     pairs,
-    x_stride,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
+    X_STRIDE: tl.constexpr,
     SLABS: tl.constexpr,
     STEPS: tl.constexpr,
     N: tl.constexpr,
@@ -149,7 +140,6 @@ def scan_matmul(
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
-    BK: tl.constexpr,
 ):
     """One program per (expert, row tile); ``pairs`` <= PAIRS <= a few hundred.
 
@@ -172,8 +162,8 @@ def scan_matmul(
         count = tl.where(valid, tl.sum(mine.to(tl.int32), 0), 0)
     if count > 0:
         place = tl.cumsum(mine.to(tl.int32), 0) - 1
-        codes += expert.to(tl.int64) * (SLABS * STEPS * 512)
-        scales += expert.to(tl.int64) * (SLABS * STEPS * 16)
+        codes += expert.to(tl.int64) * (SLABS * STEPS * 128)
+        scales += expert.to(tl.int64) * (SLABS * STEPS * 8)
         if bias is not None:
             bias += expert.to(tl.int64) * (SLABS * 16)
         for start in range(0, count, BT):
@@ -190,8 +180,8 @@ def scan_matmul(
             if weights is not None:
                 column_scale = tl.load(weights + pair).to(tl.float32)
             acc = _accumulate(
-                x + source.to(tl.int64) * x_stride,
-                codes, scales, slab0, SLABS, STEPS, K, K % BK == 0, SPLIT, TWIDDLED, DTYPE, BM, BT, BK,
+                x + source.to(tl.int64) * X_STRIDE,
+                codes, scales, slab0, SLABS, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT,
             )  # fmt: skip
             _finish(
                 acc, column_scale, bias, out + pair.to(tl.int64) * N, ok, slab0, SLABS, N,
@@ -199,9 +189,9 @@ def scan_matmul(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def sorted_matmul(
-    x,  # [T, K] if TOP_K else [rows, K], row stride x_stride
+    x,  # [T, K] if TOP_K else [rows, K], row stride X_STRIDE
     codes,
     scales,
     bias,
@@ -209,11 +199,10 @@ def sorted_matmul(
     order,  # int32 [rows]: the pair at each sorted row, or None
     weights,  # [pairs] or None: scales the input
     out,  # [rows, N] contiguous
-    rows,
-    x_stride,
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
+    X_STRIDE: tl.constexpr,
     SLABS: tl.constexpr,
     STEPS: tl.constexpr,
     N: tl.constexpr,
@@ -231,7 +220,6 @@ def sorted_matmul(
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
-    BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """One program per (token tile, row tile). Row r of the sorted order reads x[order[r] // TOP_K] or x[r].
@@ -276,10 +264,10 @@ def sorted_matmul(
         if bias is not None:
             bias += expert.to(tl.int64) * (SLABS * 16)
         acc = _accumulate(
-            x + source.to(tl.int64) * x_stride,
-            codes + expert.to(tl.int64) * (SLABS * STEPS * 512),
-            scales + expert.to(tl.int64) * (SLABS * STEPS * 16),
-            slab0, SLABS, STEPS, K, K % BK == 0, SPLIT, TWIDDLED, DTYPE, BM, BT, BK,
+            x + source.to(tl.int64) * X_STRIDE,
+            codes + expert.to(tl.int64) * (SLABS * STEPS * 128),
+            scales + expert.to(tl.int64) * (SLABS * STEPS * 8),
+            slab0, SLABS, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT,
         )  # fmt: skip
         _finish(
             acc, column_scale, bias, out + target.to(tl.int64) * N, ok, slab0, SLABS, N,

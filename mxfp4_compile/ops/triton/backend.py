@@ -1,0 +1,130 @@
+"""The native backend: Triton kernels on weights in a layout of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...spec import MoEParams, Role
+from ..backend import Backend, Requirement
+from . import layout as layouts
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _triton() -> tuple[bool, str]:
+    try:
+        import triton
+    except ImportError as error:
+        return False, f"import triton: {error}"
+    return True, f"triton {triton.__version__}"
+
+
+def _interpreted() -> bool:
+    import os
+
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class TritonBackend(Backend):
+    """MXFP4 experts in Triton: NVIDIA GPUs from Ampere on, AMD CDNA, or Triton's interpreter on the CPU."""
+
+    name = "triton"
+
+    def supports(self, params: MoEParams | None, device: torch.device) -> list[Requirement]:
+        """Triton, a device it compiles for, and a dtype that the kernels round to."""
+        met, reason = _triton()
+        requirements = [Requirement("triton", met, reason)]
+        if device.type == "cuda":
+            if torch.version.hip:
+                requirements.append(Requirement("device", True, "ROCm"))
+            else:
+                major, minor = torch.cuda.get_device_capability(device)
+                requirements.append(
+                    Requirement("device", major >= 8, f"compute capability {major}.{minor}, needs 8.0 or newer")
+                )
+        else:
+            requirements.append(
+                Requirement("device", _interpreted(), f"{device.type}: needs a GPU, or TRITON_INTERPRET=1")
+            )
+        if params is not None:
+            requirements.append(
+                Requirement("round_dtype", params.round_dtype in _DTYPES, f"{params.round_dtype}; one of {_DTYPES}")
+            )
+            requirements.append(
+                Requirement("num_experts", params.num_experts <= 4096, f"{params.num_experts}, at most 4096")
+            )
+        return requirements
+
+    def plan(self, params: MoEParams | None, device: torch.device) -> str:
+        """"sm80" where the kernels may use PTX, else "nibbles" (layout.py)."""
+        return "sm80" if device.type == "cuda" and not torch.version.hip else "nibbles"
+
+    def prepare(
+        self, packed: Tensor, scales: Tensor, *, k: int, role: Role | None, params: MoEParams | None, layout: str
+    ) -> list[Tensor]:
+        """[codes uint8 [e, SLABS, STEPS, 512], scales int32 [e, SLABS, STEPS, 8]] (layout.py)."""
+        return layouts.prepare(packed, scales, k, role, params, _known(layout))
+
+    def recover(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        n: int,
+        k: int,
+        role: Role | None,
+        params: MoEParams | None,
+        layout: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Prepared -> canonical, bit for bit."""
+        return layouts.recover(list(tensors), n, k, role, params, _known(layout))
+
+    def prepare_bias(self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+        """[e, N] -> [e, SLABS*16] in the prepared order, same dtype."""
+        return layouts.prepare_bias(bias, role, params)
+
+    def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+        """Inverse of ``prepare_bias``."""
+        return layouts.recover_bias(bias, n, role, params)
+
+    def moe(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        up: Sequence[Tensor],
+        down: Sequence[Tensor],
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        params: MoEParams,
+        layout: str,
+    ) -> Tensor:
+        """x [T, H] -> [T, H]; no host synchronization, safe under CUDA-graph capture."""
+        from .moe import moe
+
+        return moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout)
+
+    def grouped_linear(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        weight: Sequence[Tensor],
+        n: int,
+        round_dtype: torch.dtype,
+        layout: str,
+    ) -> Tensor:
+        """x [S, K] sorted by expert, offsets int32 [E] -> [S, N]."""
+        from .moe import grouped_linear
+
+        return grouped_linear(x, offsets, weight, n, round_dtype, layout)
+
+
+def _known(layout: str) -> str:
+    if layout not in layouts.LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r} of backend triton; known: {', '.join(layouts.LAYOUTS)}")
+    return layout
+
+
+BACKEND = TritonBackend()

@@ -1,0 +1,34 @@
+"""The weighted sum over a token's experts, in fp32 and in the order of topk_ids."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def combine(
+    y,  # [T*TOP_K, N] contiguous; rows of pairs whose id is no expert hold anything
+    ids,  # [T, TOP_K]
+    weights,  # [T, TOP_K], or None: all ones
+    out,  # [T, N] contiguous
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (BLOCK columns, token)."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    # Unrolled, so that every expert's row is in flight at once.
+    for i in tl.static_range(TOP_K):
+        pair = token * TOP_K + i
+        expert = tl.load(ids + pair)
+        ok = (expert >= 0) & (expert < E)
+        row = tl.load(y + pair * N + n, mask=n < tl.where(ok, N, 0), other=0.0).to(tl.float32)
+        if weights is not None:
+            row *= tl.load(weights + pair).to(tl.float32)
+        # A sentinel's weight may be anything, NaN included.
+        acc += tl.where(ok, row, 0.0)
+    tl.store(out + token * N + n, acc.to(out.dtype.element_ty), mask=n < N)

@@ -1,0 +1,53 @@
+"""Launching compiled kernels with little host work.
+
+Triton's own launch path binds and specializes every argument on every call, tens of microseconds that
+an eager decoding step pays per kernel and layer. A ``Step`` has all of that decided: constants,
+dtypes and options are fixed when it is made, integers are not specialized, and pointers are only
+checked for the 16-byte alignment that the compiled kernel assumes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Step:
+    """One kernel with its constants and options; call it with a grid and the run-time arguments."""
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], warps: int, stages: int, registers: int = 0) -> None:
+        self.kernel = kernel
+        names = list(kernel.arg_names)
+        # In signature order, since the compiled kernel takes all of them by position.
+        self.constants = {name: constants[name] for name in names if name in constants}
+        if names[len(names) - len(self.constants) :] != list(self.constants):
+            raise ValueError(f"constants {sorted(constants)} are not the last parameters of {names}")
+        self.options = {"num_warps": warps, "num_stages": stages}
+        if registers:
+            self.options["maxnreg"] = registers
+        self._tail = tuple(self.constants.values())
+        self._compiled: dict[int, Any] = {}
+        self._interpreted = not hasattr(kernel, "device_caches")
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launch on the current stream of the current device; tensors, ints and None by position."""
+        for a in args:
+            if isinstance(a, Tensor) and a.data_ptr() & 15:
+                aligned = False
+                break
+        else:
+            aligned = True
+        if not aligned or self._interpreted:
+            self.kernel[grid](*args, **self.constants, **({} if self._interpreted else self.options))
+            return
+        device = torch.cuda.current_device()
+        compiled = self._compiled.get(device)
+        if compiled is None:
+            self._compiled[device] = self.kernel[grid](*args, **self.constants, **self.options)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        compiled.run(
+            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *self._tail
+        )

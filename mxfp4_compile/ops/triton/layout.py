@@ -1,0 +1,158 @@
+"""Prepared weights: the order in which the kernels read them, exactly invertible.
+
+Rows come in slabs of 16, K in steps of 64 (both padded with zeros, inside prepared weights only). A slab
+of a gated up-projection is 8 activated rows and the 8 other rows of the same columns, so that one thread
+ends up with both. A (slab, step) is 512 contiguous bytes of codes and 32 of scales:
+
+    codes  int32 [E, SLABS, STEPS, 128]   (row 8, quarter 4, row half 2, block 2), 4 bytes (half 2, parity 2)
+    scales int32 [E, SLABS, STEPS, 8]     (row 8), its 4 bytes (row half 2, block 2)
+
+where row = slab*16 + row half*8 + row and k = step*64 + block*32 + nibble*16 + half*8 + quarter*2 +
+parity: the 16 bytes of a (row, quarter) are what one thread feeds to m16k16 tensor-core operations.
+
+The layout "sm80" (NVIDIA, from Ampere on) further permutes the bits of each 32-bit word, eight codes,
+so that two codes at a time can be masked into place as bf16; "nibbles" leaves them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...spec import MoEParams, Role
+
+LAYOUTS = ("sm80", "nibbles")
+SLAB = 16
+STEP = 64
+_UNIT_SCALE = 127
+
+# Of the 16 bits that hold the four codes (pairs) of one parity: where each code's sign and three low bits lie.
+_SIGN = (15, 12, 9, 14)
+_LOW = ((8, 7, 6), (5, 4, 3), (2, 1, 0), (11, 10, 13))
+
+
+def slabs(rows: int, gated: bool) -> int:
+    """Slabs of a projection with ``rows`` rows (both halves counted, when gated)."""
+    return -(-rows // SLAB) if not gated else -(-(rows // 2) // (SLAB // 2))
+
+
+def steps(k: int) -> int:
+    """K steps of a projection with ``k`` columns."""
+    return -(-k // STEP)
+
+
+def _gated(role: Role | None, params: MoEParams | None) -> bool:
+    return role == "up" and params is not None and params.activation.gated
+
+
+def _pad(x: Tensor, dim: int, size: int, value: int = 0) -> Tensor:
+    missing = size - x.shape[dim]
+    if not missing:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.new_full(shape, value)], dim)
+
+
+def rows_to_slabs(x: Tensor, role: Role | None, params: MoEParams | None, value: int = 0) -> Tensor:
+    """[e, N, ...] in the model's row order -> [e, SLABS, row half 2, row 8, ...]."""
+    e, n, *rest = x.shape
+    if _gated(role, params):
+        assert params is not None
+        halves = x.unflatten(1, (2, n // 2)) if params.gate_layout == "halves" else x.unflatten(1, (n // 2, 2)).transpose(1, 2)
+        if params.activated_half == 1:
+            halves = halves.flip(1)
+        count = slabs(n, True)
+        return _pad(halves, 2, count * 8, value).unflatten(2, (count, 8)).transpose(1, 2)
+    count = slabs(n, False)
+    return _pad(x, 1, count * SLAB, value).reshape(e, count, 2, 8, *rest)
+
+
+def slabs_to_rows(x: Tensor, n: int, role: Role | None, params: MoEParams | None) -> Tensor:
+    """Inverse of ``rows_to_slabs``."""
+    if _gated(role, params):
+        assert params is not None
+        halves = x.transpose(1, 2).flatten(2, 3)[:, :, : n // 2]
+        if params.activated_half == 1:
+            halves = halves.flip(1)
+        if params.gate_layout == "interleaved":
+            halves = halves.transpose(1, 2)
+        return halves.flatten(1, 2)
+    return x.flatten(1, 3)[:, :n]
+
+
+def twiddle(words: Tensor) -> Tensor:
+    """int32 words of plain nibbles -> the same codes with their bits where two masks find them."""
+    wide = words.to(torch.int64)
+    out = torch.zeros_like(wide)
+    for parity in range(2):
+        for pair in range(4):
+            code = wide >> ((pair % 2) * 16 + parity * 8 + (pair // 2) * 4)
+            for bit, place in zip((3, 2, 1, 0), (_SIGN[pair], *_LOW[pair]), strict=True):
+                out |= ((code >> bit) & 1) << (place + 16 * parity)
+    return out.to(torch.int32)
+
+
+def untwiddle(words: Tensor) -> Tensor:
+    """Inverse of ``twiddle``."""
+    wide = words.to(torch.int64)
+    out = torch.zeros_like(wide)
+    for parity in range(2):
+        for pair in range(4):
+            shift = (pair % 2) * 16 + parity * 8 + (pair // 2) * 4
+            for bit, place in zip((3, 2, 1, 0), (_SIGN[pair], *_LOW[pair]), strict=True):
+                out |= ((wide >> (place + 16 * parity)) & 1) << (bit + shift)
+    return out.to(torch.int32)
+
+
+def prepare(
+    packed: Tensor, scales: Tensor, k: int, role: Role | None, params: MoEParams | None, layout: str
+) -> list[Tensor]:
+    """Canonical uint8 [e, N, ceil(K/2)] and [e, N, ceil(K/32)] -> [codes, scales] as in the module's text."""
+    e = packed.shape[0]
+    s = steps(k)
+    # [e, slab, row half, row, step, block, nibble, half, quarter, byte]: a canonical byte is two neighbours.
+    c = rows_to_slabs(_pad(packed, 2, s * STEP // 2), role, params)
+    c = c.unflatten(-1, (s, 2, 2, 2, 4))
+    low, high = c & 0xF, c >> 4  # parity 0 and 1
+    codes = torch.stack([low, high], -1)  # [..., block, nibble, half, quarter, parity]
+    codes = codes[:, :, :, :, :, :, 0] | (codes[:, :, :, :, :, :, 1] << 4)
+    # [e, slab, row half, row, step, block, half, quarter, parity]
+    codes = codes.permute(0, 1, 4, 3, 7, 2, 5, 6, 8).contiguous()
+    codes = codes.view(e, -1, s, 512).view(torch.int32)
+    if layout == "sm80":
+        codes = twiddle(codes)
+    t = rows_to_slabs(_pad(scales, 2, s * 2, _UNIT_SCALE), role, params, _UNIT_SCALE)
+    t = t.unflatten(-1, (s, 2)).permute(0, 1, 4, 3, 2, 5).contiguous()
+    return [codes, t.view(e, -1, s, 32).view(torch.int32)]
+
+
+def recover(
+    tensors: list[Tensor], n: int, k: int, role: Role | None, params: MoEParams | None, layout: str
+) -> tuple[Tensor, Tensor]:
+    """Inverse of ``prepare``, bit for bit."""
+    codes, scales = (t.contiguous() for t in tensors)
+    e, slab_count, s = codes.shape[:3]
+    if layout == "sm80":
+        codes = untwiddle(codes)
+    codes = codes.view(torch.uint8).view(e, slab_count, s, 8, 4, 2, 2, 2, 2)
+    # -> [e, slab, row half, row, step, block, half, quarter, parity] -> nibble after block
+    codes = codes.permute(0, 1, 5, 3, 2, 6, 7, 4, 8)
+    codes = torch.stack([codes & 0xF, codes >> 4], 6)
+    packed = codes[..., 0] | (codes[..., 1] << 4)
+    packed = slabs_to_rows(packed.flatten(4), n, role, params)[:, :, : (k + 1) // 2]
+    t = scales.view(torch.uint8).view(e, slab_count, s, 8, 2, 2).permute(0, 1, 4, 3, 2, 5)
+    t = slabs_to_rows(t.flatten(4), n, role, params)[:, :, : -(-k // 32)]
+    return packed.contiguous(), t.contiguous()
+
+
+def prepare_bias(bias: Tensor, role: Role | None, params: MoEParams | None) -> Tensor:
+    """[e, N] -> [e, SLABS*16] in the order of the prepared rows."""
+    return rows_to_slabs(bias, role, params).flatten(1).contiguous()
+
+
+def recover_bias(bias: Tensor, n: int, role: Role | None, params: MoEParams | None) -> Tensor:
+    """Inverse of ``prepare_bias``."""
+    return slabs_to_rows(bias.view(bias.shape[0], -1, 2, 8), n, role, params).contiguous()
+
+

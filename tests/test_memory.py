@@ -1,0 +1,55 @@
+"""Memory: what is left after optimize, and the peak while it runs."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mxfp4_compile
+from mxfp4_compile.families import tiny_inputs, tiny_model
+
+ROOT = Path(__file__).parent
+
+
+def live_bytes() -> int:
+    """Bytes of all live tensors, each storage once, on every device (meta holds none)."""
+    gc.collect()
+    storages = {}
+    for obj in gc.get_objects():
+        if isinstance(obj, torch.Tensor) and obj.device.type != "meta" and type(obj).__name__ != "FakeTensor":
+            storage = obj.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "muse_spark"])
+def test_experts_are_gone_after_optimize_and_after_a_forward(family: str) -> None:
+    options = {"layers": 8}
+    mxfp4_compile.optimize(tiny_model(family, dtype=torch.bfloat16))  # tables and caches of the library itself
+    model = tiny_model(family, dtype=torch.bfloat16, **options)
+    experts = sum(p.numel() * 2 for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3)
+    before = live_bytes()
+    mxfp4_compile.optimize(model)
+    slack = 1 << 16
+    assert live_bytes() <= before - experts + 0.28 * experts + slack
+    with torch.no_grad():
+        model(**tiny_inputs(model))
+    assert live_bytes() <= before - experts + 0.28 * experts + slack
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory counter")
+def test_peak_of_a_gibibyte_model() -> None:
+    # A process of its own: its peak resident memory is the kernel's own count of every byte, not only tensors.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    script = ROOT / "peak_memory.py"
+    result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
+    model, site, peak = (int(n) for n in result.stdout.split()[-3:])
+    assert model >= 1 << 30
+    assert peak <= model + 1.5 * site, f"peak {(peak - model) / site:.2f} sites over the model"

@@ -1,0 +1,242 @@
+"""The native kernels in Triton's interpreter, on the CPU, against plain fp32 torch.
+
+The interpreter is chosen when triton is first imported, so everything runs in one subprocess: this
+file is also the program that it runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mxfp4_compile.spec import Activation, MoEParams
+
+BF16 = torch.bfloat16
+INF = math.inf
+ACTIVATIONS = {
+    "silu": Activation("silu"),
+    "gelu": Activation("gelu"),
+    "gelu_tanh": Activation("gelu_tanh"),
+    "relu": Activation("relu"),
+    "relu2": Activation("relu2"),
+    "gpt_oss": Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0),
+    "clamped_silu": Activation("silu", gate_limit=1.0, up_limit=0.5),
+    "plain_relu2": Activation("relu2", gated=False),
+    "plain_gelu": Activation("gelu", gated=False, gate_limit=0.75),
+}
+VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def random_weight(e: int, n: int, k: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random canonical codes and scales, of about unit row norm; odd K and short blocks zero-padded."""
+    codes = torch.randint(0, 16, (e, n, k), generator=generator, dtype=torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, k % 2))
+    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    exponent = 126 - int(math.log2(max(k, 2)) / 2)
+    scales = torch.randint(exponent - 2, exponent + 1, (e, n, -(-k // 32)), generator=generator, dtype=torch.uint8)
+    return packed, scales
+
+
+def dequantize(packed: torch.Tensor, scales: torch.Tensor, k: int) -> torch.Tensor:
+    codes = torch.stack([packed & 0xF, packed >> 4], -1).flatten(-2)[..., :k].long()
+    scale = torch.exp2(scales.float() - 127).repeat_interleave(32, -1)[..., :k]
+    return VALUES[codes] * scale
+
+
+def reference(x, ids, weights, up, down, up_bias, down_bias, params):
+    """The layer in fp32, expert by expert."""
+    up_weight, down_weight = dequantize(*up, params.hidden), dequantize(*down, params.intermediate)
+    out = torch.zeros(x.shape[0], params.hidden)
+    for t, k in itertools.product(*map(range, ids.shape)):
+        e = int(ids[t, k])
+        if not 0 <= e < params.num_experts:
+            continue
+        w = weights[t, k].float()
+        y = (x[t].float() * (w if params.weight_on_input else 1.0)) @ up_weight[e].T
+        y = params.activate(y if up_bias is None else y + up_bias[e].float())
+        y = y @ down_weight[e].T
+        if down_bias is not None:
+            y = y + down_bias[e].float()
+        out[t] += y if params.weight_on_input else y * w
+    return out
+
+
+def routing(tokens, top_k, e, kind, generator):
+    """topk_ids [T, K] of a kind: uniform, all on one expert, every other expert empty, or some sentinels."""
+    if kind == "one":
+        return torch.full((tokens, top_k), e - 1)
+    ids = torch.rand((tokens, e), generator=generator).topk(top_k, -1).indices
+    if kind == "even":
+        ids = ids // 2 * 2
+    if kind == "sentinel" and ids.numel():
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, e + 3, ids)
+    return ids
+
+
+def case(**overrides):
+    """One layer through the backend and the reference -> relative error."""
+    from mxfp4_compile.ops.triton import BACKEND
+    from mxfp4_compile.ops.triton.moe import moe
+    from mxfp4_compile.ops.triton.select import Choice, Tiles
+
+    o = {
+        "e": 6, "top_k": 2, "h": 64, "i": 48, "t": 5, "act": "silu", "layout": "halves", "half": 0, "bias": False,
+        "on_input": False, "kind": "uniform", "dtype": "float32", "ids": "int64", "regime": None, "bits": "nibbles",
+        "weights": "float32", "strided": False,
+    }  # fmt: skip
+    o.update(overrides)
+    act = ACTIVATIONS[o["act"]]
+    g = torch.Generator().manual_seed(hash(tuple(map(str, o.values()))) % 2**31 if False else 7)
+    dtype = getattr(torch, o["dtype"])
+    params = MoEParams(
+        o["e"], o["h"], o["i"], act, o["layout"] if act.gated else "none", o["half"] if act.gated else 0,
+        o["on_input"], dtype, dtype,
+    )  # fmt: skip
+    up, down = (random_weight(*params.shape(r), g) for r in ("up", "down"))
+    prepared = []
+    for role, w in (("up", up), ("down", down)):
+        e, n, k = params.shape(role)
+        p = BACKEND.prepare(*w, k=k, role=role, params=params, layout=o["bits"])
+        back = BACKEND.recover(p, n=n, k=k, role=role, params=params, layout=o["bits"])
+        assert torch.equal(back[0], w[0]) and torch.equal(back[1], w[1])
+        prepared.append(p)
+    biases = [None, None]
+    kernel_biases = [None, None]
+    if o["bias"]:
+        for at, role in enumerate(("up", "down")):
+            e, n, k = params.shape(role)
+            biases[at] = torch.randn((e, n), generator=g).to(dtype)
+            kernel_biases[at] = BACKEND.prepare_bias(biases[at], role=role, params=params, layout=o["bits"])
+            back = BACKEND.recover_bias(kernel_biases[at], n=n, role=role, params=params, layout=o["bits"])
+            assert torch.equal(back, biases[at])
+    x = torch.randn((o["t"], o["h"]), generator=g).to(dtype)
+    if o["strided"]:
+        x = torch.randn((o["t"], 2 * o["h"] + 3), generator=g).to(dtype)[:, 1 : 2 * o["h"] + 1 : 2]
+    ids = routing(o["t"], o["top_k"], o["e"], o["kind"], g).to(getattr(torch, o["ids"]))
+    weights = torch.rand(ids.shape, generator=g).to(getattr(torch, o["weights"]))
+    if o["kind"] == "sentinel":
+        weights = torch.where(ids < o["e"], weights, math.nan)
+    choice = None
+    if o["regime"] == "vector":
+        choice = Choice("vector", Tiles(4, 1, (("ROWS", 8), ("BLOCK", 2))), Tiles(4, 1, (("ROWS", 4), ("BLOCK", 4))))
+    elif o["regime"] == "scan":
+        tiles = Tiles(4, 2, (("BM", 64), ("BT", 16)))
+        choice = Choice("scan", tiles, tiles)
+    elif o["regime"] == "sorted":
+        tiles = Tiles(4, 2, (("BM", 64), ("BT", 16), ("GROUP", 2)))
+        choice = Choice("sorted", tiles, tiles)
+    got = moe(x, ids, weights, *prepared, *kernel_biases, params, o["bits"], choice)
+    assert got.dtype == x.dtype and got.shape == x.shape and got.is_contiguous()
+    want = reference(x, ids, weights, up, down, *biases, params)
+    if not want.numel() or not want.any():
+        return float(got.float().abs().sum())
+    return float((got.float() - want).norm() / want.norm())
+
+
+def linear_case(rows, e, n, k, ends):
+    """grouped_linear against the reference -> relative error."""
+    from mxfp4_compile.ops.triton import BACKEND
+
+    g = torch.Generator().manual_seed(1)
+    w = random_weight(e, n, k, g)
+    x = torch.randn((rows, k), generator=g)
+    prepared = BACKEND.prepare(*w, k=k, role=None, params=None, layout="nibbles")
+    got = BACKEND.grouped_linear(x, torch.tensor(ends, dtype=torch.int32), prepared, n, torch.float32, "nibbles")
+    want = torch.zeros(rows, n)
+    start = 0
+    for expert, end in enumerate(ends):
+        want[start:end] = x[start:end] @ dequantize(*w, k)[expert].T
+        start = end
+    return float((got - want).norm() / max(float(want.norm()), 1e-9))
+
+
+REGIMES = ("vector", "scan", "sorted")
+
+
+def cases():
+    """name -> (arguments of ``case``, tolerance)."""
+    out = {}
+    for act, regime in itertools.product(ACTIVATIONS, REGIMES):
+        out[f"{act}-{regime}"] = {"act": act, "regime": regime, "bias": act in ("gpt_oss", "plain_relu2")}
+    for layout, half, regime in itertools.product(("halves", "interleaved"), (0, 1), REGIMES):
+        out[f"{layout}{half}-{regime}"] = {"layout": layout, "half": half, "regime": regime, "t": 3, "bias": True}
+    for kind, regime in itertools.product(("one", "even", "sentinel"), REGIMES):
+        out[f"{kind}-{regime}"] = {"kind": kind, "regime": regime, "t": 12 if kind == "one" else 7, "bias": True}
+    for regime in REGIMES:
+        out[f"on_input-{regime}"] = {"on_input": True, "bias": True, "regime": regime}
+        out[f"odd-{regime}"] = {"h": 10, "i": 6, "regime": regime, "bias": True, "act": "gpt_oss"}
+        out[f"ragged-{regime}"] = {"h": 200, "i": 72, "regime": regime, "e": 3}
+        out[f"plain_ragged-{regime}"] = {"h": 70, "i": 100, "regime": regime, "e": 3, "act": "plain_relu2"}
+        out[f"bf16-{regime}"] = {"dtype": "bfloat16", "regime": regime, "weights": "bfloat16", "bias": True}
+        out[f"fp16-{regime}"] = {"dtype": "float16", "regime": regime, "weights": "float16", "ids": "int32"}
+        out[f"strided-{regime}"] = {"strided": True, "regime": regime}
+        out[f"top1-{regime}"] = {"top_k": 1, "regime": regime}
+        out[f"top3-{regime}"] = {"top_k": 3, "regime": regime}
+    out["twiddled-vector"] = {"bits": "sm80", "regime": "vector", "h": 128}
+    for t in (0, 1, 2, 5, 33):
+        out[f"t{t}"] = {"t": t, "top_k": 4, "e": 16, "h": 64, "i": 32}
+    return out
+
+
+def tolerance(options):
+    return {"bfloat16": 1e-2, "float16": 2e-3}.get(options.get("dtype", ""), 1e-5)
+
+
+LINEAR = {
+    "linear": (20, 4, 40, 72, [3, 3, 19, 20]),
+    "linear_tail": (9, 3, 24, 64, [0, 4, 6]),
+    "linear_none": (4, 2, 16, 10, [0, 0]),
+    "linear_empty": (0, 2, 16, 64, [0, 0]),
+}
+
+
+@pytest.fixture(scope="module")
+def results():
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", cases())
+def test_moe(results, name):
+    assert isinstance(results[name], float), results[name]
+    assert results[name] <= tolerance(cases()[name])
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_grouped_linear(results, name):
+    assert isinstance(results[name], float), results[name]
+    assert results[name] <= 1e-5
+
+
+def main() -> None:
+    import traceback
+
+    torch.set_num_threads(1)
+    only = sys.argv[1:]
+    out: dict[str, object] = {}
+    todo = [(n, lambda o=o: case(**o)) for n, o in cases().items()]
+    todo += [(n, lambda a=a: linear_case(*a)) for n, a in LINEAR.items()]
+    for name, run in todo:
+        if only and name not in only:
+            continue
+        try:
+            out[name] = run()
+        except Exception:
+            out[name] = traceback.format_exc()[-1500:]
+            if only:
+                traceback.print_exc()
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()
