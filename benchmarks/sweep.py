@@ -22,11 +22,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from timing import median_us  # noqa: E402
+from timing import median_us
 
-from mxfp4_compile.ops.triton.moe import _Plan, _power_of_two  # noqa: E402
-from mxfp4_compile.ops.triton.select import Choice, Tiles  # noqa: E402
-from mxfp4_compile.spec import Activation, MoEParams  # noqa: E402
+from mxfp4_compile.ops.triton.moe import _Plan, _power_of_two
+from mxfp4_compile.ops.triton.select import Choice, Tiles
+from mxfp4_compile.spec import Activation, MoEParams
 
 SHAPES = {
     "qwen3": (128, 8, 2048, 768),

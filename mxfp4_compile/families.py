@@ -112,9 +112,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "doge": dict(is_moe=True, num_experts=16),
     "dots3_note": dict(
         num_key_value_heads=4,
-        vision_config=dict(
-            mlp_layer_types=["sparse"], num_local_experts=E, adapter_in_dim=H, adapter_out_dim=H
-        ),
+        vision_config=dict(mlp_layer_types=["sparse"], num_local_experts=E, adapter_in_dim=H, adapter_out_dim=H),
         audio_config=dict(adapter_input_size=H, adapter_out_dim=H),
     ),
     "ernie4_5_vl_moe": dict(
@@ -123,9 +121,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     ),
     "gemma4": dict(enable_moe_block=True),
     "glm4v_moe": dict(
-        rope_parameters=dict(
-            rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2], partial_rotary_factor=0.5
-        ),
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2], partial_rotary_factor=0.5),
     ),
     "glm5_next": dict(
         num_key_value_heads=4,
@@ -184,9 +180,7 @@ _CLASS_SUFFIXES = (
 )  # fmt: skip
 _TOWER_WORDS = ("vision", "audio", "image", "video", "code2wav", "backbone_config")
 _DECORATOR = re.compile(r"^@use_experts_implementation\b", re.MULTILINE)
-_DECORATED_CLASS = re.compile(
-    r"^@use_experts_implementation\b[^\n]*(?:\n[^\n]*)*?\nclass (\w+)", re.MULTILINE
-)
+_DECORATED_CLASS = re.compile(r"^@use_experts_implementation\b[^\n]*(?:\n[^\n]*)*?\nclass (\w+)", re.MULTILINE)
 
 
 # ------------ which families
@@ -272,9 +266,7 @@ def _model_class(family: str, name: str | None = None) -> Any:
         for cls in own:
             if cls.__name__.endswith(suffix):
                 return cls
-    raise RuntimeError(
-        f"{family}: no model class in {module.__name__}; `tiny_experts({family!r})` may still work"
-    )
+    raise RuntimeError(f"{family}: no model class in {module.__name__}; `tiny_experts({family!r})` may still work")
 
 
 def _resolve(value: Any, layers: int) -> Any:
@@ -323,9 +315,7 @@ def _build_config(
         sub_special = {} if sub_tower else dict(special)
         if isinstance(special.get(key), dict):
             sub_special.update(special[key])
-        kwargs[key] = _build_config(
-            sub, sub_special, layers, overrides, used, tower=sub_tower, arguments=sub_arguments
-        )
+        kwargs[key] = _build_config(sub, sub_special, layers, overrides, used, tower=sub_tower, arguments=sub_arguments)
     for key, value in {**(TOWER if tower else GEN), **mine}.items():
         if key not in fields or key in kwargs:
             continue
@@ -507,9 +497,7 @@ def _nested_configs(config: Any) -> list[Any]:
     return found
 
 
-def tiny_experts(
-    family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> list[tuple[str, nn.Module]]:
+def tiny_experts(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[tuple[str, nn.Module]]:
     """(class name, module) of each class that `family`'s modeling file decorates with
     `@use_experts_implementation`, built alone in eval mode with random weights of type `dtype`.
 
@@ -541,17 +529,13 @@ def _common_prefix(a: str, b: str) -> int:
 
 
 def _experts_alone(family: str, cls: type[nn.Module], root: Any, dtype: torch.dtype, seed: int) -> nn.Module:
-    configuration = importlib.import_module(
-        _modeling_module(family).__name__.replace("modeling_", "configuration_")
-    )
+    configuration = importlib.import_module(_modeling_module(family).__name__.replace("modeling_", "configuration_"))
     from transformers import PreTrainedConfig
 
     classes = [
         value
         for value in vars(configuration).values()
-        if inspect.isclass(value)
-        and issubclass(value, PreTrainedConfig)
-        and value.__module__ == configuration.__name__
+        if inspect.isclass(value) and issubclass(value, PreTrainedConfig) and value.__module__ == configuration.__name__
     ]
     if root.config_class not in classes:
         classes.append(root.config_class)
@@ -636,9 +620,7 @@ def _vocabulary(model: Any) -> int:
     return int(size)
 
 
-def _random_ids(
-    shape: tuple[int, int], vocabulary: int, avoid: set[int], rng: torch.Generator
-) -> torch.Tensor:
+def _random_ids(shape: tuple[int, int], vocabulary: int, avoid: set[int], rng: torch.Generator) -> torch.Tensor:
     allowed = torch.tensor([i for i in range(vocabulary) if i not in avoid] or [0])
     return allowed[torch.randint(len(allowed), shape, generator=rng)]
 
@@ -674,9 +656,7 @@ def tiny_inputs(model: nn.Module, batch: int = 2, length: int = 9, seed: int = 0
         vocabulary, avoid = _vocabulary(model), _special_ids(model)
         inputs["input_ids"] = _random_ids((batch, length), vocabulary, avoid, rng)
         if "decoder_input_ids" in accepted:
-            canvas = (
-                getattr(config, "canvas_length", None) or length
-            )  # block diffusion refines blocks of one size
+            canvas = getattr(config, "canvas_length", None) or length  # block diffusion refines blocks of one size
             inputs["decoder_input_ids"] = _random_ids((batch, canvas), vocabulary, avoid, rng)
     if "attention_mask" in required:
         inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.int64)

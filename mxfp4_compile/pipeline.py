@@ -24,7 +24,7 @@ from . import mx
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.registry import get_backend
 from .ops.selection import Choice, choose, requested_backend
-from .passes.capture import CallPattern, CaptureError, Captured, call_pattern, capture
+from .passes.capture import CallPattern, Captured, CaptureError, call_pattern, capture
 from .passes.discover import (
     Candidate,
     experts_implementation,
@@ -307,7 +307,7 @@ def structure_key(module: nn.Module) -> Any:
     """Two modules with equal keys trace to the same graph: class, code, parameters, plain attributes."""
     parts: list[Any] = []
     for name, child in module.named_modules():
-        plain = []
+        plain: list[tuple[str, Any]] = []
         for attribute, value in sorted(vars(child).items()):
             if isinstance(value, (bool, int, float, str, type(None), torch.dtype, tuple)):
                 plain.append((attribute, repr(value)))
@@ -368,9 +368,7 @@ def _scan_finite(sites: list[Site]) -> None:
             finite = torch.stack(extremes).isfinite().all(1)
             if not bool(finite.all()):
                 expert = int((~finite).nonzero()[0])
-                raise OptimizeError(
-                    f"{site.name}.{name} holds NaN or Inf in expert {expert}. Nothing was changed."
-                )
+                raise OptimizeError(f"{site.name}.{name} holds NaN or Inf in expert {expert}. Nothing was changed.")
 
 
 # 3. prepare, verify, install
@@ -494,7 +492,12 @@ def _install(
                 verification = verify_site(built, site)
     except VerificationError as error:
         return replace(base, outcome="failed", reason=str(error))
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
         setattr(built, hooks, copy.copy(getattr(module, hooks)))
     for name in site.candidate.names:
         owner, _, leaf = name.rpartition(".")
@@ -604,9 +607,7 @@ def _restored(site: MXFP4Experts) -> nn.Module:
 
 @contextmanager
 def _progress(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[int], None]]:
-    total = sum(
-        p.numel() * p.element_size() for s in sites for p in packed_parameters(s.candidate.module).values()
-    )
+    total = sum(p.numel() * p.element_size() for s in sites for p in packed_parameters(s.candidate.module).values())
     if wanted is None:
         # Short work needs no bar: a gigabyte takes seconds.
         wanted = sys.stderr.isatty() and total > 1 << 28

@@ -46,11 +46,7 @@ class Activation:
             gate = gate.clamp(max=self.gate_limit)
         if self.kind == "silu":
             # F.silu is one fused pass where alpha allows it.
-            out = (
-                torch.nn.functional.silu(gate)
-                if self.alpha == 1.0
-                else gate * torch.sigmoid(gate * self.alpha)
-            )
+            out = torch.nn.functional.silu(gate) if self.alpha == 1.0 else gate * torch.sigmoid(gate * self.alpha)
         elif self.kind == "gelu":
             out = torch.nn.functional.gelu(gate)
         elif self.kind == "gelu_tanh":

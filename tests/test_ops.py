@@ -63,11 +63,16 @@ def make_inputs(params: MoEParams, tokens: int, top_k: int, *, bias: bool, seed:
         p, s = mx.quantize(w)
         packed.append([p, s])
         dense.append(mx.dequantize(p, s, k, torch.float64))
-    biases = [torch.randn(params.num_experts, params.shape(r)[1], generator=g).to(dtype) if bias else None for r in ("up", "down")]
+    biases = [
+        torch.randn(params.num_experts, params.shape(r)[1], generator=g).to(dtype) if bias else None
+        for r in ("up", "down")
+    ]
     return x, ids, weights, packed, biases, dense
 
 
-def oracle(params: MoEParams, x: Tensor, ids: Tensor, weights: Tensor, dense: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+def oracle(
+    params: MoEParams, x: Tensor, ids: Tensor, weights: Tensor, dense: list[Tensor], biases: list[Tensor | None]
+) -> Tensor:
     """One token and expert at a time in fp64, written from the definition."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     act = params.activation
@@ -79,7 +84,11 @@ def oracle(params: MoEParams, x: Tensor, ids: Tensor, weights: Tensor, dense: li
             token = x[t].double() * (w if params.weight_on_input else 1.0)
             y = dense[0][e] @ token + (0 if biases[0] is None else biases[0][e].double())
             if act.gated:
-                pair = (y[: params.intermediate], y[params.intermediate :]) if params.gate_layout == "halves" else (y[0::2], y[1::2])
+                pair = (
+                    (y[: params.intermediate], y[params.intermediate :])
+                    if params.gate_layout == "halves"
+                    else (y[0::2], y[1::2])
+                )
                 gate, up = pair if params.activated_half == 0 else pair[::-1]
             else:
                 gate, up = y, None
@@ -99,7 +108,18 @@ def oracle(params: MoEParams, x: Tensor, ids: Tensor, weights: Tensor, dense: li
 
 def call(params: MoEParams, x, ids, weights, packed, biases, backend: str) -> Tensor:
     with torch.no_grad():
-        return schema.moe(x, ids, weights, packed[0], packed[1], biases[0], biases[1], *schema.moe_scalars(params), backend, "canonical")
+        return schema.moe(
+            x,
+            ids,
+            weights,
+            packed[0],
+            packed[1],
+            biases[0],
+            biases[1],
+            *schema.moe_scalars(params),
+            backend,
+            "canonical",
+        )
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -115,7 +135,11 @@ def test_moe_is_what_it_says(backend: str, activation: Activation, layout: GateL
     if not activation.gated and (layout, half) != ("halves", 0):
         pytest.skip("without a gate there is one arrangement")
     params = make_params(activation, layout=layout, half=half)
-    for tokens, top_k, on_input, index in ((7, 2, False, torch.int64), (3, 3, True, torch.int32), (40, 1, False, torch.int64)):
+    for tokens, top_k, on_input, index in (
+        (7, 2, False, torch.int64),
+        (3, 3, True, torch.int32),
+        (40, 1, False, torch.int64),
+    ):
         params = make_params(activation, layout=layout, half=half, on_input=on_input)
         x, ids, weights, packed, biases, dense = make_inputs(params, tokens, top_k, bias=bias, index=index)
         expected = oracle(params, x, ids, weights, dense, biases)
@@ -127,7 +151,10 @@ def test_moe_is_what_it_says(backend: str, activation: Activation, layout: GateL
 def test_odd_sizes(backend: str, hidden: int, intermediate: int) -> None:
     params = make_params(ACTIVATIONS[0], hidden=hidden, intermediate=intermediate)
     x, ids, weights, packed, biases, dense = make_inputs(params, 9, 2, bias=True)
-    assert relative(call(params, x, ids, weights, packed, biases, backend), oracle(params, x, ids, weights, dense, biases)) < 2e-6
+    assert (
+        relative(call(params, x, ids, weights, packed, biases, backend), oracle(params, x, ids, weights, dense, biases))
+        < 2e-6
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -155,7 +182,13 @@ def test_routing_edges(backend: str, tokens: int, monkeypatch: pytest.MonkeyPatc
         empty = call(params, x[:0], ids[:0], weights[:0], packed, biases, backend)
         assert empty.shape == (0, params.hidden)
         wide = torch.randn(tokens, 2 * params.hidden)[:, ::2]
-        assert relative(call(params, wide, ids, weights, packed, biases, backend), oracle(params, wide, ids, weights, dense, biases)) < 2e-6
+        assert (
+            relative(
+                call(params, wide, ids, weights, packed, biases, backend),
+                oracle(params, wide, ids, weights, dense, biases),
+            )
+            < 2e-6
+        )
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -191,7 +224,7 @@ def test_negative_ids_name_the_value() -> None:
 def test_bad_arguments_are_named() -> None:
     params = make_params(ACTIVATIONS[0])
     x, ids, weights, packed, biases, _ = make_inputs(params, 4, 2, bias=False)
-    with pytest.raises(ValueError, match="unknown backend 'nope'; known: .*reference"):
+    with pytest.raises(ValueError, match=r"unknown backend 'nope'; known: .*reference"):
         call(params, x, ids, weights, packed, biases, "nope")
     with pytest.raises(ValueError, match=r"x must be \[T, 64\]"):
         call(params, x[:, :32], ids, weights, packed, biases, "cpu")
@@ -221,10 +254,16 @@ def test_opcheck(backend: str) -> None:
     params = make_params(ACTIVATIONS[4], layout="interleaved")
     x, ids, weights, packed, biases, _ = make_inputs(params, 6, 2, bias=True)
     scalars = schema.moe_scalars(params)
-    torch.library.opcheck(schema.moe, (x, ids, weights, packed[0], packed[1], biases[0], biases[1], *scalars, backend, "canonical"))
-    torch.library.opcheck(schema.moe, (x, ids.int(), weights, packed[0], packed[1], None, None, *scalars, backend, "canonical"))
+    torch.library.opcheck(
+        schema.moe, (x, ids, weights, packed[0], packed[1], biases[0], biases[1], *scalars, backend, "canonical")
+    )
+    torch.library.opcheck(
+        schema.moe, (x, ids.int(), weights, packed[0], packed[1], None, None, *scalars, backend, "canonical")
+    )
     offsets = torch.tensor([1, 1, 4, 5, 6], dtype=torch.int32)
-    torch.library.opcheck(schema.grouped_linear, (x, offsets, packed[0], params.up_rows, torch.float32, backend, "canonical"))
+    torch.library.opcheck(
+        schema.grouped_linear, (x, offsets, packed[0], params.up_rows, torch.float32, backend, "canonical")
+    )
     torch.library.opcheck(schema.prepare_moe, (*packed[0], params.hidden, "up", *scalars, backend, "canonical"))
     torch.library.opcheck(schema.prepare_linear, (*packed[0], params.hidden, backend, "canonical"))
 
@@ -235,12 +274,14 @@ def test_opcheck_numerics(rule: str) -> None:
     torch.library.opcheck(schema.quantize, (w, rule))
     packed, scales = schema.quantize(w, rule)
     torch.library.opcheck(schema.dequantize, (packed, scales, 70, torch.bfloat16))
-    assert torch.equal(schema.dequantize(packed, scales, 70, torch.float32), mx.dequantize(packed, scales, 70, torch.float32))
+    assert torch.equal(
+        schema.dequantize(packed, scales, 70, torch.float32), mx.dequantize(packed, scales, 70, torch.float32)
+    )
 
 
 def test_backward_raises_by_name() -> None:
     params = make_params(ACTIVATIONS[0])
-    x, ids, weights, packed, biases, _ = make_inputs(params, 4, 2, bias=False)
+    x, ids, weights, packed, _, _ = make_inputs(params, 4, 2, bias=False)
     x.requires_grad_()
     out = schema.moe(x, ids, weights, packed[0], packed[1], None, None, *schema.moe_scalars(params), "cpu", "canonical")
     with pytest.raises(NotImplementedError, match="mxfp4::moe has no backward"):
@@ -248,7 +289,14 @@ def test_backward_raises_by_name() -> None:
 
 
 def test_tags() -> None:
-    for op in (schema.moe, schema.grouped_linear, schema.quantize, schema.dequantize, schema.prepare_moe, schema.prepare_linear):
+    for op in (
+        schema.moe,
+        schema.grouped_linear,
+        schema.quantize,
+        schema.dequantize,
+        schema.prepare_moe,
+        schema.prepare_linear,
+    ):
         assert torch.Tag.pt2_compliant_tag in op.tags
         assert torch.Tag.needs_fixed_stride_order in op.tags
 

@@ -40,7 +40,9 @@ class ReferenceBackend(Backend):
     name = "reference"
 
     def supports(self, params: MoEParams | None, device: torch.device) -> list[Requirement]:
-        return [Requirement("device", device.type != "meta", f"{device.type} has {'no ' * (device.type == 'meta')}data")]
+        return [
+            Requirement("device", device.type != "meta", f"{device.type} has {'no ' * (device.type == 'meta')}data")
+        ]
 
     def moe(
         self,

@@ -28,13 +28,10 @@ _LIB = torch.library.Library("mxfp4", "DEF")
 _LIB.define("quantize(Tensor weight, str scale_rule) -> (Tensor, Tensor)", tags=_TAGS)
 _LIB.define("dequantize(Tensor packed, Tensor scales, int size, ScalarType dtype) -> Tensor", tags=_TAGS)
 _LIB.define(
-    f"prepare_moe(Tensor packed, Tensor scales, int k, str role, {_MOE_SCALARS}, str backend, str layout)"
-    " -> Tensor[]",
+    f"prepare_moe(Tensor packed, Tensor scales, int k, str role, {_MOE_SCALARS}, str backend, str layout) -> Tensor[]",
     tags=_TAGS,
 )
-_LIB.define(
-    "prepare_linear(Tensor packed, Tensor scales, int k, str backend, str layout) -> Tensor[]", tags=_TAGS
-)
+_LIB.define("prepare_linear(Tensor packed, Tensor scales, int k, str backend, str layout) -> Tensor[]", tags=_TAGS)
 _LIB.define(
     "moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor? up_bias, "
     f"Tensor? down_bias, {_MOE_SCALARS}, str backend, str layout) -> Tensor",
@@ -139,9 +136,7 @@ def _moe(
     *scalars, backend, layout = rest
     params = _params(tuple(scalars))
     _check_moe(x, topk_ids, topk_weights, params)
-    return get_backend(backend).moe(
-        x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout
-    )
+    return get_backend(backend).moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout)
 
 
 def _check_moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, params: MoEParams) -> None:

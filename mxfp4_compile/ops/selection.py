@@ -52,7 +52,7 @@ def choose(params: MoEParams | None, device: torch.device, requested: str | None
     Raises BackendUnavailable if ``requested`` cannot serve it, or if nothing can.
     """
     names = (requested,) if requested else ORDER.get(device.type, ("reference",))
-    rejected = []
+    rejected: list[tuple[str, tuple[Requirement, ...]]] = []
     for name in names:
         if name not in known_backends():
             continue

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -136,7 +136,7 @@ class Captured:
         """The node named ``name``."""
         for node in self.graph.nodes:
             if node.name == name:
-                return node
+                return cast(fx.Node, node)
         raise KeyError(name)
 
 

@@ -92,7 +92,7 @@ def default_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
     Raises DiscoveryError if the model's main input is not token ids: then ``example_inputs`` are needed.
     """
     parameters = inspect.signature(model.forward).parameters
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if "input_ids" not in parameters or config is None:
         raise DiscoveryError(
             "this model does not take input_ids: pass example_inputs=... to optimize(), a dict of keyword "
@@ -100,7 +100,8 @@ def default_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
         )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = int(getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 100)
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    find_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    embeddings = find_embeddings() if find_embeddings is not None else None
     rows = getattr(getattr(embeddings, "weight", None), "shape", None)
     if rows:
         vocabulary = min(vocabulary, int(rows[0]))
@@ -202,9 +203,7 @@ def record_calls(model: nn.Module, candidates: list[Candidate], example_inputs: 
         children = list(c.module.children())
         current[id(c.module)] = [0] * len(children)
         for i, child in enumerate(children):
-            handles.append(
-                child.register_forward_pre_hook(counter(current[id(c.module)], i), with_kwargs=True)
-            )
+            handles.append(child.register_forward_pre_hook(counter(current[id(c.module)], i), with_kwargs=True))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), experts_implementation(model, "grouped_mm"):
             for inputs in forward_runs(model, example_inputs):

@@ -192,7 +192,7 @@ class MXFP4Experts(nn.Module):
 
     def dequantized_biases(self) -> dict[str, Tensor]:
         """The source bias parameters, exactly as they were."""
-        out = {}
+        out: dict[str, Tensor] = {}
         for projection in self.projections:
             bias = self.canonical_bias(projection)
             if bias is not None:
@@ -249,9 +249,7 @@ class MXFP4Experts(nn.Module):
             else:
                 given[name] = value
         rest = {k: v for k, v in state_dict.items() if not (k.startswith(prefix) and k[len(prefix) :] in wanted)}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         own = [k for k in unexpected_keys if k.startswith(prefix) and k[len(prefix) :] in wanted]
         for key in own:
             unexpected_keys.remove(key)
@@ -320,9 +318,7 @@ class MXFP4Experts(nn.Module):
             collected: list[list[Tensor]] = []
             for e in range(experts):
                 packed, scales = self.canonical(projection, slice(e, e + 1))
-                collected.append(
-                    new.prepare(packed.to(device), scales.to(device), k=k, layout=choice.layout, **common)
-                )
+                collected.append(new.prepare(packed.to(device), scales.to(device), k=k, layout=choice.layout, **common))
             for i in range(self._counts[projection.slot]):
                 del self._buffers[f"{projection.slot}_{i}"]
             tensors = [torch.cat(parts) for parts in zip(*collected, strict=True)]

@@ -324,9 +324,7 @@ class _Fused:
 
     # 3. middle
 
-    def _bias_nodes(
-        self, target: fx.Node, stop: Sequence[fx.Node], gemms: Sequence[ExpertGemm]
-    ) -> tuple[fx.Node, ...]:
+    def _bias_nodes(self, target: fx.Node, stop: Sequence[fx.Node], gemms: Sequence[ExpertGemm]) -> tuple[fx.Node, ...]:
         """The [E, N] parameters read between ``stop`` and ``target``, in the order of ``gemms``; or refuse."""
         region = ancestors([target], stop=[*stop, self.ids, self.x])
         read = [
@@ -356,10 +354,10 @@ class _Fused:
             ordered.append(mine[0])
         return tuple(ordered)
 
-    def _middle(self, i: int, y: Tensor, bias: Tensor | None, overrides: dict[fx.Node, Any]) -> Tensor:
+    def _middle(self, i: int, y: Tensor, bias: Tensor | None) -> Tensor:
         """The down GEMM's rows for up outputs ``y`` [S, N] and up bias [E, N], on probe ``i``."""
         id_values, x_values, _ = self.tables[i]
-        given = {self.ids: id_values, self.x: x_values, **overrides}
+        given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values}
         start = 0
         for g in self.ups:
             given[g.node] = g.as_output(y[:, start : start + g.shape[1]])
@@ -379,10 +377,6 @@ class _Fused:
 
     def _find_middle(self, w: fx.Node | None) -> Any:
         region = ancestors([self.down.rows], stop=[*(g.node for g in self.ups), self.ids, self.x])
-        inputs = [n for n in region if n.name in self.captured.inputs and is_float(n)]
-        overrides = {}
-        if inputs:  # it may read their sizes; if it reads their values the comparison below fails
-            overrides = {}
         constants = list(_constants(region, self.captured))
         # Enough tokens that all pairs of probe values find a place at once where the layer is narrow.
         tokens = max(_PROBE_TOKENS[0], math.ceil(_MIN_PROBES / (self.intermediate * self.top_k)))
@@ -395,9 +389,7 @@ class _Fused:
         self.tables = [*tables, (id_values, x_values, table)]
         last = len(self.tables) - 1
         rows = tokens * self.top_k
-        found = recognize(
-            lambda y: self._middle(last, y, None, overrides), rows, self.up_rows, self.intermediate, constants
-        )
+        found = recognize(lambda y: self._middle(last, y, None), rows, self.up_rows, self.intermediate, constants)
         if isinstance(found, str):
             raise _Refused(found)
         self._check_middle(found)
@@ -431,7 +423,7 @@ class _Fused:
         for i, (id_values, _, table) in enumerate(self.tables):
             y = self._random((id_values.numel(), self.up_rows)) * 4
             bias = self._random((self.experts, self.up_rows)) * 2 if self.up_bias_nodes else None
-            out = self._middle(i, y, bias, {})
+            out = self._middle(i, y, bias)
             if bias is not None:
                 y = y + bias[id_values.reshape(-1)[table]]
             if not _close(params.activate(y), out):
@@ -439,14 +431,15 @@ class _Fused:
 
     # 4. tail
 
-    def _find_tail(
-        self, w: fx.Node | None, on_input: bool
-    ) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]:
+    def _find_tail(self, w: fx.Node | None, on_input: bool) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]:
         downstream = _descendants(self.down.node)
         outputs = [
             n
             for n in sorted(downstream, key=lambda n: self.order[n])
-            if is_float(n) and n.meta["val"].dim() == 2 and _same_rows(n, self.x) and n.meta["val"].shape[1] == self.hidden
+            if is_float(n)
+            and n.meta["val"].dim() == 2
+            and _same_rows(n, self.x)
+            and n.meta["val"].shape[1] == self.hidden
         ]
         for output in outputs:
             if not _covers(output, downstream):
@@ -551,9 +544,7 @@ def _pair_of_row(rows: Tensor, experts: Tensor, pair_rows: Tensor, ids: Tensor) 
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(
-        ((a - b).abs() <= _TOLERANCE * (1 + torch.maximum(a.abs(), b.abs()))).all()
-    )
+    return a.shape == b.shape and bool(((a - b).abs() <= _TOLERANCE * (1 + torch.maximum(a.abs(), b.abs()))).all())
 
 
 def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:

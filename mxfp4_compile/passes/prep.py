@@ -90,7 +90,9 @@ def run_prep(
 
 def _errors(parts: list[Tensor], packed: Tensor, scales: Tensor) -> Tensor:
     """Relative squared error per expert, each part weighed by its energy."""
-    start, error, energy = 0, 0.0, 0.0
+    start = 0
+    error = torch.zeros(packed.shape[0], dtype=torch.float64, device=packed.device)
+    energy = torch.zeros_like(error)
     for part in parts:
         n = part.shape[1]
         own = part.double().square().sum((1, 2)) if part.numel() < 1 << 16 else _energy(part)
@@ -98,7 +100,6 @@ def _errors(parts: list[Tensor], packed: Tensor, scales: Tensor) -> Tensor:
         error = error + relative.double() * own
         energy = energy + own
         start += n
-    assert isinstance(energy, Tensor) and isinstance(error, Tensor)
     return torch.where(energy > 0, error / energy, torch.zeros_like(energy)).cpu()
 
 

@@ -212,9 +212,9 @@ def _with_weights(site: MXFP4Experts, original: nn.Module, narrow: slice, dtype:
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     for child in module.modules():
-        for leaf, parameter in child._parameters.items():
-            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
-                child._parameters[leaf] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+        for leaf, kept in child._parameters.items():
+            if kept is not None and kept.is_floating_point() and kept.dtype != dtype:
+                child._parameters[leaf] = nn.Parameter(kept.to(dtype), requires_grad=False)
     return module
 
 

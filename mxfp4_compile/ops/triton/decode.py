@@ -71,7 +71,9 @@ def _nibble(code, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def decode_operand(words, scales, SLABS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr):
+def decode_operand(
+    words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr
+):
     """One K step: words int32 [SLABS, 128], scales int32 [SLABS, 8] -> DTYPE [SLABS*16, 64] / OPERAND_UNSCALE.
 
     A slab's 128 words are, for each of 32 lanes (row of eight, quarter of a fragment), the four it
@@ -105,9 +107,24 @@ def decode_operand(words, scales, SLABS: tl.constexpr, TWIDDLED: tl.constexpr, D
     low = tl.join(tl.join(w000, w001), tl.join(w010, w011))
     high = tl.join(tl.join(w100, w101), tl.join(w110, w111))
     # slab, row, quarter, row half, block, parity, half, nibble -> rows (slab, row half, row),
-    # K (block, nibble, half, quarter, parity)
+    # K (block, nibble, half, quarter, parity), or with QUADS (block, nibble, quarter, half, parity)
     w = tl.reshape(tl.join(low, high), [SLABS, 8, 4, 2, 2, 2, 2, 2])
-    return tl.reshape(tl.permute(w, (0, 3, 1, 4, 7, 6, 2, 5)), [SLABS * 16, 64])
+    if QUADS:
+        w = tl.permute(w, (0, 3, 1, 4, 7, 2, 6, 5))
+    else:
+        w = tl.permute(w, (0, 3, 1, 4, 7, 6, 2, 5))
+    return tl.reshape(w, [SLABS * 16, 64])
+
+
+@triton.jit
+def quads(x, BT: tl.constexpr):
+    """[BT, 64] in K order -> the order of ``decode_operand`` with QUADS.
+
+    wgmma reads K from shared memory as it lies. mma.sync takes both operands from registers, where
+    Triton gives a thread four neighbours along K: then the activations' K is permuted to suit.
+    """
+    x = tl.permute(tl.reshape(x, [BT, 2, 2, 2, 4, 2]), (0, 1, 2, 4, 3, 5))
+    return tl.reshape(x, [BT, 64])
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .decode import OPERAND_UNSCALE, decode_operand
+from .decode import OPERAND_UNSCALE, decode_operand, quads
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def _accumulate(
     STEPS,
     K: tl.constexpr,
     SPLIT: tl.constexpr,
+    QUADS: tl.constexpr,
     TWIDDLED: tl.constexpr,
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
@@ -45,7 +46,9 @@ def _accumulate(
             x = tl.load(x_ptrs)
         else:
             x = tl.load(x_ptrs, mask=(step * 64 + k < K)[None, :], other=0.0)
-        w = decode_operand(c, s, BM // 16, TWIDDLED, DTYPE)
+        w = decode_operand(c, s, BM // 16, QUADS, TWIDDLED, DTYPE)
+        if QUADS:
+            x = quads(x, BT)
         if SPLIT:
             # fp16 and fp32 activations as the sum of two bf16: about 16 bits of mantissa.
             high = x.to(tl.bfloat16)
@@ -136,6 +139,7 @@ def scan_matmul(
     BY_EXPERT: tl.constexpr,
     PAIRS: tl.constexpr,
     SPLIT: tl.constexpr,
+    QUADS: tl.constexpr,
     TWIDDLED: tl.constexpr,
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
@@ -181,7 +185,7 @@ def scan_matmul(
                 column_scale = tl.load(weights + pair).to(tl.float32)
             acc = _accumulate(
                 x + source.to(tl.int64) * X_STRIDE,
-                codes, scales, slab0, SLABS, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT,
+                codes, scales, slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT,
             )  # fmt: skip
             _finish(
                 acc, column_scale, bias, out + pair.to(tl.int64) * N, ok, slab0, SLABS, N,
@@ -216,6 +220,7 @@ def sorted_matmul(
     GATHER_X: tl.constexpr,
     SCATTER_OUT: tl.constexpr,
     SPLIT: tl.constexpr,
+    QUADS: tl.constexpr,
     TWIDDLED: tl.constexpr,
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
@@ -267,7 +272,7 @@ def sorted_matmul(
             x + source.to(tl.int64) * X_STRIDE,
             codes + expert.to(tl.int64) * (SLABS * STEPS * 128),
             scales + expert.to(tl.int64) * (SLABS * STEPS * 8),
-            slab0, SLABS, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT,
+            slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT,
         )  # fmt: skip
         _finish(
             acc, column_scale, bias, out + target.to(tl.int64) * N, ok, slab0, SLABS, N,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -73,10 +73,10 @@ def permutation_of(node: fx.Node) -> tuple[int, ...] | None:
         same = isinstance(source, fx.Node) and source.meta["val"].dtype == node.meta["val"].dtype
         return (0, 1, 2) if same else None
     if node.target in (aten.transpose.int, aten.swapaxes.default):
-        a, b = (int(d) % 3 for d in node.args[1:3])  # type: ignore[arg-type]
+        a, b = (int(d) % 3 for d in cast("tuple[int, int]", node.args[1:3]))
         order = [0, 1, 2]
         order[a], order[b] = order[b], order[a]
         return tuple(order)
     if node.target == aten.permute.default:
-        return tuple(int(d) % 3 for d in node.args[1])  # type: ignore[union-attr]
+        return tuple(int(d) % 3 for d in cast("list[int]", node.args[1]))
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -64,12 +64,12 @@ def _gather(node: Any, captured: Captured) -> tuple[str, fx.Node, tuple[int, ...
     order: tuple[int, ...] = (0, 1, 2)
     while isinstance(node, fx.Node) and node.op == "call_function":
         if node.target == aten.index.Tensor:
-            source, indices = node.args[:2]
-            if len(indices) != 1 or not isinstance(indices[0], fx.Node):  # type: ignore[arg-type]
+            source, indices = node.args[0], cast("list[Any]", node.args[1])
+            if len(indices) != 1:
                 return None
-            ids = indices[0]  # type: ignore[index]
+            ids: Any = indices[0]
         elif node.target == aten.index_select.default and node.args[1] == 0:
-            source, _, ids = node.args  # type: ignore[assignment]
+            source, _, ids = node.args
         else:
             step = permutation_of(node)
             if step is None:

@@ -1,0 +1,121 @@
+"""The layout of the repository and the direction of imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mxfp4_compile"
+LINKS = ("ops", "passes")
+
+# A room may import rooms of a lower floor, and its own.
+FLOORS = {
+    "spec": 0,
+    "mx": 0,
+    "ops": 1,
+    "report": 1,
+    "families": 1,
+    "passes": 2,
+    "checkpoint": 3,
+    "runtime": 3,
+    "pipeline": 4,
+}
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute dotted names of everything a file imports, inside functions too."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    package = package[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            stem = ".".join(base + ([node.module] if node.module else []))
+            names |= {stem} | {f"{stem}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(dotted: str) -> str | None:
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "mxfp4_compile" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_lead_into_the_package(name: str) -> None:
+    link = ROOT / name
+    assert link.is_symlink()
+    assert link.resolve() == PACKAGE / name
+
+
+def test_nothing_imports_through_the_links() -> None:
+    files = modules() + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "benchmarks").rglob("*.py"))
+    for path in files:
+        through = {n for n in imported(path) if n.split(".")[0] in LINKS}
+        assert not through, f"{path}: {through}"
+    code = (
+        "import sys, mxfp4_compile, mxfp4_compile.families\n"
+        "bad = [n for n, m in sys.modules.items() if n.split('.')[0] in ('ops', 'passes')]\n"
+        "assert not bad, bad\n"
+        f"links = [{str(ROOT / 'ops')!r}, {str(ROOT / 'passes')!r}]\n"
+        "for m in list(sys.modules.values()):\n"
+        "    f = getattr(m, '__file__', None) or ''\n"
+        "    assert not any(f.startswith(link + '/') for link in links), f\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_imports_go_one_way() -> None:
+    for path in modules():
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if own not in FLOORS:
+            continue
+        for name in imported(path):
+            other = room(name)
+            if other in FLOORS and other != own:
+                assert FLOORS[other] < FLOORS[own] or (own == "ops" and other in ("mx", "spec")), (
+                    f"{path.name} imports {name}"
+                )
+
+
+def test_importing_the_package_is_light() -> None:
+    code = (
+        "import sys, mxfp4_compile\n"
+        "heavy = {'transformers', 'triton_kernels', 'flashinfer', 'humming', 'vllm', 'aiter', 'depyf', 'matplotlib'}\n"
+        "assert not heavy & {n.split('.')[0] for n in sys.modules}, heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {n.split("/")[0] for n in names}
+    assert tops <= {"mxfp4_compile", f"{wheel.name.rsplit('-', 3)[0]}.dist-info"}
+    wanted = ["py.typed", "passes/match.py", "passes/forms/grouped_mm.py", "ops/schema.py", "ops/triton/__init__.py"]
+    wanted += ["demo_model/model.safetensors", "demo_model/config.json", "demo_model/heldout.txt"]
+    for name in wanted:
+        assert f"mxfp4_compile/{name}" in names
+    assert not any("__pycache__" in n or n.startswith("mxfp4_compile/ops/ops") for n in names)
+
+
+def test_tools_skip_the_links() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for name in LINKS:
+        assert f'"{name}"' in text.split("extend-exclude")[1].splitlines()[0]
+        assert f'"{name}"' in text.split("norecursedirs")[1].splitlines()[0]
+        assert f'"^{name}/"' in text
