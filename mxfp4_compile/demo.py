@@ -34,7 +34,7 @@ PERPLEXITY_BYTES = 32 * 1024
 NOTABLE_CHANGE = 0.03
 
 TEMPERATURE, SEED = 0.7, 0
-ROUNDS = 3  # measurements of each model, taken in turns
+ROUNDS = 5  # measurements of each model, taken in turns
 ROUND_SECONDS = 1.5  # the least time of one measurement
 SPEED_TOKENS = 48  # the most per call of generate, so that a slow machine does not take much longer than that
 
@@ -83,6 +83,10 @@ class DemoResult:
                 "rounded to 4 bits after training, and a model this small has few weights over which errors average "
                 "out; large models lose less"
             )
+        notes.append(
+            f"speeds are wall time, the best of {ROUNDS} measurements taken in turns; where other programs run they "
+            "vary by a tenth and more from one demo to the next, so a ratio near 1 says neither is quicker"
+        )
         notes.append("a CPU is for checking that a model still works; the speed of MXFP4 experts is a matter of GPUs")
         return notes
 

@@ -19,7 +19,8 @@ from ..ops.registry import get_backend
 from ..spec import MoEParams
 from .experts import Projection
 
-# Experts are prepared in groups of at least one, and of at most this many bytes of source weights.
+# Experts are prepared in groups of at most this many bytes of source weights, or a sixteenth of the projection
+# where that is more: large groups keep a GPU busy, small ones keep the peak of small models near nothing.
 _GROUP_BYTES = 8 << 20
 
 aten = torch.ops.aten
@@ -69,7 +70,7 @@ def run_prep(
     sources = [original.get_parameter(name).detach() for name in projection.source.parameters]
     experts = projection.shape[0]
     per_expert = max(1, sum(s[0].numel() * s.element_size() for s in sources))
-    group = max(1, min(experts, _GROUP_BYTES // per_expert))
+    group = max(1, min(experts, max(_GROUP_BYTES // per_expert, experts // 16)))
     outputs: list[Tensor] = []
     errors = []
     for start in range(0, experts, group):

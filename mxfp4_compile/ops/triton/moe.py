@@ -66,10 +66,7 @@ def _activation(params: MoEParams) -> dict[str, Any]:
 _NO_ACTIVATION = {"KIND": None, "GATED": False, "ALPHA": 1.0, "BETA": 0.0, "GATE_LIMIT": None, "UP_LIMIT": None}
 
 
-def _step(kernel: Any, arch: str, tiles: Tiles, **constants: Any) -> Step:
-    if "BT" in dict(tiles.sizes):
-        # wgmma wants its first operand's fragments in plain K order (decode.quads).
-        constants["QUADS"] = not (arch == "sm90" and tiles["BT"] >= 16 and tiles.warps % 4 == 0)
+def _step(kernel: Any, tiles: Tiles, **constants: Any) -> Step:
     return Step(kernel, {**constants, **dict(tiles.sizes)}, tiles.warps, tiles.stages, tiles.registers)
 
 

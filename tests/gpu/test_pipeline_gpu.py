@@ -1,0 +1,78 @@
+"""optimize() on a GPU: the default backend, eager, compiled and under CUDA graphs, and moving between devices."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import mxfp4_compile
+from mxfp4_compile.families import tiny_inputs, tiny_model
+from mxfp4_compile.passes.experts import mxfp4_sites
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+FAMILIES = ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "nemotron_h", "gemma4", "inkling2"]
+
+
+def on_gpu(family: str, dtype: torch.dtype = torch.bfloat16):
+    model = tiny_model(family, dtype=dtype).cuda()
+    inputs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in tiny_inputs(model).items()}
+    return model, inputs
+
+
+def logits(model, inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_optimize(family: str, dtype: torch.dtype) -> None:
+    model, inputs = on_gpu(family, dtype)
+    mxfp4_compile.optimize(model)
+    for site in model.mxfp4_report.sites:
+        assert site.rewritten
+        assert site.backend == "triton"
+        assert site.error is not None
+    assert torch.isfinite(logits(model, inputs)).all()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_compiled_and_captured(family: str) -> None:
+    model, inputs = on_gpu(family, torch.float32)
+    mxfp4_compile.optimize(model)
+    expected = logits(model, inputs)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        out = logits(compiled, inputs).clone()
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "inkling2"])
+def test_moving_between_devices_keeps_every_bit(family: str) -> None:
+    model = mxfp4_compile.optimize(tiny_model(family, dtype=torch.float32))
+    inputs = tiny_inputs(model)
+    expected, state = logits(model, inputs), copy.deepcopy(model.state_dict())
+    model.cuda()
+    assert {site.backend for site in mxfp4_sites(model).values()} == {"triton"}
+    moved = logits(model, {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
+    torch.testing.assert_close(moved.cpu(), expected, rtol=2e-3, atol=2e-3)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value.cpu(), state[key]), key
+    model.cpu()
+    assert {site.backend for site in mxfp4_sites(model).values()} == {"cpu"}
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_generate() -> None:
+    model, inputs = on_gpu("qwen3_moe", torch.float32)
+    mxfp4_compile.optimize(model)
+    ordinary = mxfp4_compile.restore(copy.deepcopy(model))
+    ids = inputs["input_ids"]
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **arguments), ordinary.generate(ids, **arguments))
