@@ -22,7 +22,6 @@ from torch import nn
 
 from . import mx
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
-from .ops.registry import get_backend
 from .ops.selection import Choice, choose, requested_backend
 from .passes.capture import CallPattern, Captured, CaptureError, call_pattern, capture
 from .passes.discover import (
@@ -134,11 +133,11 @@ def optimize(
 
     candidates = find_candidates(model)
     sites = _apply_skip([Site(c) for c in candidates], skip, report)
-    _check_model(model, [s.candidate for s in sites if not s.outcome])
+    check_model(model, [s.candidate for s in sites if not s.outcome])
     with experts_implementation(model, "grouped_mm"):
-        _match_all(model, sites, example_inputs, requested)
+        match_all(model, sites, example_inputs, requested)
     gc.collect()  # exported programs are cyclic garbage that keeps the captured modules' weights alive
-    _check_matches(sites, report, strict)
+    check_matches(sites, report, strict)
     todo = [s for s in sites if s.structure is not None]
     for site in todo:
         site.tied = _weight_ids(site)
@@ -191,7 +190,8 @@ def _check_arguments(
     return requested
 
 
-def _check_model(model: nn.Module, candidates: list[Candidate]) -> None:
+def check_model(model: nn.Module, candidates: list[Candidate]) -> None:
+    """OptimizeError if the candidates' weights are such that they cannot be quantized; names the first."""
     quantization = getattr(getattr(model, "config", None), "quantization_config", None)
     if quantization is not None:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method")
@@ -230,7 +230,8 @@ def _apply_skip(sites: list[Site], skip: Sequence[str], report: Report) -> list[
 # 2. discover, capture, match, plan
 
 
-def _match_all(model: nn.Module, sites: list[Site], example_inputs: Any, requested: str | None) -> None:
+def match_all(model: nn.Module, sites: list[Site], example_inputs: Any, requested: str | None) -> None:
+    """Give each site its structure, or its outcome and the reason; drops lists that turn out to be no experts."""
     waiting = [s for s in sites if not s.outcome]
     candidates = [s.candidate for s in waiting]
     record_calls(model, candidates, example_inputs)
@@ -329,7 +330,8 @@ def _shape_key(module: nn.Module) -> Any:
     return type(module), tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters())
 
 
-def _check_matches(sites: list[Site], report: Report, strict: bool) -> None:
+def check_matches(sites: list[Site], report: Report, strict: bool) -> None:
+    """Under ``strict``: OptimizeError for MoE-looking modules without a match, and for a model without any."""
     unmatched = [s for s in sites if s.outcome == "unmatched"]
     matched = [s for s in sites if s.structure is not None]
     if not strict:
@@ -631,4 +633,4 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-__all__ = ["OptimizeError", "get_backend", "optimize", "restore"]
+__all__ = ["OptimizeError", "optimize", "restore"]

@@ -16,8 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mxfp4_compile import __version__, demo, mx
-from mxfp4_compile.cli import explain_model, main
+from mxfp4_compile.cli import main
 from mxfp4_compile.environment import OPTIONAL_PARTS, environment
+from mxfp4_compile.explain import explain_model
 from mxfp4_compile.families import decorated_families, tiny_inputs, tiny_model
 from mxfp4_compile.ops.registry import known_backends
 

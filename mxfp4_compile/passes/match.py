@@ -326,6 +326,7 @@ class _Fused:
 
     def _bias_nodes(self, target: fx.Node, stop: Sequence[fx.Node], gemms: Sequence[ExpertGemm]) -> tuple[fx.Node, ...]:
         """The [E, N] parameters read between ``stop`` and ``target``, in the order of ``gemms``; or refuse."""
+        where = "after the down-projection" if gemms[0] is self.down else "between the projections"
         region = ancestors([target], stop=[*stop, self.ids, self.x])
         read = [
             n
@@ -336,13 +337,13 @@ class _Fused:
         read = [n for n in read if self.captured.parameters.get(n.name) not in weights]
         for node in read:
             if node.name not in self.captured.parameters:
-                raise _Refused(f"{self.captured.buffers.get(node.name, node.name)!r} is read between the projections")
+                raise _Refused(f"{self.captured.buffers.get(node.name, node.name)!r} is read {where}")
         if not read:
             return ()
         wanted = [(g.shape[0], g.shape[1]) for g in gemms]
         if sorted(tuple(n.meta["val"].shape) for n in read) != sorted(wanted):
             names = ", ".join(self.captured.parameters[n.name] for n in read)
-            raise _Refused(f"{names} is read between the projections and is not one bias per expert and row")
+            raise _Refused(f"{names} is read {where} and is not one bias per expert and row")
         if len(read) == 1:
             return tuple(read)
         # Two biases of separate gate and up projections: tell which is whose by what reaches it first.
