@@ -356,8 +356,9 @@ def pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 def scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """2^e for each scale byte, [256]; NaN for byte 255."""
     bits = torch.arange(256, dtype=torch.int32, device=device) << 23
-    bits[0] = 0x00400000  # 2^-127 is a float32 subnormal.
-    bits[_NAN_BYTE] = 0x7FC00000
+    # Filled, not assigned: an assignment would copy a scalar from the host and wait for the device.
+    bits[:1].fill_(0x00400000)  # 2^-127 is a float32 subnormal.
+    bits[_NAN_BYTE:].fill_(0x7FC00000)
     return bits.view(torch.float32).to(dtype)
 
 

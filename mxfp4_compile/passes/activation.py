@@ -4,7 +4,7 @@ Given a region R: [S, N] -> [S, I] (fp64) and the constants that occur in its gr
 and the arrangement of its halves for which R equals it on every probe, or say that there is none. The
 spelling of the region (decomposed, reordered, with extra casts) plays no part.
 
-1. Probe values from 1e-3 to 1e4 of both signs, zero, and each constant of the graph with a little added
+1. Probe values from 1e-3 to 1e8 of both signs, zero, and each constant of the graph with a little added
    and taken away; all pairs of them are laid out over rows and columns, the rest filled with noise.
 2. For each arrangement (halves or interleaved, first or second activated) read the table h(g, u).
 3. The up factor is found first: m(u) = clamp(u) + beta must be proportional to h(g0, u). Then the gate
@@ -43,10 +43,12 @@ class Recognized:
 
 def probe_values(constants: Iterable[float]) -> Tensor:
     """Sorted fp64 probe values of both signs."""
-    magnitudes = [10.0 ** (e / 2) for e in range(-6, 9)] + [0.5, 2.0, 6.0, 6.5]
+    # Far beyond what a network computes: a clamp at any threshold, also one that is not written in the graph as
+    # a number, shows in the values beyond it.
+    magnitudes = [10.0 ** (e / 2) for e in range(-6, 17)] + [0.5, 2.0, 6.0, 6.5]
     for c in constants:
         c = abs(c)
-        if 0 < c < 1e4:
+        if 0 < c < 1e8:
             magnitudes += [c, c * 0.999, c * 1.001, c + 1e-6, c + 0.3]
     values = {0.0} | set(magnitudes) | {-m for m in magnitudes}
     return torch.tensor(sorted(values), dtype=torch.float64)
@@ -108,15 +110,17 @@ def _try_arrangement(
         if start == 0:
             table = _Table(gate.flatten(), up.flatten() if gated else None, out.flatten())
             candidates = list(_candidates(table, constants, gated))
-        candidates = [a for a in candidates if _equal(a(gate, up if gated else None), out)]
+        # Another spelling may lose digits where halves cancel, in proportion to what it multiplies.
+        loss = 1e-12 * (1 + gate.abs()) * (1 + up.abs() if gated else 1)
+        candidates = [a for a in candidates if _equal(a(gate, up if gated else None), out, loss)]
         if not candidates:
             return None
     return candidates[0]
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Tensor, b: Tensor, loss: Tensor) -> bool:
     scale = torch.maximum(a.abs(), b.abs())
-    return bool(((a - b).abs() <= TOLERANCE * scale + 1e-12).all())
+    return bool(((a - b).abs() <= TOLERANCE * scale + loss).all())
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,8 @@ def _candidates(table: _Table, constants: list[float], gated: bool) -> Iterator[
         factor = table.up.clamp(-up_limit, up_limit) + beta
         usable = factor.abs() > 1e-3
         # Where the factor vanishes the output must too: the cheapest test, and it rules out most.
-        if not bool((table.out[factor == 0].abs() <= 1e-12).all()):
+        vanishing = factor == 0
+        if not bool((table.out[vanishing].abs() <= 1e-12 * (1 + table.gate[vanishing].abs())).all()):
             continue
         gate, f = table.gate[usable], table.out[usable] / factor[usable]
         make = lambda **k: Activation(gated=True, beta=beta, up_limit=up_limit, **k)  # noqa: B023,E731
@@ -158,6 +163,8 @@ def _gate_factors(
         for alpha, gate_limit in itertools.product(alphas if kind == "silu" else [1.0], limits):
             plain = Activation(kind, gated=False, alpha=alpha, gate_limit=gate_limit)
             expected = plain(few_gate)
-            close = (expected - few).abs() <= 1e-7 * torch.maximum(expected.abs(), few.abs()) + 1e-9
+            close = (expected - few).abs() <= 1e-7 * torch.maximum(expected.abs(), few.abs()) + 1e-9 * (
+                1 + few_gate.abs()
+            )
             if bool(close.all()):
                 yield make(kind=kind, alpha=alpha, gate_limit=gate_limit)

@@ -10,7 +10,9 @@ computes. Spelling therefore does not matter, and a region that merely looks rig
    x[token] * w[pair]) for exactly the pairs that ids names, whatever their order;
 3. middle: the down GEMM's rows must be activation(up output + bias of the row's expert);
 4. tail: find the node that equals sum over a token's pairs of w * (down output + bias);
-5. no cast in these regions may be narrower than the model's own rounding.
+5. what probes cannot prove is required of the graph: the tokens, ids and weights do not depend on the GEMMs,
+   nor the tail on any but the last; nothing in head and tail branches on values or counts; no cast is narrower
+   than the model's own rounding (for counts and ids: than fp32 or int32).
 If 2 to 5 fail but the GEMMs are sound by themselves, the site is split: SplitSpec with the reason.
 """
 
@@ -40,9 +42,21 @@ from .evaluate import (
 )
 from .forms import ExpertGemm, find_gemms
 
-_PROBE_TOKENS = (5, 11)
+# A few tokens, one, and so many on the same experts that counts leave a byte; a fourth probe hits every expert.
+_PROBE_TOKENS = (5, 1)
+_MANY_TOKENS = 300
 _MIN_PROBES = 4096
+# Magnitudes of values and of weights tried together: what acts on small or on large values only shows.
+_SCALES = ((1.0, 1.0), (1e-3, 1e3), (1e4, 1e-2), (1e9, 1e5))
 _TOLERANCE = 1e-9
+# Ops that branch. In a middle they make up activations, and the probes there are dense; a head or tail of a
+# mixture of experts has no use for them.
+_BRANCHES = frozenset(
+    "where clamp clamp_min clamp_max clip minimum maximum fmin fmax masked_fill masked_scatter ge gt le lt eq ne "
+    "sign sgn heaviside nan_to_num isnan isinf isfinite logical_and logical_or logical_not threshold relu hardtanh "
+    "floor ceil round trunc bitwise_and bitwise_or sym_max sym_min sym_ite".split()
+)
+_NARROW_INTEGERS = (torch.int8, torch.uint8, torch.int16)
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ def match(captured: Captured, fetch: Any = None) -> FusedMatch | SplitMatch | No
     gemms = find_gemms(captured)
     if not gemms:
         return _no_gemms(captured)
-    problem = _weights_used_elsewhere(captured, gemms)
+    problem = _weights_used_twice(gemms) or _weights_used_elsewhere(captured, gemms)
     if problem:
         return NoMatch(problem)
     try:
@@ -109,6 +123,12 @@ def _no_gemms(captured: Captured) -> NoMatch:
     if not used & chooses and not any(is_integer(captured.node(name)) for name in captured.inputs):
         return NoMatch("dense: every expert serves every token, nothing is routed", dense=True)
     return NoMatch("no product of rows with the weights of their experts (grouped_mm or batched_mm) in its graph")
+
+
+def _weights_used_twice(gemms: Sequence[ExpertGemm]) -> str | None:
+    names = [g.weight for g in gemms]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    return f"weight {twice[0]!r} serves two products" if twice else None
 
 
 def _weights_used_elsewhere(captured: Captured, gemms: Sequence[ExpertGemm]) -> str | None:
@@ -175,12 +195,16 @@ class _Fused:
         if len(symbols) != 1:
             raise _Refused(f"the graph has {len(symbols)} free sizes, a token count alone was expected")
         self.symbol = symbols[0]
-        self.probes = [self._make_probe(t) for t in _PROBE_TOKENS]
+        widths = [n.meta["val"].shape[1] for n in self.graph.nodes if is_integer(n) and n.meta["val"].dim() == 2]
+        narrowest = min((k for k in widths if isinstance(k, int)), default=1)
+        self.probe_tokens = (*_PROBE_TOKENS, max(11, math.ceil(self.experts / narrowest)), _MANY_TOKENS)
+        self.probes = [self._make_probe(t) for t in self.probe_tokens]
         ids, x, w, on_input = self._find_head()
         self.ids, self.x = ids, x
         self.up_bias_nodes = self._bias_nodes(self.down.rows, [g.node for g in self.ups], self.ups)
         recognized = self._find_middle(w if on_input else None)
         w, output, down_bias = self._find_tail(w, on_input)
+        self._check_dependence(output, w, on_input)
         round_dtype = self.down.node.meta["val"].dtype
         self._check_casts(output, w, round_dtype)
         output = self._extend(output)
@@ -255,6 +279,17 @@ class _Fused:
     def _random(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(tuple(shape), dtype=torch.float64, generator=self.generator)
 
+    def _all_experts(self, shape: Sequence[int]) -> Tensor:
+        """Ids that name every expert, if there are that many pairs."""
+        rounds = math.ceil(math.prod(shape) / self.experts)
+        order = torch.cat([torch.randperm(self.experts, generator=self.generator) for _ in range(rounds)])
+        return order[: math.prod(shape)].reshape(tuple(shape))
+
+    def _spread(self, shape: Sequence[int]) -> Tensor:
+        """Random values of both signs and of magnitudes from 1e-3 to 1e9."""
+        exponents = torch.rand(tuple(shape), dtype=torch.float64, generator=self.generator) * 12 - 3
+        return self._random(shape) * 10**exponents
+
     def _ids(self, shape: Sequence[int]) -> Tensor:
         """Random expert ids, distinct within each row as far as there are experts."""
         columns = int(shape[-1]) if len(shape) else 1
@@ -291,14 +326,19 @@ class _Fused:
 
     def _head_holds(self, ids: fx.Node, x: fx.Node, w: fx.Node | None) -> bool:
         tables = []
-        for tokens, probe in zip(_PROBE_TOKENS, self.probes, strict=True):
+        for index, (tokens, probe) in enumerate(zip(self.probe_tokens, self.probes, strict=True)):
             sizes = {self.symbol: tokens}
             if shape_of(x, sizes)[0] != shape_of(ids, sizes)[0]:
                 return False
-            id_values, x_values = self._ids(shape_of(ids, sizes)), self._random(shape_of(x, sizes))
+            id_values = self._ids(shape_of(ids, sizes))
+            if index == 2:
+                id_values = self._all_experts(id_values.shape)
+            elif index == 3:
+                id_values = id_values[:1].expand_as(id_values).contiguous()  # all on the same experts
+            x_values = self._spread(shape_of(x, sizes))
             overrides: dict[fx.Node, Any] = {ids: id_values, x: x_values}
             if w is not None:
-                overrides[w] = self._random(shape_of(w, sizes))
+                overrides[w] = self._spread(shape_of(w, sizes))
             wanted = [node for g in self.ups for node in (g.rows, g.selector)]
             try:
                 values = probe.run(wanted, overrides)
@@ -321,6 +361,40 @@ class _Fused:
         self.top_k = int(ids.meta["val"].shape[1])
         self.tables = tables
         return True
+
+    def _check_dependence(self, output: fx.Node, w: fx.Node, on_input: bool) -> None:
+        """Who may depend on whom, and that head and tail do not branch."""
+        gemms = {self.down.node, *(g.node for g in self.ups)}
+        cuts = {self.x, self.ids, w}
+        if ancestors(cuts) & gemms:
+            raise _Refused("the tokens, ids or routing weights depend on the experts' products")
+        selectors = ancestors([g.selector for g in (*self.ups, self.down)], stop=[self.ids])
+        head = ancestors([g.rows for g in self.ups], stop=[self.ids, self.x, *([w] if on_input else [])])
+        middle = ancestors([self.down.rows], stop=[self.ids, *(g.node for g in self.ups)])
+        tail = ancestors([output], stop=[self.ids, w, self.down.node])
+        if tail & gemms:
+            raise _Refused("the output depends on the up-projection beside the down-projection")
+        for what, region in (
+            ("the choice of experts", selectors),
+            ("the up-projection's rows", head),
+            ("the activation", middle),
+            ("the output", tail),
+        ):
+            self._check_reads(what, region)
+        for region in (selectors, head, tail):
+            counted = _counts(region)
+            for node in region - cuts:
+                if _op_name(node) in _BRANCHES and not (_compares_ids(node) and node not in counted):
+                    raise _Refused(f"{node.name} ({node.target}) branches outside the activation")
+
+    def _check_reads(self, what: str, region: set[fx.Node]) -> None:
+        """Refuse if a region reads the values, not just the sizes, of tokens or other float inputs."""
+        for node in region:
+            is_input = node.op == "placeholder" and node.name in self.captured.inputs and is_float(node)
+            if (is_input or node is self.x) and any(
+                user in region and not _reads_no_values(user) for user in node.users
+            ):
+                raise _Refused(f"{what} also depends on {node.name}")
 
     # 3. middle
 
@@ -380,7 +454,7 @@ class _Fused:
         region = ancestors([self.down.rows], stop=[*(g.node for g in self.ups), self.ids, self.x])
         constants = list(_constants(region, self.captured))
         # Enough tokens that all pairs of probe values find a place at once where the layer is narrow.
-        tokens = max(_PROBE_TOKENS[0], math.ceil(_MIN_PROBES / (self.intermediate * self.top_k)))
+        tokens = max(5, math.ceil(_MIN_PROBES / (self.intermediate * self.top_k)))
         tables, probes = self.tables, self.probes
         probe = self._make_probe(tokens)
         sizes = {self.symbol: tokens}
@@ -421,13 +495,14 @@ class _Fused:
             torch.float64,
             torch.float64,
         )
-        for i, (id_values, _, table) in enumerate(self.tables):
-            y = self._random((id_values.numel(), self.up_rows)) * 4
-            bias = self._random((self.experts, self.up_rows)) * 2 if self.up_bias_nodes else None
+        for i, scale in [(i, 4.0) for i in range(len(self.tables))] + [(0, scale) for scale, _ in _SCALES]:
+            id_values, _, table = self.tables[i]
+            y = self._random((id_values.numel(), self.up_rows)) * scale
+            bias = self._random((self.experts, self.up_rows)) * scale if self.up_bias_nodes else None
             out = self._middle(i, y, bias)
             if bias is not None:
                 y = y + bias[id_values.reshape(-1)[table]]
-            if not _close(params.activate(y), out):
+            if not _close(params.activate(y), out, scale):
                 raise _Refused("the region between the projections is more than a bias and an activation")
 
     # 4. tail
@@ -471,9 +546,11 @@ class _Fused:
         )
 
     def _tail_holds(self, output: fx.Node, w: fx.Node, bias: tuple[fx.Node, ...], on_input: bool) -> bool:
-        for i, (id_values, x_values, table) in enumerate(self.tables):
-            y = self._random((id_values.numel(), self.hidden))
-            weights = self._random(id_values.shape)
+        cases = [(i, 1.0, 1.0) for i in range(len(self.tables))] + [(0, *scales) for scales in _SCALES]
+        for i, y_scale, w_scale in cases:
+            id_values, x_values, table = self.tables[i]
+            y = self._random((id_values.numel(), self.hidden)) * y_scale
+            weights = self._random(id_values.shape) * w_scale
             given: dict[fx.Node, Any] = {
                 self.ids: id_values,
                 self.x: x_values,
@@ -482,7 +559,7 @@ class _Fused:
             }
             expected = y
             for node in bias:
-                given[node] = self._random(node.meta["val"].shape)
+                given[node] = self._random(node.meta["val"].shape) * y_scale
                 expected = expected + given[node][id_values.reshape(-1)[table]]
             by_pair = torch.empty_like(expected)
             by_pair[table] = expected
@@ -493,7 +570,7 @@ class _Fused:
                 (out,) = self.probes[i].run([output], given)
             except EvaluationError:
                 return False
-            if out.shape != expected.shape or not _close(expected, out):
+            if not _close(expected, out, y_scale * (1.0 if on_input else w_scale)):
                 return False
         return True
 
@@ -503,11 +580,18 @@ class _Fused:
         rounding = torch.finfo(round_dtype)
         final = ancestors([output], stop=[self.x, self.ids, w])
         for node in final:
-            if not is_float(node) or node.op == "placeholder":
+            value = node.meta.get("val")
+            if not isinstance(value, Tensor) or node.op == "placeholder":
                 continue
-            info = torch.finfo(node.meta["val"].dtype)
+            operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            counts = bool(operands) and all(is_integer(n) for n in operands)
+            if value.dtype in _NARROW_INTEGERS or (counts and value.dtype in (torch.bfloat16, torch.float16)):
+                raise _Refused(f"{node.name} holds ids or counts in {value.dtype}")
+            if not value.is_floating_point():
+                continue
+            info = torch.finfo(value.dtype)
             if info.eps > rounding.eps or info.max < rounding.max:
-                raise _Refused(f"{node.name} rounds to {node.meta['val'].dtype}, narrower than {round_dtype}")
+                raise _Refused(f"{node.name} rounds to {value.dtype}, narrower than {round_dtype}")
 
     def _extend(self, output: fx.Node) -> fx.Node:
         """Take in a closing cast to the tokens' dtype."""
@@ -521,6 +605,8 @@ class _Fused:
                 torch.ops.prims.convert_element_type.default,
             ) or not isinstance(value, Tensor):
                 break
+            if value.dtype != x_dtype:
+                break  # a detour through another dtype may round once more
             output = user
         return output
 
@@ -544,8 +630,48 @@ def _pair_of_row(rows: Tensor, experts: Tensor, pair_rows: Tensor, ids: Tensor) 
     return pair
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a - b).abs() <= _TOLERANCE * (1 + torch.maximum(a.abs(), b.abs()))).all())
+def _close(a: Tensor, b: Tensor, scale: float = 1.0) -> bool:
+    """Equal within the rounding of fp64, for values computed from ones of magnitude ``scale``."""
+    if a.shape != b.shape:
+        return False
+    return bool(((a - b).abs() <= _TOLERANCE * (scale + torch.maximum(a.abs(), b.abs()))).all())
+
+
+def _op_name(node: fx.Node) -> str:
+    """ "where" of aten.where.self, "ge" of operator.ge."""
+    name = str(node.target)
+    if name.startswith(("aten.", "prims.")):
+        return name.split(".")[1].rstrip("_")
+    return str(getattr(node.target, "__name__", ""))
+
+
+_VALUELESS = frozenset(
+    "sym_size sym_numel sym_stride new_zeros new_empty new_ones new_full zeros_like empty_like ones_like full_like".split()
+)
+_COUNTING = frozenset("sum cumsum histc bincount scatter_add index_add index_put scatter_reduce count_nonzero".split())
+
+
+def _reads_no_values(node: fx.Node) -> bool:
+    """Sizes, and new tensors of the same shape."""
+    return _op_name(node) in _VALUELESS
+
+
+def _compares_ids(node: fx.Node) -> bool:
+    """A comparison of integers (one_hot, counting by comparison); it may not follow on counts."""
+    operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    return bool(operands) and all(is_integer(n) for n in operands) and _op_name(node) in ("eq", "le", "lt", "ge", "gt")
+
+
+def _counts(region: set[fx.Node]) -> set[fx.Node]:
+    """The nodes of a region that depend on a count made in it."""
+    found: set[fx.Node] = set()
+    stack = [n for n in region if _op_name(n) in _COUNTING and not is_float(n)]
+    while stack:
+        node = stack.pop()
+        if node in region and node not in found:
+            found.add(node)
+            stack.extend(node.users)
+    return found
 
 
 def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
@@ -558,7 +684,7 @@ def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
             continue
         for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                if abs(value) < 1e6:  # larger ints are slice ends, not numbers of a formula
+                if abs(value) < (1e30 if isinstance(value, float) else 1e9):  # slice ends are no numbers of a formula
                     yield float(value)
                     if value:
                         yield 1 / float(value)
