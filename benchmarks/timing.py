@@ -41,7 +41,9 @@ def median_us(run: Callable[[], Any], repeats: int = 20) -> float:
     for _ in range(3):
         graph.replay()
     times = []
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
+    ]
     for start, end in events:
         flush_l2()
         start.record()

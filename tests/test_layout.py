@@ -116,6 +116,6 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
 def test_tools_skip_the_links() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     for name in LINKS:
-        assert f'"{name}"' in text.split("extend-exclude")[1].splitlines()[0]
+        assert f'"{name}/**"' in text.split("extend-exclude")[1].splitlines()[0]
         assert f'"{name}"' in text.split("norecursedirs")[1].splitlines()[0]
         assert f'"^{name}/"' in text

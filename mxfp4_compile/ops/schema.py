@@ -93,7 +93,7 @@ def _quantize(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
 def _quantize_fake(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
     mx.check_scale_rule(scale_rule)
     *lead, k = weight.shape
-    new = lambda last: weight.new_empty((*lead, last), dtype=torch.uint8)  # noqa: E731
+    new = lambda last: weight.new_empty((*lead, last), dtype=torch.uint8)
     return new((k + 1) // 2), new((k + mx.BLOCK - 1) // mx.BLOCK)
 
 

@@ -149,7 +149,7 @@ def _candidates(table: _Table, constants: list[float], gated: bool) -> Iterator[
         if not bool((table.out[vanishing].abs() <= 1e-12 * (1 + table.gate[vanishing].abs())).all()):
             continue
         gate, f = table.gate[usable], table.out[usable] / factor[usable]
-        make = lambda **k: Activation(gated=True, beta=beta, up_limit=up_limit, **k)  # noqa: B023,E731
+        make = lambda **k: Activation(gated=True, beta=beta, up_limit=up_limit, **k)  # noqa: B023
         yield from _gate_factors(gate, f, limits, alphas, make)
 
 

@@ -161,7 +161,7 @@ def capture(module: nn.Module, pattern: CallPattern) -> Captured:
                     strict=False,
                 ).run_decompositions({})
             break
-        except Exception as failure:  # noqa: BLE001  (whatever stopped the trace is the reason we report)
+        except Exception as failure:
             error = error or failure
     else:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""

@@ -229,7 +229,7 @@ def _run(model: nn.Module, inputs: Any) -> None:
             model(**inputs)
         else:
             model(*inputs)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise DiscoveryError(
             "a forward with "
             + ("these inputs" if not isinstance(inputs, Mapping) else ", ".join(inputs))

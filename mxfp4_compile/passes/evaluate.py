@@ -109,5 +109,5 @@ class Evaluator:
         args, kwargs = pytree.tree_map(_widen, (args, kwargs))
         try:
             return target(*args, **kwargs)  # type: ignore[operator]
-        except Exception as error:  # noqa: BLE001  (any failure means: not a region we understand)
+        except Exception as error:
             raise EvaluationError(f"{node.name} ({target}) cannot be run on probes: {error}") from error

@@ -56,6 +56,7 @@ _BRANCHES = frozenset(
     "sign sgn heaviside nan_to_num isnan isinf isfinite logical_and logical_or logical_not threshold relu hardtanh "
     "floor ceil round trunc bitwise_and bitwise_or sym_max sym_min sym_ite".split()
 )
+_SELECTING = frozenset("where masked_fill clamp clamp_min clamp_max clip minimum maximum".split())
 _NARROW_INTEGERS = (torch.int8, torch.uint8, torch.int16)
 
 
@@ -381,11 +382,66 @@ class _Fused:
             ("the output", tail),
         ):
             self._check_reads(what, region)
+        masked = False
         for region in (selectors, head, tail):
             counted = _counts(region)
             for node in region - cuts:
-                if _op_name(node) in _BRANCHES and not (_compares_ids(node) and node not in counted):
-                    raise _Refused(f"{node.name} ({node.target}) branches outside the activation")
+                if _op_name(node) in _BRANCHES:
+                    if node in counted or not self._chooses_by_id(node, cuts, counted):
+                        raise _Refused(f"{node.name} ({node.target}) branches outside the activation")
+                    # Comparing ids alone (one_hot, counting) provides for no others than the experts'.
+                    masked |= _op_name(node) in _SELECTING
+        if masked:
+            self._check_sentinels(output, w, on_input)
+
+    def _chooses_by_id(self, node: fx.Node, cuts: set[fx.Node], counted: set[fx.Node]) -> bool:
+        """Whether a branch follows from expert ids alone: probes that hit every expert see what it does."""
+        if _op_name(node) in ("masked_fill", "where"):
+            condition = node.args[1 if _op_name(node) == "masked_fill" else 0]
+            if not isinstance(condition, fx.Node):
+                return False
+            node = condition
+        for part in ancestors([node], stop=cuts - {self.ids}):
+            value = part.meta.get("val")
+            if part in counted or (isinstance(value, Tensor) and value.is_floating_point()):
+                return False
+            numbers = [n for n in part.args if isinstance(n, (int, float)) and not isinstance(n, bool)]
+            if _op_name(part) in _BRANCHES and any(not -1 <= n <= self.experts for n in numbers):
+                return False
+        return True
+
+    def _check_sentinels(self, output: fx.Node, w: fx.Node, on_input: bool) -> None:
+        """Ids that are no expert (>= E) must contribute nothing, as in the op, where a graph provides for them."""
+        id_values, x_values, _ = (t.clone() for t in self.tables[0])
+        id_values.view(-1)[::3] = self.experts
+        y = self._random((id_values.numel(), self.hidden))
+        weights = self._random(id_values.shape)
+        given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: weights}
+        first = self.ups[0]
+        rows, selector = self.probes[0].run([first.rows, first.selector], given)
+        experts = first.experts_of(selector, id_values.numel())
+        pair_rows = x_values.repeat_interleave(self.top_k, 0)
+        if on_input:
+            pair_rows = pair_rows * weights.reshape(-1, 1)
+        real_rows, real_pairs = experts < self.experts, id_values.reshape(-1) < self.experts
+        found = _pair_of_row(
+            first.row_matrix(rows)[real_rows],
+            experts[real_rows],
+            pair_rows[real_pairs],
+            id_values.reshape(-1)[real_pairs],
+        )
+        if found is None:
+            raise _Refused("the rows of ids that are no expert are not left out")
+        by_pair = torch.zeros_like(y)
+        by_pair[real_pairs.nonzero().squeeze(1)[found]] = y[real_rows]
+        if not on_input:
+            by_pair = by_pair * weights.reshape(-1, 1)
+        given[self.down.node] = self.down.as_output(y)
+        for node in self._bias_nodes(output, [self.down.node, w], (self.down,)):
+            given[node] = torch.zeros(node.meta["val"].shape, dtype=torch.float64)
+        (out,) = self.probes[0].run([output], given)
+        if not _close(by_pair.view(*id_values.shape, self.hidden).sum(1), out):
+            raise _Refused("ids that are no expert contribute to the output")
 
     def _check_reads(self, what: str, region: set[fx.Node]) -> None:
         """Refuse if a region reads the values, not just the sizes, of tokens or other float inputs."""
@@ -646,7 +702,8 @@ def _op_name(node: fx.Node) -> str:
 
 
 _VALUELESS = frozenset(
-    "sym_size sym_numel sym_stride new_zeros new_empty new_ones new_full zeros_like empty_like ones_like full_like".split()
+    "sym_size sym_numel sym_stride new_zeros new_empty new_ones new_full zeros_like empty_like ones_like "
+    "full_like".split()
 )
 _COUNTING = frozenset("sum cumsum histc bincount scatter_add index_add index_put scatter_reduce count_nonzero".split())
 
@@ -654,12 +711,6 @@ _COUNTING = frozenset("sum cumsum histc bincount scatter_add index_add index_put
 def _reads_no_values(node: fx.Node) -> bool:
     """Sizes, and new tensors of the same shape."""
     return _op_name(node) in _VALUELESS
-
-
-def _compares_ids(node: fx.Node) -> bool:
-    """A comparison of integers (one_hot, counting by comparison); it may not follow on counts."""
-    operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    return bool(operands) and all(is_integer(n) for n in operands) and _op_name(node) in ("eq", "le", "lt", "ge", "gt")
 
 
 def _counts(region: set[fx.Node]) -> set[fx.Node]:
@@ -716,10 +767,7 @@ def _descendants(node: fx.Node) -> set[fx.Node]:
 def _covers(output: fx.Node, downstream: set[fx.Node]) -> bool:
     """Whether everything that leaves the region after the down GEMM leaves through ``output``."""
     inside = ancestors([output]) & downstream
-    for node in inside - {output}:
-        if any(user not in inside for user in node.users):
-            return False
-    return True
+    return all(user in inside for node in inside - {output} for user in node.users)
 
 
 def _same_rows(a: fx.Node, b: fx.Node) -> bool:

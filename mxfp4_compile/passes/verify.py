@@ -181,7 +181,7 @@ def _compare_group(
             try:
                 theirs = _call(own, site, inputs)
                 truth = _call(exact, site, [t.float() if t.is_floating_point() else t for t in inputs])
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 if not whole:
                     raise _NeedsAllExperts from error
                 raise VerificationError(f"the original module does not run on verification inputs: {error}") from error

@@ -43,7 +43,9 @@ class TritonBackend(Backend):
             else:
                 major, minor = torch.cuda.get_device_capability(device)
                 requirements.append(
-                    Requirement("device", major >= 8, f"compute capability {major}.{minor}, needs 8.0 or newer")
+                    Requirement(
+                        "device", major >= 8, f"compute capability {major}.{minor}, needs 8.0 or newer"
+                    )
                 )
         else:
             requirements.append(
@@ -51,7 +53,9 @@ class TritonBackend(Backend):
             )
         if params is not None:
             requirements.append(
-                Requirement("round_dtype", params.round_dtype in _DTYPES, f"{params.round_dtype}; one of {_DTYPES}")
+                Requirement(
+                    "round_dtype", params.round_dtype in _DTYPES, f"{params.round_dtype}; one of {_DTYPES}"
+                )
             )
             requirements.append(
                 Requirement("num_experts", params.num_experts <= 4096, f"{params.num_experts}, at most 4096")
@@ -59,11 +63,18 @@ class TritonBackend(Backend):
         return requirements
 
     def plan(self, params: MoEParams | None, device: torch.device) -> str:
-        """"sm80" where the kernels may use PTX, else "nibbles" (layout.py)."""
+        """ "sm80" where the kernels may use PTX, else "nibbles" (layout.py)."""
         return "sm80" if device.type == "cuda" and not torch.version.hip else "nibbles"
 
     def prepare(
-        self, packed: Tensor, scales: Tensor, *, k: int, role: Role | None, params: MoEParams | None, layout: str
+        self,
+        packed: Tensor,
+        scales: Tensor,
+        *,
+        k: int,
+        role: Role | None,
+        params: MoEParams | None,
+        layout: str,
     ) -> list[Tensor]:
         """[codes uint8 [e, SLABS, STEPS, 512], scales int32 [e, SLABS, STEPS, 8]] (layout.py)."""
         return layouts.prepare(packed, scales, k, role, params, _known(layout))
@@ -81,11 +92,15 @@ class TritonBackend(Backend):
         """Prepared -> canonical, bit for bit."""
         return layouts.recover(list(tensors), n, k, role, params, _known(layout))
 
-    def prepare_bias(self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def prepare_bias(
+        self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str
+    ) -> Tensor:
         """[e, N] -> [e, SLABS*16] in the prepared order, same dtype."""
         return layouts.prepare_bias(bias, role, params)
 
-    def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def recover_bias(
+        self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str
+    ) -> Tensor:
         """Inverse of ``prepare_bias``."""
         return layouts.recover_bias(bias, n, role, params)
 

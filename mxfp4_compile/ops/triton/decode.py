@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Tensor-core operands are scaled by 2^-32, so that every block scale up to 2^33 has a bf16 multiplier.
+# Tensor-core operands are scaled by 2^-32, so that block scales from 2^-127 to 2^33 have a bf16 multiplier.
 OPERAND_UNSCALE = tl.constexpr(4294967296.0)
 
 # Vector kernels scale activations by 2^64 (a code alone is subnormal), undone in the block multiplier.
@@ -52,18 +52,18 @@ _UNTWIDDLE = tl.constexpr(
 
 @triton.jit
 def _multiplier(scale, DTYPE: tl.constexpr):
-    """Block scale byte (int32) -> 2^126 * 2^(scale - 127) / OPERAND_UNSCALE; inf or NaN above 2^33."""
-    if DTYPE == tl.bfloat16:
-        bits = tl.minimum((scale << 7) + (94 << 7), 0x7FC0).to(tl.int16)
+    """Prepared scale byte (layout.py) -> 2^126 * block scale / OPERAND_UNSCALE: the byte is the exponent."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = (scale << 7).to(tl.int16)
     else:
-        bits = tl.minimum(scale + 94, 255) << 23
+        bits = scale << 23
     return bits.to(DTYPE, bitcast=True)
 
 
 @triton.jit
 def _nibble(code, DTYPE: tl.constexpr):
     """A code in the low four bits of an int32 -> its value times 2^-126."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = (((code & 8) << 12) | ((code & 7) << 6)).to(tl.int16)
     else:
         bits = ((code & 8) << 28) | ((code & 7) << 22)
@@ -74,7 +74,7 @@ def _nibble(code, DTYPE: tl.constexpr):
 def decode_operand(
     words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """One K step: words int32 [SLABS, 128], scales int32 [SLABS, 8] -> DTYPE [SLABS*16, 64] / OPERAND_UNSCALE.
+    """words int32 [SLABS, 128], scales int32 [SLABS, 8] -> DTYPE [SLABS*16, 64] / OPERAND_UNSCALE: a K step.
 
     A slab's 128 words are, for each of 32 lanes (row of eight, quarter of a fragment), the four it
     decodes: (row half, block), each eight codes. A coalesced load thus lands every code in the thread
@@ -91,7 +91,16 @@ def decode_operand(
             _UNTWIDDLE,
             "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
             [words, m],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            dtype=(
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+                tl.bfloat16,
+            ),
             is_pure=True,
             pack=1,
         )
@@ -149,5 +158,6 @@ def code_bits(word, POSITION: tl.constexpr, TWIDDLED: tl.constexpr):
 
 @triton.jit
 def block_multiplier(scale):
-    """Block scale byte (int32) -> 2^126 * 2^(scale - 127) / VECTOR_SCALE as fp32; NaN above 2^33."""
-    return tl.where(scale > 160, 0x7FC00000, (scale + 62) << 23).to(tl.float32, bitcast=True)
+    """Prepared scale byte (int32) -> 2^126 * block scale / VECTOR_SCALE as fp32; infinite for a NaN block."""
+    exponent = tl.where(scale == 255, 255, tl.maximum(scale - 32, 0))
+    return (exponent << 23).to(tl.float32, bitcast=True)

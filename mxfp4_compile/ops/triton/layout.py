@@ -5,7 +5,7 @@ of a gated up-projection is 8 activated rows and the 8 other rows of the same co
 ends up with both. A (slab, step) is 512 contiguous bytes of codes and 32 of scales:
 
     codes  int32 [E, SLABS, STEPS, 128]   (row 8, quarter 4, row half 2, block 2), 4 bytes (half 2, parity 2)
-    scales int32 [E, SLABS, STEPS, 8]     (row 8), its 4 bytes (row half 2, block 2)
+    scales int32 [E, SLABS, STEPS, 8]     (row 8), its 4 bytes (row half 2, block 2), biased
 
 where row = slab*16 + row half*8 + row and k = step*64 + block*32 + nibble*16 + half*8 + quarter*2 +
 parity: the 16 bytes of a (row, quarter) are what one thread feeds to m16k16 tensor-core operations.
@@ -18,15 +18,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ...spec import MoEParams, Role
 
 LAYOUTS = ("sm80", "nibbles")
 SLAB = 16
 STEP = 64
-_UNIT_SCALE = 127
 
-# Of the 16 bits that hold the four codes (pairs) of one parity: where each code's sign and three low bits lie.
+# A prepared scale is the canonical byte plus this, the exponent of the multiplier that finishes a code's
+# conversion to bf16 (decode.py); it exists for scales up to 2^33, and 255 stays NaN.
+_SCALE_BIAS = 94
+_MAX_SCALE = 160
+_NAN_SCALE = 255
+
+# Of the 16 bits that hold the four codes (pairs) of one parity: where each code's sign and low bits lie.
 _SIGN = (15, 12, 9, 14)
 _LOW = ((8, 7, 6), (5, 4, 3), (2, 1, 0), (11, 10, 13))
 
@@ -59,7 +65,11 @@ def rows_to_slabs(x: Tensor, role: Role | None, params: MoEParams | None, value:
     e, n, *rest = x.shape
     if _gated(role, params):
         assert params is not None
-        halves = x.unflatten(1, (2, n // 2)) if params.gate_layout == "halves" else x.unflatten(1, (n // 2, 2)).transpose(1, 2)
+        halves = (
+            x.unflatten(1, (2, n // 2))
+            if params.gate_layout == "halves"
+            else x.unflatten(1, (n // 2, 2)).transpose(1, 2)
+        )
         if params.activated_half == 1:
             halves = halves.flip(1)
         count = slabs(n, True)
@@ -122,7 +132,9 @@ def prepare(
     codes = codes.view(e, -1, s, 512).view(torch.int32)
     if layout == "sm80":
         codes = twiddle(codes)
-    t = rows_to_slabs(_pad(scales, 2, s * 2, _UNIT_SCALE), role, params, _UNIT_SCALE)
+    _check_scales(scales)
+    t = torch.where(scales == _NAN_SCALE, scales, scales + _SCALE_BIAS)
+    t = rows_to_slabs(_pad(t, 2, s * 2), role, params)
     t = t.unflatten(-1, (s, 2)).permute(0, 1, 4, 3, 2, 5).contiguous()
     return [codes, t.view(e, -1, s, 32).view(torch.int32)]
 
@@ -143,7 +155,19 @@ def recover(
     packed = slabs_to_rows(packed.flatten(4), n, role, params)[:, :, : (k + 1) // 2]
     t = scales.view(torch.uint8).view(e, slab_count, s, 8, 2, 2).permute(0, 1, 4, 3, 2, 5)
     t = slabs_to_rows(t.flatten(4), n, role, params)[:, :, : -(-k // 32)]
+    t = torch.where(t == _NAN_SCALE, t, t - _SCALE_BIAS)
     return packed.contiguous(), t.contiguous()
+
+
+def _check_scales(scales: Tensor) -> None:
+    if is_fake(scales) or not scales.numel():
+        return
+    largest = int(torch.where(scales == _NAN_SCALE, 0, scales).max())
+    if largest > _MAX_SCALE:
+        raise ValueError(
+            f"backend triton: a block has scale 2^{largest - 127}; its layout holds scales up to "
+            f"2^{_MAX_SCALE - 127}, weights of about 5e10. Use backend='reference'."
+        )
 
 
 def prepare_bias(bias: Tensor, role: Role | None, params: MoEParams | None) -> Tensor:
@@ -154,5 +178,3 @@ def prepare_bias(bias: Tensor, role: Role | None, params: MoEParams | None) -> T
 def recover_bias(bias: Tensor, n: int, role: Role | None, params: MoEParams | None) -> Tensor:
     """Inverse of ``prepare_bias``."""
     return slabs_to_rows(bias.view(bias.shape[0], -1, 2, 8), n, role, params).contiguous()
-
-

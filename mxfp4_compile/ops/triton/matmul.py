@@ -16,13 +16,46 @@ from .decode import OPERAND_UNSCALE, decode_operand, quads
 
 
 @triton.jit
+def _product(
+    acc, words, scales, x,
+    SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """acc + decoded weights [BM, 64] @ x [BT, 64]^T."""
+    if WAIT:
+        # wgmma reads its first operand from registers after it was issued, and Triton leaves some in
+        # flight from one iteration to the next: they must be done before the registers are reused.
+        words = words | tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;",
+            "=r,r",
+            [0],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    w = decode_operand(words, scales, words.shape[0], QUADS, TWIDDLED, DTYPE)
+    if QUADS:
+        x = quads(x, x.shape[0])
+    if SPLIT:
+        # fp16 and fp32 activations as the sum of two bf16: about 16 bits of mantissa.
+        high = x.to(tl.bfloat16)
+        low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(w, tl.trans(low), acc)
+        acc = tl.dot(w, tl.trans(high), acc)
+    elif DTYPE == tl.float32:  # noqa: SIM300
+        acc = tl.dot(w, tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(w, tl.trans(x), acc)
+    return acc
+
+
+@triton.jit
 def _accumulate(
     x_rows,  # [BT] pointers to the tokens' first elements
     codes,  # pointer to the expert's codes, int32 [SLABS, STEPS, 128]
     scales,  # pointer to the expert's scales, int32 [SLABS, STEPS, 8]
     slab0,
     SLABS,
-    STEPS,
+    STEPS: tl.constexpr,
     K: tl.constexpr,
     SPLIT: tl.constexpr,
     QUADS: tl.constexpr,
@@ -30,6 +63,8 @@ def _accumulate(
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """sum over k of weight[slab0*16 + r, k] * x[t, k] -> fp32 [BM, BT]."""
     k = tl.arange(0, 64)
@@ -39,29 +74,34 @@ def _accumulate(
     scale_ptrs = scales + (slab * 8)[:, None] + tl.arange(0, 8)[None, :]
     x_ptrs = x_rows[:, None] + k[None, :]
     acc = tl.zeros([BM, BT], tl.float32)
-    for step in range(0, STEPS):
-        c = tl.load(code_ptrs)
-        s = tl.load(scale_ptrs)
-        if K % 64 == 0:
-            x = tl.load(x_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=(step * 64 + k < K)[None, :], other=0.0)
-        w = decode_operand(c, s, BM // 16, QUADS, TWIDDLED, DTYPE)
-        if QUADS:
-            x = quads(x, BT)
-        if SPLIT:
-            # fp16 and fp32 activations as the sum of two bf16: about 16 bits of mantissa.
-            high = x.to(tl.bfloat16)
-            low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(w, tl.trans(low), acc)
-            acc = tl.dot(w, tl.trans(high), acc)
-        elif DTYPE == tl.float32:
-            acc = tl.dot(w, tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(w, tl.trans(x), acc)
-        code_ptrs += 128
-        scale_ptrs += 8
-        x_ptrs += 64
+    # Two steps per iteration halve what the loop itself costs: barriers, waits, addresses.
+    WIDE: tl.constexpr = STEPS // UNROLL * UNROLL if K % 64 == 0 else 0
+    if UNROLL == 2:
+        for _ in range(0, WIDE, 2):
+            c0 = tl.load(code_ptrs)
+            s0 = tl.load(scale_ptrs)
+            x0 = tl.load(x_ptrs)
+            c1 = tl.load(code_ptrs + 128)
+            s1 = tl.load(scale_ptrs + 8)
+            x1 = tl.load(x_ptrs + 64)
+            acc = _product(acc, c0, s0, x0, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT)
+            acc = _product(acc, c1, s1, x1, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT)
+            code_ptrs += 256
+            scale_ptrs += 16
+            x_ptrs += 128
+    FROM: tl.constexpr = WIDE if UNROLL == 2 else 0
+    if FROM < STEPS:
+        for step in range(FROM, STEPS):
+            c = tl.load(code_ptrs)
+            s = tl.load(scale_ptrs)
+            if K % 64 == 0:
+                x = tl.load(x_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=(step * 64 + k < K)[None, :], other=0.0)
+            acc = _product(acc, c, s, x, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT)
+            code_ptrs += 128
+            scale_ptrs += 8
+            x_ptrs += 64
     return acc * OPERAND_UNSCALE
 
 
@@ -144,6 +184,8 @@ def scan_matmul(
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """One program per (expert, row tile); ``pairs`` <= PAIRS <= a few hundred.
 
@@ -185,7 +227,7 @@ def scan_matmul(
                 column_scale = tl.load(weights + pair).to(tl.float32)
             acc = _accumulate(
                 x + source.to(tl.int64) * X_STRIDE,
-                codes, scales, slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT,
+                codes, scales, slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
             )  # fmt: skip
             _finish(
                 acc, column_scale, bias, out + pair.to(tl.int64) * N, ok, slab0, SLABS, N,
@@ -225,7 +267,10 @@ def sorted_matmul(
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    WAIT: tl.constexpr,
     GROUP: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """One program per (token tile, row tile). Row r of the sorted order reads x[order[r] // TOP_K] or x[r].
 
@@ -247,34 +292,60 @@ def sorted_matmul(
         group = local // (GROUP * TILES)
         size = tl.minimum(token_tiles - group * GROUP, GROUP)
         within = local - group * (GROUP * TILES)
-        row_tile = within // size
-        slot = start + (group * GROUP + within % size) * BT + tl.arange(0, BT)
-        ok = slot < end
-        slot = tl.minimum(slot, end - 1)
-        slab0 = row_tile * (BM // 16)
-        pair = slot
-        if order is not None:
-            pair = tl.load(order + slot)
-        if GATHER_X:
-            source = pair // TOP_K
-        else:
-            source = slot
-        if SCATTER_OUT:
-            target = pair
-        else:
-            target = slot
-        column_scale = None
-        if weights is not None:
-            column_scale = tl.load(weights + pair).to(tl.float32)
+        slab0 = within // size * (BM // 16)
+        first = start + (group * GROUP + within % size) * BT
         if bias is not None:
             bias += expert.to(tl.int64) * (SLABS * 16)
-        acc = _accumulate(
-            x + source.to(tl.int64) * X_STRIDE,
-            codes + expert.to(tl.int64) * (SLABS * STEPS * 128),
-            scales + expert.to(tl.int64) * (SLABS * STEPS * 8),
-            slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT,
-        )  # fmt: skip
-        _finish(
-            acc, column_scale, bias, out + target.to(tl.int64) * N, ok, slab0, SLABS, N,
-            KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, BT,
-        )  # fmt: skip
+        codes += expert.to(tl.int64) * (SLABS * STEPS * 128)
+        scales += expert.to(tl.int64) * (SLABS * STEPS * 8)
+        # An expert's last tile is often nearly empty: then a narrow one does it in less time.
+        if TAIL > 0 and end - first <= TAIL:
+            _tile(
+                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, TAIL if TAIL > 0 else BT,
+                UNROLL, WAIT,
+            )  # fmt: skip
+        else:
+            _tile(
+                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    x, codes, scales, bias, order, weights, out, first, end, slab0,
+    TOP_K: tl.constexpr, X_STRIDE: tl.constexpr, SLABS: tl.constexpr, STEPS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
+    BETA: tl.constexpr, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, GATHER_X: tl.constexpr,
+    SCATTER_OUT: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Rows first .. min(first + BT, end) of the sorted order, weight rows from ``slab0`` on."""
+    slot = first + tl.arange(0, BT)
+    ok = slot < end
+    slot = tl.minimum(slot, end - 1)
+    pair = slot
+    if order is not None:
+        pair = tl.load(order + slot)
+    if GATHER_X:
+        source = pair // TOP_K
+    else:
+        source = slot
+    if SCATTER_OUT:
+        target = pair
+    else:
+        target = slot
+    column_scale = None
+    if weights is not None:
+        column_scale = tl.load(weights + pair).to(tl.float32)
+    acc = _accumulate(
+        x + source.to(tl.int64) * X_STRIDE, codes, scales,
+        slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
+    )  # fmt: skip
+    _finish(
+        acc, column_scale, bias, out + target.to(tl.int64) * N, ok, slab0, SLABS, N,
+        KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, BT,
+    )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@lru_cache(maxsize=None)
+@cache
 def architecture(device: torch.device) -> str:
     """The name under which configs/ files this device's tuned data."""
     if device.type != "cuda":
@@ -63,7 +63,14 @@ def _activation(params: MoEParams) -> dict[str, Any]:
     }
 
 
-_NO_ACTIVATION = {"KIND": None, "GATED": False, "ALPHA": 1.0, "BETA": 0.0, "GATE_LIMIT": None, "UP_LIMIT": None}
+_NO_ACTIVATION = {
+    "KIND": None,
+    "GATED": False,
+    "ALPHA": 1.0,
+    "BETA": 0.0,
+    "GATE_LIMIT": None,
+    "UP_LIMIT": None,
+}
 
 
 def _step(kernel: Any, tiles: Tiles, **constants: Any) -> Step:
@@ -74,58 +81,62 @@ class _Plan:
     """Everything about a call that does not change from call to call with the same shapes and dtypes."""
 
     def __init__(
-        self, params: MoEParams, top_k: int, x_stride: int, split: bool, twiddled: bool, choice: Choice, pairs_class: int
+        self,
+        params: MoEParams,
+        top_k: int,
+        x_stride: int,
+        split: bool,
+        twiddled: bool,
+        choice: Choice,
+        pairs_class: int,
     ) -> None:
         e, h, i = params.num_experts, params.hidden, params.intermediate
-        common = {"E": e, "TOP_K": top_k}
-        up_shape = {
-            "X_STRIDE": x_stride,
-            "SLABS": layouts.slabs(params.up_rows, params.activation.gated),
-            "STEPS": layouts.steps(h),
-            "N": i,
-            "K": h,
-        }
-        down_shape = {"X_STRIDE": i, "SLABS": layouts.slabs(h, False), "STEPS": layouts.steps(i), "N": h, "K": i}
         self.choice = choice
-        act = _activation(params)
-        if choice.regime == "vector":
-            self.up = _step(vector_up, choice.up, TWIDDLED=twiddled, **common, **up_shape, **act)
-            down_shape.pop("X_STRIDE")
-            self.down = _step(
-                vector_down, choice.down, TWIDDLED=twiddled, TOP_K_PADDED=_power_of_two(top_k), **common, **down_shape
-            )
-            self.up_tiles = up_shape["SLABS"] * (8 // choice.up["ROWS"])
-            self.down_tiles = down_shape["SLABS"] * (8 // choice.down["ROWS"])
-            return
-        math_ = {"SPLIT": split and not interpreted(), "TWIDDLED": twiddled, "DTYPE": _dot_dtype()}
-        if choice.regime == "scan":
-            scan = {"PAIRS": pairs_class, "BY_EXPERT": pairs_class >= e}
-            self.up = _step(scan_matmul, choice.up, X_BY_TOKEN=True, **scan, **common, **up_shape, **act, **math_)
-            self.down = _step(
-                scan_matmul, choice.down, X_BY_TOKEN=False, **scan, **common, **down_shape, **_NO_ACTIVATION, **math_
-            )
+        self.by_expert = pairs_class >= e
+        up: dict[str, Any] = {
+            "E": e, "TOP_K": top_k, "X_STRIDE": x_stride, "TWIDDLED": twiddled,
+            "SLABS": layouts.slabs(params.up_rows, params.activation.gated), "STEPS": layouts.steps(h),
+            "N": i, "K": h,
+            **_activation(params),
+        }  # fmt: skip
+        down: dict[str, Any] = {
+            "E": e, "TOP_K": top_k, "X_STRIDE": i, "TWIDDLED": twiddled,
+            "SLABS": layouts.slabs(h, False), "STEPS": layouts.steps(i), "N": h, "K": i,
+            **_NO_ACTIVATION,
+        }  # fmt: skip
+        dot = {"SPLIT": split and not interpreted(), "DTYPE": _dot_dtype()}
+        scan = {"PAIRS": pairs_class, "BY_EXPERT": self.by_expert, **dot}
+        ragged = {"E_PADDED": _power_of_two(e), **dot}
+        if choice.up_regime == "vector":
+            self.up = _step(vector_up, choice.up, **up)
+            self.up_tiles = up["SLABS"] * (8 // choice.up["ROWS"])
         else:
-            self.route = Step(sort_pairs, {"E": e, "BLOCK": 2048 if pairs_class >= 2048 else 512}, 4, 1)
-            ragged = {"E_PADDED": _power_of_two(e)}
-            self.up = _step(
-                sorted_matmul, choice.up, GATHER_X=True, SCATTER_OUT=False, **ragged, **common, **up_shape, **act, **math_
+            self.up_tiles = -(-up["SLABS"] * 16 // choice.up["BM"])
+            if choice.up_regime == "scan":
+                self.up = _step(scan_matmul, choice.up, X_BY_TOKEN=True, **scan, **up)
+            else:
+                self.up = _step(sorted_matmul, choice.up, GATHER_X=True, SCATTER_OUT=False, **ragged, **up)
+        if choice.down_regime == "vector":
+            del down["X_STRIDE"]
+            for name in _NO_ACTIVATION:
+                del down[name]
+            self.down = _step(vector_down, choice.down, TOP_K_PADDED=_power_of_two(top_k), **down)
+            self.down_tiles = down["SLABS"] * (8 // choice.down["ROWS"])
+        else:
+            self.down_tiles = -(-down["SLABS"] * 16 // choice.down["BM"])
+            if choice.down_regime == "scan":
+                self.down = _step(scan_matmul, choice.down, X_BY_TOKEN=False, **scan, **down)
+            else:
+                self.down = _step(
+                    sorted_matmul, choice.down, GATHER_X=False, SCATTER_OUT=True, **ragged, **down
+                )
+            self.combine_block = min(_power_of_two(h), 1024)
+            self.combine_tiles = -(-h // self.combine_block)
+            self.combine = Step(combine, {"E": e, "TOP_K": top_k, "N": h, "BLOCK": self.combine_block}, 4, 1)
+        if choice.up_regime == "sorted":
+            self.route = Step(
+                sort_pairs, {"E": e, "BLOCK": pairs_class}, max(min(pairs_class // 512, 16), 4), 1
             )
-            self.down = _step(
-                sorted_matmul,
-                choice.down,
-                GATHER_X=False,
-                SCATTER_OUT=True,
-                **ragged,
-                **common,
-                **down_shape,
-                **_NO_ACTIVATION,
-                **math_,
-            )
-        self.up_tiles = -(-up_shape["SLABS"] * 16 // choice.up["BM"])
-        self.down_tiles = -(-down_shape["SLABS"] * 16 // choice.down["BM"])
-        self.combine_block = min(_power_of_two(h), 1024)
-        self.combine_tiles = -(-h // self.combine_block)
-        self.combine = Step(combine, {"E": e, "TOP_K": top_k, "N": h, "BLOCK": self.combine_block}, 4, 1)
 
 
 @lru_cache(maxsize=4096)
@@ -139,7 +150,8 @@ def _plan(
     pairs_class: int,
 ) -> _Plan:
     # dtypes is part of the key because a Step's compiled kernel is for one set of them.
-    return _Plan(params, top_k, x_stride, dtypes[0] != torch.bfloat16, twiddled, choice, pairs_class)
+    split = dtypes[0] != torch.bfloat16 or params.round_dtype != torch.bfloat16
+    return _Plan(params, top_k, x_stride, split, twiddled, choice, pairs_class)
 
 
 def moe(
@@ -169,14 +181,28 @@ def moe(
     per_token = top_k * (params.hidden + params.intermediate) * params.round_dtype.itemsize
     # Row numbers times widths are 64-bit in the kernels; row numbers and tile numbers are 32-bit.
     chunk = max(min(_MAX_INTERMEDIATE // per_token, (1 << 24) // top_k), 1)
-    with torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else _NOTHING:
+    with (
+        torch.cuda.device(x.device)
+        if x.is_cuda and x.device.index != torch.cuda.current_device()
+        else _NOTHING
+    ):
         for at in range(0, tokens, chunk):
             if chunk >= tokens:
                 _chunk(x, topk_ids, topk_weights, up, down, up_bias, down_bias, out, params, layout, choice)
             else:
                 part = slice(at, min(at + chunk, tokens))
                 _chunk(
-                    x[part], topk_ids[part], topk_weights[part], up, down, up_bias, down_bias, out[part], params, layout, choice
+                    x[part],
+                    topk_ids[part],
+                    topk_weights[part],
+                    up,
+                    down,
+                    up_bias,
+                    down_bias,
+                    out[part],
+                    params,
+                    layout,
+                    choice,
                 )
     return out
 
@@ -206,11 +232,10 @@ def _chunk(
     tokens, top_k = ids.shape
     pairs = tokens * top_k
     if choice is None:
-        choice = choose(architecture(x.device), params.num_experts, top_k, tokens)
-    regime = choice.regime
-    pairs_class = _power_of_two(pairs) if regime != "sorted" else (2048 if pairs >= 2048 else 512)
-    if regime == "vector":
-        pairs_class = 0
+        choice = choose(
+            architecture(x.device), params.num_experts, top_k, params.hidden, params.intermediate, tokens,
+            x.dtype == params.round_dtype == torch.bfloat16,
+        )  # fmt: skip
     dtypes = (
         x.dtype,
         ids.dtype,
@@ -218,38 +243,50 @@ def _chunk(
         None if up_bias is None else up_bias.dtype,
         None if down_bias is None else down_bias.dtype,
     )
-    plan = _plan(params, top_k, x.stride(0), dtypes, layout == "sm80", choice, pairs_class)
+    plan = _plan(params, top_k, x.stride(0), dtypes, layout == "sm80", choice, pairs_class(choice, pairs))
     h = torch.empty((pairs, params.intermediate), dtype=params.round_dtype, device=x.device)
     in_weights, out_weights = (weights, None) if params.weight_on_input else (None, weights)
     up_codes, up_scales = up
     down_codes, down_scales = down
-    if regime == "vector":
+    e = params.num_experts
+    if choice.up_regime == "sorted":
+        offsets = torch.empty(e + pairs, dtype=torch.int32, device=x.device)
+        order = offsets[e:]
+        y = torch.empty((pairs, params.hidden), dtype=params.round_dtype, device=x.device)
+        plan.route((e, 1, 1), ids, offsets, order, pairs)
+        grid = (plan.up_tiles * (pairs // choice.up["BT"] + e), 1, 1)
+        plan.up(grid, x, up_codes, up_scales, up_bias, offsets, order, in_weights, h)
+        grid = (plan.down_tiles * (pairs // choice.down["BT"] + e), 1, 1)
+        plan.down(grid, h, down_codes, down_scales, down_bias, offsets, order, None, y)
+        plan.combine((tokens, plan.combine_tiles, 1), y, ids, out_weights, out)
+        return
+    programs = e if plan.by_expert else pairs
+    if choice.up_regime == "vector":
         plan.up((plan.up_tiles, pairs, 1), x, up_codes, up_scales, up_bias, ids, in_weights, h)
+    else:
+        plan.up((plan.up_tiles, programs, 1), x, up_codes, up_scales, up_bias, ids, in_weights, h, pairs)
+    if choice.down_regime == "vector":
         plan.down((plan.down_tiles, tokens, 1), h, down_codes, down_scales, down_bias, ids, out_weights, out)
         return
     y = torch.empty((pairs, params.hidden), dtype=params.round_dtype, device=x.device)
-    if regime == "scan":
-        programs = min(pairs_class, params.num_experts) if pairs_class >= params.num_experts else pairs
-        plan.up((plan.up_tiles, programs, 1), x, up_codes, up_scales, up_bias, ids, in_weights, h, pairs)
-        plan.down((plan.down_tiles, programs, 1), h, down_codes, down_scales, down_bias, ids, None, y, pairs)
-    else:
-        e = params.num_experts
-        offsets = torch.empty(e + pairs, dtype=torch.int32, device=x.device)
-        order = offsets[e:]
-        plan.route((e, 1, 1), ids, offsets, order, pairs)
-        slots = pairs // choice.up["BT"] + e
-        plan.up(
-            (plan.up_tiles * slots, 1, 1), x, up_codes, up_scales, up_bias, offsets, order, in_weights, h
-        )
-        slots = pairs // choice.down["BT"] + e
-        plan.down(
-            (plan.down_tiles * slots, 1, 1), h, down_codes, down_scales, down_bias, offsets, order, None, y
-        )
+    plan.down((plan.down_tiles, programs, 1), h, down_codes, down_scales, down_bias, ids, None, y, pairs)
     plan.combine((tokens, plan.combine_tiles, 1), y, ids, out_weights, out)
 
 
+def pairs_class(choice: Choice, pairs: int) -> int:
+    """What kernels are specialized for in place of the number of pairs: a power of two."""
+    if choice.up_regime == "sorted":
+        # Ids scanned at a time: the whole list, or as many as a program holds well.
+        return 512 if pairs <= 512 else 2048 if pairs <= 4096 else 16384
+    if choice.up_regime == choice.down_regime == "vector":
+        return 0
+    return max(_power_of_two(pairs), 16)
+
+
 @lru_cache(maxsize=1024)
-def _linear_step(e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, twiddled: bool, tiles: Tiles) -> Step:
+def _linear_step(
+    e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, twiddled: bool, tiles: Tiles
+) -> Step:
     return _step(
         sorted_matmul,
         tiles,
@@ -283,7 +320,7 @@ def grouped_linear(
         x = x.contiguous()
     codes, scales = weight
     e = codes.shape[0]
-    tiles = choose_linear(architecture(x.device), e, rows)
+    tiles = choose_linear(architecture(x.device), e, rows, x.dtype == torch.bfloat16)
     step = _linear_step(e, n, k, x.stride(0), x.dtype, layout == "sm80", tiles)
     grid = (-(-layouts.slabs(n, False) * 16 // tiles["BM"]) * (rows // tiles["BT"] + e), 1, 1)
     with torch.cuda.device(x.device) if x.is_cuda else _NOTHING:

@@ -16,7 +16,7 @@ from .decode import VECTOR_SCALE, block_multiplier, code_bits
 
 @triton.jit
 def _multiply(words, scales, x, ROWS: tl.constexpr, STEPS: tl.constexpr, TWIDDLED: tl.constexpr):
-    """words int32 [ROWS, STEPS, 16], scales int32 [ROWS, STEPS], x fp32 [STEPS, 64] -> [ROWS, STEPS, 4, 2, 2].
+    """words int32 [ROWS, STEPS, 16], scales int32 [ROWS, STEPS], x [STEPS, 64] -> [ROWS, STEPS, 4, 2, 2].
 
     The last three: quarter, row half, block. Sums each word's eight products and applies its scale.
     """
@@ -42,6 +42,16 @@ def _multiply(words, scales, x, ROWS: tl.constexpr, STEPS: tl.constexpr, TWIDDLE
     second = tl.join((scales >> 16) & 0xFF, (scales >> 24) & 0xFF)
     s = tl.permute(tl.join(first, second), (0, 1, 3, 2))  # [ROWS, STEPS, row half, block]
     return acc * block_multiplier(s)[:, :, None, :, :]
+
+
+@triton.jit
+def _sum(total):
+    """[ROWS, STEPS, 4, 2, 2] -> [ROWS, row half].
+
+    One axis at a time: a reshape to sum all at once scatters the summed axis over bits of the lane
+    number that are not neighbours, which Triton 3.6 reduces wrongly.
+    """
+    return tl.sum(tl.sum(tl.sum(total, 4), 1), 1)
 
 
 @triton.jit
@@ -82,7 +92,9 @@ def vector_up(
         step = tl.arange(0, BLOCK)
         w = tl.arange(0, 16)
         k = step[:, None] * 64 + tl.arange(0, 64)[None, :]
-        code_ptrs = codes + base * 128 + (r * 16)[:, None, None] + (step * 128)[None, :, None] + w[None, None, :]
+        code_ptrs = (
+            codes + base * 128 + (r * 16)[:, None, None] + (step * 128)[None, :, None] + w[None, None, :]
+        )
         scale_ptrs = scales + base * 8 + r[:, None] + (step * 8)[None, :]
         total = tl.zeros([ROWS, BLOCK, 4, 2, 2], tl.float32)
         for at in range(0, STEPS, BLOCK):
@@ -98,8 +110,7 @@ def vector_up(
             else:
                 xs = tl.load(x + at * 64 + k, mask=at * 64 + k < K, other=0.0)
             total += _multiply(words, s, xs.to(tl.float32), ROWS, BLOCK, TWIDDLED)
-        flat = tl.reshape(tl.permute(total, (0, 3, 1, 2, 4)), [ROWS, 2, BLOCK * 8])
-        y = tl.sum(flat, 2)  # [ROWS, row half]
+        y = _sum(total)
         if weights is not None:
             y *= tl.load(weights + pair).to(tl.float32)
         row = slab * 16 + r[:, None] + (tl.arange(0, 2) * 8)[None, :]
@@ -166,8 +177,7 @@ def vector_down(
         if weights is not None:
             xs *= tl.load(weights + pair, mask=ok, other=0.0).to(tl.float32)[:, None]
         total += _multiply(words, s, xs, ROWS, BLOCK, TWIDDLED)
-    flat = tl.reshape(tl.permute(total, (0, 3, 1, 2, 4)), [ROWS, 2, BLOCK * 8])
-    y = tl.sum(flat, 2)
+    y = _sum(total)
     row = slab * 16 + r[:, None] + (tl.arange(0, 2) * 8)[None, :]
     if bias is not None:
         which = tl.arange(0, TOP_K_PADDED)

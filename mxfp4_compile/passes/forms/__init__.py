@@ -19,4 +19,4 @@ def find_gemms(captured: Captured) -> list[ExpertGemm]:
     return [found[node] for node in captured.graph.nodes if node in found]
 
 
-__all__ = ["ExpertGemm", "FORMS", "find_gemms"]
+__all__ = ["FORMS", "ExpertGemm", "find_gemms"]

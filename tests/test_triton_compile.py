@@ -1,0 +1,156 @@
+"""The native kernels compiled for GPUs that need not be here: instructions, spills, shared memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxfp4_compile.spec import Activation, MoEParams
+
+pytest.importorskip("triton")
+
+# Shared memory a program may use, and what a tensor-core instruction is called there.
+TARGETS = {
+    "sm80": ("cuda", 80, 163 << 10, r"mma\.sync"),
+    "sm90": ("cuda", 90, 227 << 10, r"wgmma\.mma_async|mma\.sync"),
+    "sm100": ("cuda", 100, 227 << 10, r"tcgen05\.mma|mma\.sync"),
+    "sm120": ("cuda", 120, 99 << 10, r"mma\.sync"),
+    "gfx942": ("hip", "gfx942", 64 << 10, r"v_mfma"),
+    "gfx950": ("hip", "gfx950", 160 << 10, r"v_mfma"),
+}
+POINTERS = {
+    "x": "*bf16", "h": "*bf16", "y": "*bf16", "out": "*bf16", "bias": "*bf16", "codes": "*i32",
+    "scales": "*i32", "ids": "*i64", "weights": "*fp32", "offsets": "*i32", "order": "*i32",
+    "pairs": "i32",
+}  # fmt: skip
+TOKENS = (1, 8, 40, 512, 4096)
+GPT_OSS = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
+SHAPES = {
+    "qwen3": (128, 8, 2048, 768, Activation("silu")),
+    "gpt_oss": (32, 4, 2880, 2880, GPT_OSS),
+    "ragged": (60, 4, 1000, 1408, Activation("gelu_tanh")),
+}
+
+
+@cache
+def compiled(target: str, shape: str, tokens: int, part: str):
+    """One kernel of a layer, compiled as the launch for ``tokens`` tokens would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mxfp4_compile.ops.triton.moe import _Plan, pairs_class
+    from mxfp4_compile.ops.triton.select import choose
+
+    backend, arch = TARGETS[target][:2]
+    e, top_k, h, i, act = SHAPES[shape]
+    params = MoEParams(e, h, i, act, "halves", 0, False, torch.bfloat16, torch.bfloat16)
+    choice = choose(target, e, top_k, h, i, tokens)
+    plan = _Plan(params, top_k, h, False, backend == "cuda", choice, pairs_class(choice, tokens * top_k))
+    step = getattr(plan, part)
+    biased = shape == "gpt_oss"
+    constants = dict(step.constants)
+    signature = {}
+    for name in step.kernel.arg_names:
+        absent = (name == "bias" and not biased) or (
+            name == "weights"
+            and part != "combine"
+            and not (part == "down" and choice.down_regime == "vector")
+        )
+        if absent:
+            constants[name] = None
+        signature[name] = "constexpr" if name in constants else POINTERS[name]
+    attributes = {
+        (at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
+    source = ASTSource(step.kernel, signature, constexprs=constants, attrs=attributes)
+    gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
+    kernel = triton.compile(source, target=gpu, options=dict(step.options))
+    regime = choice.up_regime if part == "up" else choice.down_regime
+    return kernel, regime
+
+
+def spilled(kernel, target: str, tmp_path: Path) -> int:
+    """Bytes (NVIDIA) or registers (AMD) that did not fit."""
+    if TARGETS[target][0] == "hip":
+        return sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])))
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton carries no cuobjdump")
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    out = subprocess.run(
+        [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    return max(map(int, re.findall(r"STACK:(\d+)", out)))
+
+
+def cases():
+    for target in TARGETS:
+        for shape in SHAPES:
+            for tokens in TOKENS:
+                quick = target == "sm90" and shape == "qwen3"
+                yield pytest.param(
+                    target,
+                    shape,
+                    tokens,
+                    id=f"{target}-{shape}-{tokens}",
+                    marks=() if quick else pytest.mark.slow,
+                )
+
+
+@pytest.mark.parametrize(("target", "shape", "tokens"), cases())
+def test_kernels(target, shape, tokens, tmp_path):
+    _, _, shared, instruction = TARGETS[target]
+    for part in ("up", "down"):
+        kernel, regime = compiled(target, shape, tokens, part)
+        assert kernel.metadata.shared <= shared
+        assert spilled(kernel, target, tmp_path) == 0, part
+        if regime != "vector":
+            text = kernel.asm["amdgcn" if TARGETS[target][0] == "hip" else "ptx"]
+            assert re.search(instruction, text), part
+
+
+@pytest.mark.parametrize(
+    "target", ["sm90", *(pytest.param(t, marks=pytest.mark.slow) for t in TARGETS if t != "sm90")]
+)
+def test_routing_and_combination(target, tmp_path):
+    for part in ("route", "combine"):
+        kernel, _ = compiled(target, "qwen3", 512, part)
+        assert spilled(kernel, target, tmp_path) == 0
+
+
+def test_many_tokens_use_wgmma_from_registers():
+    kernel, _ = compiled("sm90", "qwen3", 4096, "up")
+    ptx = kernel.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    # Decoded weights go to the tensor cores as they are: no trip through shared memory.
+    ttgir = kernel.asm["ttgir"]
+    assert not re.search(r"local_alloc %\S+ .*bf16", ttgir[: ttgir.find("warp_group_dot_wait")])
+
+
+def test_registers_of_wgmma_are_free_before_reuse():
+    """Triton leaves wgmma reading registers in flight from one iteration to the next; WAIT must hold it."""
+    from mxfp4_compile.ops.triton.select import load_config
+
+    for entry in load_config("sm90")["moe"]:
+        for part in ("up", "down"):
+            if "BT" in entry[part]:
+                assert entry[part]["WAIT"] == 1 - entry[part]["QUADS"]
+
+
+def test_twiddle_is_a_permutation_of_bits():
+    from mxfp4_compile.ops.triton.layout import twiddle, untwiddle
+
+    words = torch.cat(
+        [1 << torch.arange(31, dtype=torch.int32), torch.randint(-(2**31), 2**31 - 1, (1000,)).int()]
+    )
+    assert torch.equal(untwiddle(twiddle(words)), words)
+    assert [bin(int(w)).count("1") for w in twiddle(words[:31])] == [1] * 31
