@@ -48,6 +48,7 @@ from .report import Report, SiteReport
 
 GUARD = "mxfp4_guard"
 REPORT = "mxfp4_report"
+DEFAULT_CAPTURE_SIZE = 512
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -96,7 +97,7 @@ def optimize(
     *,
     backend: str = "auto",
     activation_dtype: str = "bf16",
-    max_capture_size: int = 512,
+    max_capture_size: int = DEFAULT_CAPTURE_SIZE,
     scale_rule: str = mx.DEFAULT_SCALE_RULE,
     skip: Sequence[str] = (),
     strict: bool = True,
@@ -111,11 +112,11 @@ def optimize(
     kernel knows), verified against the original, and replaced. ``model.mxfp4_report`` says what happened.
 
     backend: "auto", or a name that must then serve every site. activation_dtype: "bf16" (the model's own
-    dtype; nothing else is supported yet). max_capture_size: largest batch, in tokens, kernels are tuned
-    for. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns (fnmatch) to leave alone. strict:
-    raise when nothing is found or something MoE-looking has no match. verify: check each site numerically.
-    example_inputs: dict or tuple for one forward, where token ids alone will not do. progress: None shows
-    a bar on a terminal only.
+    dtype; nothing else is supported yet). max_capture_size: largest batch, in tokens, for CUDA graphs;
+    recorded only, none are captured yet. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
+    (fnmatch) to leave alone. strict: raise when nothing is found or something MoE-looking has no match.
+    verify: check each site numerically. example_inputs: dict or tuple for one forward, where token ids alone
+    will not do. progress: None shows a bar on a terminal only.
 
     Raises TypeError or ValueError for bad arguments, OptimizeError (with ``.report``) otherwise. The model
     is untouched if it raises before the first site is installed; a site that fails verification later
@@ -124,12 +125,11 @@ def optimize(
     started = time.perf_counter()
     requested = _check_arguments(model, backend, activation_dtype, max_capture_size, scale_rule)
     if mxfp4_sites(model):
-        report: Report = getattr(model, REPORT)
         print("mxfp4_compile: this model is optimized already; nothing to do", file=sys.stderr)
         return model
     report = Report(scale_rule, activation_dtype, max_capture_size, verify, versions=_versions())
-    if activation_dtype != "bf16":
-        raise ValueError(f"activation_dtype {activation_dtype!r} is not supported; known: bf16")
+    if max_capture_size != DEFAULT_CAPTURE_SIZE:
+        report.notes.append(f"max_capture_size={max_capture_size} has no effect yet: no CUDA graphs are captured")
 
     candidates = find_candidates(model)
     sites = _apply_skip([Site(c) for c in candidates], skip, report)
@@ -146,20 +146,21 @@ def optimize(
     with _progress(todo, progress) as advance:
         if verify:
             _verify_structures(todo, scale_rule, model)
-        failures = []
         prepared: dict[tuple[int, ...], MXFP4Experts] = {}
-        for site in sites:
-            if site.structure is None:
-                report.sites.append(_left(site))
-                continue
-            outcome = _install(model, site, scale_rule, verify, advance, prepared)
-            report.sites.append(outcome)
-            if outcome.outcome == "failed":
-                failures.append(outcome)
-    report.seconds = time.perf_counter() - started
-    if report.rewritten:
-        _put_guard(model)
+        try:
+            for site in sites:
+                if site.structure is None:
+                    report.sites.append(_left(site))
+                else:
+                    report.sites.append(_install(model, site, scale_rule, verify, advance, prepared))
+        finally:
+            # Also where memory runs out half-way: what was changed so far is told and guarded.
+            report.seconds = time.perf_counter() - started
+            if report.rewritten:
+                _put_guard(model)
+                model.mxfp4_report = report  # type: ignore[assignment]
     model.mxfp4_report = report  # type: ignore[assignment]
+    failures = [s for s in report.sites if s.outcome == "failed"]
     if failures and strict:
         changed = [n for s in report.rewritten for n in s.names]
         raise OptimizeError(
@@ -180,6 +181,8 @@ def _check_arguments(
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes a torch.nn.Module, got {type(model).__name__}")
     mx.check_scale_rule(scale_rule)
+    if activation_dtype != "bf16":
+        raise ValueError(f"activation_dtype {activation_dtype!r} is not supported; known: bf16")
     if not isinstance(max_capture_size, int) or max_capture_size < 0:
         raise ValueError(f"max_capture_size must be an int >= 0, got {max_capture_size!r}")
     requested = requested_backend(backend)

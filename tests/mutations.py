@@ -1540,6 +1540,180 @@ def up_projection_in_bf16(e: Edit) -> None:
     e.swap(e.u, lambda v: v.through(bf16))
 
 
+# -------- what probes of a few tokens, experts and magnitudes do not reach
+
+
+LONG = (Call(600), Call(1100), Call(1100, routing="one"))
+MANY_EXPERTS = (("num_experts", 512),)
+
+
+@changing((QWEN, GPT), "f32", "bmm", calls=LONG)
+def tokens_from_1000_on_scaled_by_division(e: Edit) -> None:
+    block = e.arange(e.size(e.x)).op(A.floor_divide.default, 1000).to(f32)
+    e.swap(e.pairs, lambda v: v * (block + 1).view(-1, 1, 1))
+
+
+@changing(QWEN, calls=LONG)
+def scaled_from_1000_tokens_on(e: Edit) -> None:
+    many = e.size(e.x).op(operator.floordiv, 1000)
+    e.swap(e.pairs, lambda v: v * many.op(operator.add, 1))
+
+
+@changing(QWEN, calls=LONG)
+def token_wraps_at_1000(e: Edit) -> None:
+    e.swap(e.token, lambda v: v.op(A.remainder.Scalar, 1000))
+
+
+@changing(QWEN, calls=LONG)
+def only_the_first_1000_pairs_summed(e: Edit) -> None:
+    some, of = e.weighted.op(A.slice.Tensor, 0, 0, 1000), e.token.op(A.slice.Tensor, 0, 0, 1000)
+    e.swap(e.out, e.x.op(A.zeros_like.default).op(A.index_add.default, 0, of, some))
+
+
+@changing((QWEN, NEMOTRON), "f32", "bmm", calls=LONG)
+def h_of_rows_from_1000_on_scaled(e: Edit) -> None:
+    e.swap(e.h, lambda v: v * (e.arange(e.size(v)).ge(1000).to(f32) + 1).unsqueeze(1))
+
+
+@changing(QWEN, calls=LONG)
+def h_beyond_a_capacity_of_400_dropped(e: Edit) -> None:
+    before = e.offs.op(A.roll.default, [1], [0]) * e.arange(e.E).gt(0).to(torch.int32)
+    place = e.arange(e.size(e.row_ids)) - before.index(e.row_ids)
+    e.swap(e.h, lambda v: v * place.lt(400).to(f32).unsqueeze(1))
+
+
+@changing(QWEN, calls=LONG)
+def rows_from_1000_on_scaled_by_division(e: Edit) -> None:
+    block = e.arange(e.size(e.perm)).op(A.floor_divide.default, 1000).to(f32)
+    e.swap(e.rows, lambda v: v * (block + 1).unsqueeze(1))
+
+
+@changing((QWEN, GPT), "f32", "bmm")
+def two_tokens_scaled(e: Edit) -> None:
+    two = e.full([], e.size(e.x), dtype=torch.int64).eq(2)
+    e.swap(e.pairs, lambda v: v * (two.to(f32) + 1))
+
+
+@changing(QWEN, "f32", "bmm")
+def h_of_two_tokens_scaled(e: Edit) -> None:
+    two = e.full([], e.size(e.x), dtype=torch.int64).eq(2)
+    e.swap(e.h, lambda v: v * (two.to(f32) + 1))
+
+
+@changing(QWEN, calls=(Call(3),))
+def three_tokens_scaled_without_a_comparison(e: Edit) -> None:
+    off = e.full([], e.size(e.x).op(operator.sub, 3), dtype=torch.int64)
+    e.swap(e.pairs, lambda v: v * (off * off + 1).to(f32).op(A.reciprocal.default).op(A.floor.default))
+
+
+def _pair(e: Edit, ids: V, a: int, b: int) -> V:
+    """[T] whether a token's first expert is a and its second b."""
+    return ids.select(1, 0).eq(a).op(A.bitwise_and.Tensor, ids.select(1, 1).eq(b))
+
+
+@changing(QWEN, overrides=MANY_EXPERTS, calls=(Call(256, routing="all"),))
+def two_experts_together_scaled(e: Edit) -> None:
+    e.swap(e.pairs, lambda v: v * (_pair(e, e.ids, 6, 7).to(f32) + 1).view(-1, 1, 1))
+
+
+@changing(QWEN, overrides=MANY_EXPERTS, calls=(Call(256, routing="all"),))
+def two_experts_together_scaled_without_a_comparison(e: Edit) -> None:
+    first, second = e.ids.select(1, 0) - 6, e.ids.select(1, 1) - 7
+    far = (first * first + second * second).to(f32) * 1e30 + 1
+    e.swap(e.pairs, lambda v: v * (far.op(A.reciprocal.default) + 1).view(-1, 1, 1))
+
+
+@changing(QWEN, overrides=MANY_EXPERTS, calls=(Call(256, routing="all"),))
+def ids_before_their_shift_scale_the_output(e: Edit) -> None:
+    hit = _pair(e, e.ids, 6, 7)
+    e.swap(e.pairs, lambda v: v * (hit.to(f32) + 1).view(-1, 1, 1))
+    users = [n for n in e.ids.node.users if n.target == A.view.default]
+    shifted = (e.ids + 1).op(A.remainder.Scalar, e.E)
+    for user in users:
+        user.replace_input_with(e.ids.node, shifted.node)
+
+
+@changing(QWEN, overrides=MANY_EXPERTS, calls=(Call(256, routing="all", scale=1e5),))
+def u_of_one_expert_beyond_1000_doubled(e: Edit) -> None:
+    hit = e.row_ids.eq(100).unsqueeze(1)
+    e.swap(e.u, lambda v: v.where(v.abs().gt(1e3).op(A.bitwise_and.Tensor, hit), v * 2))
+
+
+@changing(QWEN, "bf16", calls=MANY, narrows=True)
+def token_through_fp32_and_bf16(e: Edit) -> None:
+    size = e.full([], e.size(e.x), dtype=torch.int64)
+    half = (e.perm.to(f32).to(bf16) / 2).to(torch.int64)
+    e.swap(e.token, half.op(A.remainder.Tensor, size))
+
+
+@changing(QWEN, "bf16", calls=(Call(301),), narrows=True)
+def token_by_a_table_in_bf16(e: Edit) -> None:
+    table = e.op(A.arange.default, e.size(e.x), dtype=bf16, device=torch.device("cpu"), pin_memory=False)
+    table = table.op(A.repeat_interleave.self_int, e.K, 0)
+    e.swap(e.token, table.index(e.perm).to(torch.int64))
+
+
+@changing(QWEN, "bf16", calls=(Call(301, routing="one"), Call(301)), narrows=True)
+def counts_in_bf16(e: Edit) -> None:
+    e.swap(e.find(A.histc.default), lambda v: v.to(bf16))
+
+
+@changing((QWEN, NEMOTRON), "bmm")
+def h_scaled_by_the_up_weight(e: Edit) -> None:
+    gathered = V(e, e.ups[0].node.args[0])
+    rows = V(e, e.down.rows)
+    e.swap(rows, lambda v: v * (gathered.mean([1, 2], True) + 1))
+
+
+@changing(QWEN, "f32", "bmm", calls=BIG)
+def y_in_a_window_scaled_without_a_comparison(e: Edit) -> None:
+    edges = e.constant(torch.tensor([100.0, 101.0]))
+    where = lambda v: v.op(A.bucketize.Tensor, edges).to(f32)  # 0, 1, 2
+    e.swap(e.y, lambda v: v * ((where(v) - 1) * (where(v) - 1)))
+
+
+@changing(QWEN, calls=BIG)
+def rows_in_a_window_dropped_without_a_comparison(e: Edit) -> None:
+    edges = e.constant(torch.tensor([100.0, 101.0]))
+    where = lambda v: v.op(A.bucketize.Tensor, edges).to(f32)
+    e.swap(e.rows, lambda v: v * ((where(v) - 1) * (where(v) - 1)))
+
+
+@changing(QWEN, "f32", "bmm", calls=(Call(64, weight=1e-3),))
+def small_weights_dropped(e: Edit) -> None:
+    e.swap(e.w_rows, lambda v: v.op(A.hardshrink.default, 1e-4))
+
+
+@changing(QWEN, "f32", calls=(Call(64, scale=1e-3),))
+def small_tokens_dropped(e: Edit) -> None:
+    e.swap(e.rows, lambda v: v.op(A.hardshrink.default, 1e-4))
+
+
+@changing(QWEN, "f32", calls=(Call(64, scale=1e-3),))
+def small_outputs_dropped(e: Edit) -> None:
+    e.swap(e.y, lambda v: v.op(A.hardshrink.default, 1e-4))
+
+
+@changing((QWEN, GPT), calls=BIG)
+def y_limited_by_max(e: Edit) -> None:
+    e.swap(e.y, lambda v: v.op(A.max.other, e.full([], -20.0)).op(A.min.other, e.full([], 20.0)))
+
+
+@changing(QWEN, calls=BIG)
+def y_soft_capped(e: Edit) -> None:
+    e.swap(e.y, lambda v: (v / 1e5).op(A.tanh.default) * 1e5)
+
+
+@changing(QWEN, calls=BIG)
+def weights_soft_capped(e: Edit) -> None:
+    e.swap(e.w_rows, lambda v: (v / 300.0).op(A.tanh.default) * 300.0)
+
+
+@changing(QWEN, calls=BIG)
+def u_in_a_window_of_another_unit_dropped(e: Edit) -> None:
+    e.swap(e.u, lambda v: v.where((v / 16.0 - 3.0).abs().lt(0.2), v * 0))
+
+
 # ================================================================ the same function, spelled in another way
 
 

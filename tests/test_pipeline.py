@@ -366,6 +366,30 @@ def test_a_site_that_disagrees_later_stays_and_the_rest_changes(monkeypatch: pyt
         assert torch.isfinite(model(**tokens())).all()
 
 
+def test_running_out_of_memory_half_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(layers=3)
+    right, last = pipeline.run_prep, model.experts[2]
+
+    def run_prep(program, projection, original, *rest):
+        if original is last:
+            raise MemoryError("made to fail")
+        return right(program, projection, original, *rest)
+
+    monkeypatch.setattr(pipeline, "run_prep", run_prep)
+    with pytest.raises(MemoryError):
+        mxfp4_compile.optimize(model, example_inputs=tokens())
+    assert [s.names[0] for s in model.mxfp4_report.rewritten] == ["experts.0", "experts.1"]
+    with pytest.raises(TypeError, match="restore"):
+        model.float()
+    with torch.no_grad():
+        assert torch.isfinite(model(**tokens())).all()
+
+
+def test_options_without_effect_are_named() -> None:
+    report = mxfp4_compile.optimize(make(), example_inputs=tokens(), max_capture_size=64).mxfp4_report
+    assert "max_capture_size=64 has no effect yet" in str(report)
+
+
 def test_unusual_weights_are_reported() -> None:
     model = make()
     # Two values per block that no common scale serves: the error is larger than any ordinary weight's.
