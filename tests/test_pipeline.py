@@ -12,7 +12,10 @@ from torch.nn import functional as F
 import mxfp4_compile
 from mxfp4_compile import OptimizeError, pipeline
 from mxfp4_compile.families import tiny_inputs, tiny_model
+from mxfp4_compile.passes.capture import call_pattern, capture
+from mxfp4_compile.passes.discover import experts_implementation, find_candidates, record_calls
 from mxfp4_compile.passes.experts import mxfp4_sites
+from mxfp4_compile.passes.match import FusedMatch, match
 from mxfp4_compile.passes.verify import VerificationError
 
 # models written for the purpose
@@ -418,6 +421,31 @@ def test_report() -> None:
     unverified = str(mxfp4_compile.optimize(tiny_model("gpt_oss"), verify=False).mxfp4_report)
     assert "verify=False" in unverified
     assert report.versions["torch"] == torch.__version__
+
+
+def test_graphs_captured_on_a_gpu_match_without_one() -> None:
+    """Such a graph names its device and counts int32 ids; both are put into a graph captured here."""
+    model = tiny_model("gpt_oss", dtype=torch.bfloat16)
+    candidates = find_candidates(model)
+    record_calls(model, candidates)
+    pattern = call_pattern(candidates[0].calls[0], candidates[0].calls[-1])
+    with experts_implementation(model, "grouped_mm"):
+        captured = capture(candidates[0].module, pattern)
+    expected = match(captured)
+    devices = 0
+    for node in captured.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+            devices += 1
+        if node.target == torch.ops.aten.histc.default:
+            cast = node.args[0]
+            cast.kwargs = {"dtype": torch.int32}
+            cast.meta["val"] = cast.meta["val"].to(torch.int32)
+            node.meta["val"] = node.meta["val"].to(torch.int32)
+    assert devices
+    found = match(captured)
+    assert isinstance(found, FusedMatch), found
+    assert found.spec == expected.spec
 
 
 def test_equal_layers_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:

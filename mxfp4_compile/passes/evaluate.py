@@ -1,7 +1,8 @@
 """Run parts of a captured graph in fp64, with chosen nodes replaced by chosen values.
 
 This is how the matcher learns what a region computes: not from the names of its ops but from what it
-does. Casts between float dtypes become casts to fp64, so that rounding does not hide the function.
+does. Casts between float dtypes become casts to fp64, so that rounding does not hide the function; and
+everything runs on the CPU, wherever the graph was captured.
 """
 
 from __future__ import annotations
@@ -73,10 +74,18 @@ def is_integer(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.int32, torch.int64)
 
 
+_CPU = torch.device("cpu")
+
+
 def _widen(value: Any) -> Any:
     if isinstance(value, torch.dtype) and value in FLOATS:
         return torch.float64
-    return value
+    return _CPU if isinstance(value, torch.device) else value
+
+
+def _histc(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A graph captured on a GPU counts integers, which the CPU's histc does not take."""
+    return torch.histc(values.double(), *args, **kwargs).to(values.dtype)
 
 
 class Evaluator:
@@ -107,6 +116,8 @@ class Evaluator:
         args = fx.node.map_arg(node.args, lambda n: known[n])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: known[n])
         args, kwargs = pytree.tree_map(_widen, (args, kwargs))
+        if target == torch.ops.aten.histc.default:
+            target = _histc
         try:
             return target(*args, **kwargs)  # type: ignore[operator]
         except Exception as error:

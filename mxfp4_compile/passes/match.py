@@ -265,7 +265,7 @@ class _Fused:
                 continue
             value = node.meta.get("val")
             if node.name in self.captured.constants:
-                constant = self.captured.constants[node.name]
+                constant = self.captured.constants[node.name].cpu()
                 values[node] = constant.double() if constant.dtype in FLOATS else constant
             elif node.name in self.captured.parameters and self.captured.parameters[node.name] in weights:
                 # Only its sizes may be read: a GEMM is always overridden.
