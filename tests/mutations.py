@@ -1665,18 +1665,19 @@ def h_scaled_by_the_up_weight(e: Edit) -> None:
     e.swap(rows, lambda v: v * (gathered.mean([1, 2], True) + 1))
 
 
-@changing(QWEN, "f32", "bmm", calls=BIG)
+def _hat(v: V) -> V:
+    """About 1 from 20 to 21, 0 elsewhere."""
+    return ((v - 20.0) * 6000.0).op(A.hardsigmoid.default) - ((v - 21.0) * 6000.0).op(A.hardsigmoid.default)
+
+
+@changing(QWEN, "f32", "bmm", calls=(Call(64, scale=20.0),))
 def y_in_a_window_scaled_without_a_comparison(e: Edit) -> None:
-    edges = e.constant(torch.tensor([100.0, 101.0]))
-    where = lambda v: v.op(A.bucketize.Tensor, edges).to(f32)  # 0, 1, 2
-    e.swap(e.y, lambda v: v * ((where(v) - 1) * (where(v) - 1)))
+    e.swap(e.y, lambda v: v + _hat(v) * 50.0)
 
 
 @changing(QWEN, calls=BIG)
-def rows_in_a_window_dropped_without_a_comparison(e: Edit) -> None:
-    edges = e.constant(torch.tensor([100.0, 101.0]))
-    where = lambda v: v.op(A.bucketize.Tensor, edges).to(f32)
-    e.swap(e.rows, lambda v: v * ((where(v) - 1) * (where(v) - 1)))
+def rows_in_a_window_shifted_without_a_comparison(e: Edit) -> None:
+    e.swap(e.rows, lambda v: v + _hat(v) * 50.0)
 
 
 @changing(QWEN, "f32", "bmm", calls=(Call(64, weight=1e-3),))

@@ -77,7 +77,12 @@ def _mutated(mutation: Mutation) -> tuple[object, FusedMatch | SplitMatch | NoMa
 
 
 def _parameters(catalogue: list[Mutation]) -> list[object]:
-    return [pytest.param(m, id=m.id) for m in catalogue]
+    """The first graph of every mutation in the fast tier, its other families, forms and dtypes in the slow one."""
+    names, out = set(), []
+    for m in catalogue:
+        out.append(pytest.param(m, id=m.id, marks=[pytest.mark.slow] if m.name in names else []))
+        names.add(m.name)
+    return out
 
 
 @pytest.mark.parametrize("mutation", _parameters(CHANGING))

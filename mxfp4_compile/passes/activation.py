@@ -58,7 +58,8 @@ def recognize(
     region: Callable[[Tensor], Tensor], rows: int, up_rows: int, intermediate: int, constants: Iterable[float]
 ) -> Recognized | str:
     """The activation that ``region`` ([rows, up_rows] -> [rows, intermediate], fp64) computes, or a reason."""
-    constants = sorted({abs(float(c)) for c in constants if math.isfinite(float(c)) and c != 0})
+    # 1 may be hidden in the spelling: (u + 1) * f as u * f + f.
+    constants = sorted({1.0} | {abs(float(c)) for c in constants if math.isfinite(float(c)) and c != 0})
     if len(constants) > MAX_CONSTANTS:
         return f"the region between the projections holds {len(constants)} different constants"
     if up_rows == intermediate:
@@ -95,6 +96,11 @@ def _try_arrangement(
     gated = layout != "none"
     generator = torch.Generator().manual_seed(0)
     pairs = torch.cartesian_prod(probes, probes) if gated else torch.stack([probes, probes], dim=1)
+    # One operand at a time is also swept densely: a window that no constant names shows if it is wider than 1%.
+    sweep = 10.0 ** torch.linspace(-3, 8, 2048, dtype=torch.float64)
+    sweep = torch.cat([sweep, -sweep])
+    partner = torch.full_like(sweep, 2.25)
+    pairs = torch.cat([pairs, torch.stack([sweep, partner], 1), torch.stack([partner, sweep], 1)])
     for start in range(0, pairs.shape[0], rows * intermediate):
         chunk = pairs[start : start + rows * intermediate]
         gate = torch.randn(rows, intermediate, dtype=torch.float64, generator=generator) * 3

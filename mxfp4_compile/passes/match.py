@@ -41,6 +41,7 @@ from .evaluate import (
     shape_of,
 )
 from .forms import ExpertGemm, find_gemms
+from .structure import SHAPING, check_structure, op_name
 
 # A few tokens, one, and so many on the same experts that counts leave a byte; a fourth probe hits every expert.
 _PROBE_TOKENS = (5, 1)
@@ -382,6 +383,12 @@ class _Fused:
             ("the output", tail),
         ):
             self._check_reads(what, region)
+        names = {g.weight for g in (*self.ups, self.down)}
+        reason = check_structure(
+            self.captured, gemms, names, (self.x, self.ids, w), (selectors, head, middle, tail), self.top_k
+        )
+        if reason is not None:
+            raise _Refused(reason)
         masked = False
         for region in (selectors, head, tail):
             counted = _counts(region)
@@ -733,6 +740,8 @@ def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
             if constant is not None and constant.numel() == 1:
                 yield float(constant)
             continue
+        if op_name(node) in SHAPING:
+            continue  # sizes and dimensions are no numbers of a formula, and every number costs probes
         for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 if abs(value) < (1e30 if isinstance(value, float) else 1e9):  # slice ends are no numbers of a formula
