@@ -41,7 +41,7 @@ from .evaluate import (
     shape_of,
 )
 from .forms import ExpertGemm, find_gemms
-from .structure import SHAPING, check_structure, op_name
+from .structure import SHAPING, check_structure, op_name, reads_no_values
 
 # A few tokens, one, and so many on the same experts that counts leave a byte; a fourth probe hits every expert.
 _PROBE_TOKENS = (5, 1)
@@ -393,18 +393,18 @@ class _Fused:
         for region in (selectors, head, tail):
             counted = _counts(region)
             for node in region - cuts:
-                if _op_name(node) in _BRANCHES:
+                if op_name(node) in _BRANCHES:
                     if node in counted or not self._chooses_by_id(node, cuts, counted):
                         raise _Refused(f"{node.name} ({node.target}) branches outside the activation")
                     # Comparing ids alone (one_hot, counting) provides for no others than the experts'.
-                    masked |= _op_name(node) in _SELECTING
+                    masked |= op_name(node) in _SELECTING
         if masked:
             self._check_sentinels(output, w, on_input)
 
     def _chooses_by_id(self, node: fx.Node, cuts: set[fx.Node], counted: set[fx.Node]) -> bool:
         """Whether a branch follows from expert ids alone: probes that hit every expert see what it does."""
-        if _op_name(node) in ("masked_fill", "where"):
-            condition = node.args[1 if _op_name(node) == "masked_fill" else 0]
+        if op_name(node) in ("masked_fill", "where"):
+            condition = node.args[1 if op_name(node) == "masked_fill" else 0]
             if not isinstance(condition, fx.Node):
                 return False
             node = condition
@@ -413,7 +413,7 @@ class _Fused:
             if part in counted or (isinstance(value, Tensor) and value.is_floating_point()):
                 return False
             numbers = [n for n in part.args if isinstance(n, (int, float)) and not isinstance(n, bool)]
-            if _op_name(part) in _BRANCHES and any(not -1 <= n <= self.experts for n in numbers):
+            if op_name(part) in _BRANCHES and any(not -1 <= n <= self.experts for n in numbers):
                 return False
         return True
 
@@ -455,7 +455,7 @@ class _Fused:
         for node in region:
             is_input = node.op == "placeholder" and node.name in self.captured.inputs and is_float(node)
             if (is_input or node is self.x) and any(
-                user in region and not _reads_no_values(user) for user in node.users
+                user in region and not reads_no_values(user) for user in node.users
             ):
                 raise _Refused(f"{what} also depends on {node.name}")
 
@@ -700,30 +700,13 @@ def _close(a: Tensor, b: Tensor, scale: float = 1.0) -> bool:
     return bool(((a - b).abs() <= _TOLERANCE * (scale + torch.maximum(a.abs(), b.abs()))).all())
 
 
-def _op_name(node: fx.Node) -> str:
-    """ "where" of aten.where.self, "ge" of operator.ge."""
-    name = str(node.target)
-    if name.startswith(("aten.", "prims.")):
-        return name.split(".")[1].rstrip("_")
-    return str(getattr(node.target, "__name__", ""))
-
-
-_VALUELESS = frozenset(
-    "sym_size sym_numel sym_stride new_zeros new_empty new_ones new_full zeros_like empty_like ones_like "
-    "full_like".split()
-)
 _COUNTING = frozenset("sum cumsum histc bincount scatter_add index_add index_put scatter_reduce count_nonzero".split())
-
-
-def _reads_no_values(node: fx.Node) -> bool:
-    """Sizes, and new tensors of the same shape."""
-    return _op_name(node) in _VALUELESS
 
 
 def _counts(region: set[fx.Node]) -> set[fx.Node]:
     """The nodes of a region that depend on a count made in it."""
     found: set[fx.Node] = set()
-    stack = [n for n in region if _op_name(n) in _COUNTING and not is_float(n)]
+    stack = [n for n in region if op_name(n) in _COUNTING and not is_float(n)]
     while stack:
         node = stack.pop()
         if node in region and node not in found:

@@ -65,6 +65,9 @@ _BY_ROW = (
     )
 )
 _POSITION, _ID = "position", "id"
+_VALUELESS = _SIZES | frozenset(
+    "new_zeros new_empty new_ones new_full zeros_like empty_like ones_like full_like".split()
+)
 _WHOLE = 1 << 31
 
 
@@ -75,6 +78,11 @@ def op_name(node: fx.Node) -> str:
         bare = name.split(".")[1]
         return bare if bare.startswith("__") else bare.rstrip("_")
     return str(getattr(node.target, "__name__", ""))
+
+
+def reads_no_values(node: fx.Node) -> bool:
+    """Sizes, and new tensors of the same shape."""
+    return op_name(node) in _VALUELESS
 
 
 def check_structure(
@@ -107,7 +115,7 @@ class _Check:
         self.live = {*cuts, *gemms}
 
     def run(self) -> str | None:
-        for node in captured_order(self.captured):
+        for node in self.captured.graph.nodes:
             if node not in self.region:
                 continue
             if node.op == "placeholder":
@@ -123,7 +131,7 @@ class _Check:
 
     def _placeholder(self, node: fx.Node) -> str | None:
         own = node.name in self.captured.inputs or self.captured.parameters.get(node.name) in self.weights
-        if own and any(user in self.region and not _valueless(user) for user in node.users):
+        if own and any(user in self.region and not reads_no_values(user) for user in node.users):
             return f"the values of {node.name} are also read beside the projections"
         return None
 
@@ -236,11 +244,6 @@ class _Check:
         return f"{node.name} takes some of the rows"
 
 
-def captured_order(captured: Captured) -> list[fx.Node]:
-    """The graph's nodes in order."""
-    return list(captured.graph.nodes)
-
-
 def _nodes(args: Iterable[Any]) -> list[fx.Node]:
     return [a for a in torch.utils._pytree.tree_leaves(list(args)) if isinstance(a, fx.Node)]
 
@@ -250,8 +253,3 @@ def _is_float(node: fx.Node) -> bool:
     if isinstance(value, (tuple, list)) and value:  # the parts of a split
         value = value[0]
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _valueless(node: fx.Node) -> bool:
-    name = op_name(node)
-    return name in _SIZES or name in ("new_zeros", "new_empty", "new_ones", "new_full") or name.endswith("_like")
