@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from timing import matmul_rate, median_us
 
+from mxfp4_compile.mx import dequantize
+from mxfp4_compile.spec import Activation, MoEParams, Role
+
 SHAPES = {  # E, K, H, I
     "qwen3-30b-a3b": (128, 8, 2048, 768),
     "gpt-oss-20b": (32, 4, 2880, 2880),
@@ -33,6 +37,9 @@ SHAPES = {  # E, K, H, I
 }
 TOKENS = (1, 8, 64, 512, 4096)
 RESULTS = Path(__file__).parent / "results"
+# Every provider's output is compared with an fp32 product of the dequantized weights before it is timed.
+CHECKED_TOKENS = 64
+TOLERANCE = 1e-2
 Run = Callable[[], Any]
 
 
@@ -45,24 +52,49 @@ def inputs(shape: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return x, ids, (weights / weights.sum(-1, keepdim=True)).to(torch.bfloat16)
 
 
+def params_of(shape: str) -> MoEParams:
+    """A silu-gated layer, gate rows before up rows."""
+    e, _, hidden, inner = SHAPES[shape]
+    return MoEParams(e, hidden, inner, Activation("silu"), "halves", 0, False, torch.bfloat16, torch.bfloat16)
+
+
+def weight(shape: str, role: Role, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One expert's canonical weights, random; the same for every provider."""
+    _, n, k = params_of(shape).shape(role)
+    g = torch.Generator("cuda").manual_seed(2 * expert + (role == "up"))
+    packed = torch.randint(0, 256, (1, n, k // 2), generator=g, dtype=torch.uint8, device="cuda")
+    return packed, torch.randint(118, 122, (1, n, k // 32), generator=g, dtype=torch.uint8, device="cuda")
+
+
+def reference(shape: str, tokens: int) -> torch.Tensor:
+    """The layer in fp32 on the dequantized weights."""
+    x, ids, weights = inputs(shape, tokens)
+    params = params_of(shape)
+    out = torch.zeros(tokens, params.hidden, device="cuda")
+    for expert in ids.unique().tolist():
+        at, slot = (ids == expert).nonzero(as_tuple=True)
+        up, down = (
+            dequantize(*weight(shape, role, expert), dtype=torch.float32)[0] for role in ("up", "down")
+        )
+        h = params.activate(x[at].float() @ up.T)
+        out.index_add_(0, at, (h @ down.T) * weights[at, slot, None].float())
+    return out
+
+
 def mxfp4(shape: str) -> Callable[[int], Run]:
     """This library's native backend, as the op calls it."""
     from mxfp4_compile.ops.triton import BACKEND
-    from mxfp4_compile.spec import Activation, MoEParams
 
-    e, _, hidden, inner = SHAPES[shape]
-    params = MoEParams(
-        e, hidden, inner, Activation("silu"), "halves", 0, False, torch.bfloat16, torch.bfloat16
-    )
+    params = params_of(shape)
     layout = BACKEND.plan(params, torch.device("cuda"))
     prepared = {}
-    for role in ("up", "down"):
-        _, n, k = params.shape(role)  # type: ignore[arg-type]
-        parts: list[list[torch.Tensor]] = []
-        for _ in range(e):
-            codes = torch.randint(0, 256, (1, n, k // 2), dtype=torch.uint8, device="cuda")
-            scales = torch.randint(118, 122, (1, n, k // 32), dtype=torch.uint8, device="cuda")
-            parts.append(BACKEND.prepare(codes, scales, k=k, role=role, params=params, layout=layout))  # type: ignore[arg-type]
+    roles: tuple[Role, ...] = ("up", "down")
+    for role in roles:
+        k = params.shape(role)[2]
+        parts = [
+            BACKEND.prepare(*weight(shape, role, i), k=k, role=role, params=params, layout=layout)
+            for i in range(params.num_experts)
+        ]
         prepared[role] = [torch.cat(p) for p in zip(*parts, strict=True)]
 
     def at(tokens: int) -> Run:
@@ -74,7 +106,7 @@ def mxfp4(shape: str) -> Callable[[int], Run]:
     return at
 
 
-def _hf(shape: str, implementation: str) -> Callable[[int], Run]:
+def _hf(shape: str, implementation: str, mode: str = "default") -> Callable[[int], Run]:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -85,12 +117,13 @@ def _hf(shape: str, implementation: str) -> Callable[[int], Run]:
     config._experts_implementation = implementation
     with torch.device("cuda"):
         module = Qwen3MoeExperts(config).to(torch.bfloat16).requires_grad_(False)
-    for p in module.parameters():
-        p.normal_(std=0.02)
+    for i in range(e):
+        for role, p in (("up", module.gate_up_proj), ("down", module.down_proj)):
+            p[i].copy_(dequantize(*weight(shape, role, i))[0])  # type: ignore[arg-type]
 
     def at(tokens: int) -> Run:
         torch._dynamo.reset()
-        compiled = torch.compile(module, dynamic=False)
+        compiled = torch.compile(module, dynamic=False, mode=mode)
         x, ids, weights = inputs(shape, tokens)
 
         def run() -> Any:
@@ -105,6 +138,11 @@ def _hf(shape: str, implementation: str) -> Callable[[int], Run]:
 def hf_grouped(shape: str) -> Callable[[int], Run]:
     """transformers' bf16 grouped_mm experts under torch.compile."""
     return _hf(shape, "grouped_mm")
+
+
+def hf_autotuned(shape: str) -> Callable[[int], Run]:
+    """The same with mode="max-autotune" (its own CUDA graphs left out: the timing captures one)."""
+    return _hf(shape, "grouped_mm", "max-autotune-no-cudagraphs")
 
 
 def hf_batched(shape: str) -> Callable[[int], Run]:
@@ -123,7 +161,7 @@ def triton_kernels(shape: str) -> Callable[[int], Run]:
     """OpenAI's triton_kernels, where its 3.6 generation can be imported."""
     import peers
 
-    layer = peers.triton_kernels(SHAPES[shape])
+    layer = peers.triton_kernels(SHAPES[shape], partial(weight, shape))
     return lambda tokens: layer(*inputs(shape, tokens))
 
 
@@ -136,6 +174,7 @@ PROVIDERS: dict[str, Callable[[str], Callable[[int], Run]]] = {
     "mxfp4": mxfp4,
     "hf_grouped": hf_grouped,
     "hf_batched": hf_batched,
+    "hf_autotuned": hf_autotuned,
     "triton_kernels": triton_kernels,
     "humming": humming,
 }
@@ -152,13 +191,19 @@ def worker(name: str, shape: str, tokens: list[int], ready: Any, lock: Any, out:
     """Compile every number of tokens, wait for all workers, then time alone."""
     runs: dict[int, Run | None] = {}
     errors: dict[int, str] = {}
+    distances: dict[int, float] = {}
     try:
         at = PROVIDERS[name](shape)
         for t in tokens:
             try:
                 runs[t] = at(t)
                 for _ in range(3):
-                    runs[t]()  # type: ignore[misc]
+                    y = runs[t]()  # type: ignore[misc]
+                if t <= CHECKED_TOKENS:
+                    expected = reference(shape, t)
+                    distances[t] = float((y.float() - expected).norm() / expected.norm())
+                    if not distances[t] < TOLERANCE:
+                        runs[t], errors[t] = None, f"wrong: relative error {distances[t]:.2e}"
             except Exception as error:
                 runs[t], errors[t] = None, f"{type(error).__name__}: {str(error)[-300:]}"
         torch.cuda.synchronize()
@@ -175,7 +220,7 @@ def worker(name: str, shape: str, tokens: list[int], ready: Any, lock: Any, out:
             except Exception as error:
                 errors[t] = f"{type(error).__name__}: {str(error)[-300:]}"
         torch.cuda.synchronize()
-    out.put((name, shape, times, errors))
+    out.put((name, shape, times, errors, distances))
 
 
 def stream_bandwidth() -> float:
@@ -239,7 +284,9 @@ def main() -> None:
                 "experts_hit": hit,
                 "floor": floor_us(shape, t, hit, bandwidth, rate),
             }
-            for name, of, times, errors in answers:
+            for name, of, times, errors, distances in answers:
+                if of == shape and t in distances:
+                    row[f"{name}_error"] = distances[t]
                 if of == shape and t in times:
                     row[name] = times[t]
                 elif of == shape and t in errors:
@@ -266,8 +313,12 @@ def main() -> None:
     for row in rows:
         cells = [f"{row[p]:.1f}" if p in row else "-" for p in PROVIDERS]
         print(row["shape"], row["tokens"], row["experts_hit"], f"{row['floor']:.1f}", *cells)
-    for reason in {v for row in rows for k, v in row.items() if k.endswith("_skipped")}:
-        print("skipped:", reason.splitlines()[-1][:160])
+    for name in PROVIDERS:
+        worst = max((row[f"{name}_error"] for row in rows if f"{name}_error" in row), default=None)
+        if worst is not None:
+            print(f"{name}: relative error against fp32 at most {worst:.1e} up to {CHECKED_TOKENS} tokens")
+    for reason in {(k, v) for row in rows for k, v in row.items() if k.endswith("_skipped")}:
+        print(f"{reason[0]}: {reason[1].splitlines()[-1][:160]}")
 
 
 if __name__ == "__main__":

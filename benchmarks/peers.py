@@ -20,7 +20,7 @@ def _silu_mul(x):
     return gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)
 
 
-def triton_kernels(shape: tuple[int, int, int, int]) -> Callable[..., Run]:
+def triton_kernels(shape: tuple[int, int, int, int], weight_of: Callable[[str, int], Any]) -> Callable[..., Run]:
     """OpenAI's triton_kernels of the 3.6 generation (matmul_ogs, ragged metadata), swizzled for this GPU."""
     from triton_kernels.matmul_ogs import (
         FusedActivation,
@@ -35,13 +35,16 @@ def triton_kernels(shape: tuple[int, int, int, int]) -> Callable[..., Run]:
     from triton_kernels.tensor_details import layout
     from triton_kernels.tensor_details.ragged_tensor import make_ragged_tensor_metadata
 
-    e, top_k, hidden, inner = shape
+    e, top_k, _, inner = shape
     w_layout, w_options = layout.make_default_matmul_mxfp4_w_layout(mx_axis=1)
     s_layout, s_options = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=8)
 
-    def weight(n: int, k: int) -> tuple[Any, Any]:
-        packed = torch.randint(0, 256, (e, n, k // 2), dtype=torch.uint8, device="cuda").transpose(-2, -1)
-        scales = torch.randint(118, 122, (e, n, k // 32), dtype=torch.uint8, device="cuda")
+    def weight(role: str) -> tuple[Any, Any]:
+        both = [weight_of(role, i) for i in range(e)]
+        packed, scales = (torch.cat(part) for part in zip(*both, strict=True))
+        if role == "up":  # gate and up rows alternate
+            packed, scales = (t.unflatten(1, (2, inner)).transpose(1, 2).flatten(1, 2) for t in (packed, scales))
+        packed = packed.transpose(-2, -1)
         # Its scale layout reads groups in fours.
         scales = torch.nn.functional.pad(scales, (0, -scales.shape[-1] % 4)).transpose(-2, -1)
         w = convert_layout(wrap_torch_tensor(packed, dtype=FP4), w_layout, **w_options)
@@ -49,8 +52,8 @@ def triton_kernels(shape: tuple[int, int, int, int]) -> Callable[..., Run]:
             weight_scale=convert_layout(wrap_torch_tensor(scales), s_layout, **s_options)
         )
 
-    w1, p1 = weight(2 * inner, hidden)
-    w2, p2 = weight(hidden, inner)
+    w1, p1 = weight("up")
+    w2, p2 = weight("down")
     activation = FusedActivation(FnSpecs("silu_mul", _silu_mul, (), reduction_n=2), ())
 
     def at(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Run:
