@@ -18,12 +18,12 @@ import torch
 from . import __version__
 from . import ops as _ops  # noqa: F401  (registers the backends)
 from .ops.backend import Requirement
-from .ops.registry import get_backend, known_backends
+from .ops.library import numbers as _numbers
+from .ops.registry import known_backends
+from .ops.selection import requirements
+from .ops.target import Request, Target
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "depyf")
-
-# Backends that need a package of their own, where one pip name installs it.
-BACKEND_PACKAGES = {"triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,8 @@ def devices() -> list[torch.device]:
 
 
 def _status(name: str, device: torch.device) -> BackendStatus:
-    package = BACKEND_PACKAGES.get(name)
-    install = f"pip install {package}" if package is not None and installed(package) is None else ""
-    return BackendStatus(name, str(device), tuple(get_backend(name).supports(None, device)), install)
+    found = requirements(name, Request(), Target.of(device))
+    return BackendStatus(name, str(device), found, next((r.install for r in found if not r.met and r.install), ""))
 
 
 def _lack(package: str, least: str) -> str:
@@ -167,12 +166,6 @@ def _lack(package: str, least: str) -> str:
     if have is None:
         return package
     return f"{package}>={least} (found {have})" if _numbers(have) < _numbers(least) else ""
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.13.0+cpu" -> (2, 13, 0)."""
-    leading = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(n) for n in leading.group().split(".")) if leading else ()
 
 
 def _cores() -> int:

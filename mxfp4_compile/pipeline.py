@@ -22,7 +22,9 @@ from torch import nn
 
 from . import mx
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
-from .ops.selection import Choice, choose, requested_backend
+from .ops.backend import BackendError
+from .ops.selection import BackendUnavailable, Choice, choose, requested_backend
+from .ops.target import ACTIVATION_DTYPES, Request
 from .passes.capture import CallPattern, Captured, CaptureError, call_pattern, capture
 from .passes.discover import (
     Candidate,
@@ -69,6 +71,8 @@ class Structure:
     found: FusedMatch | SplitMatch
     choice: Choice
     retained: tuple[str, ...]
+    request: Request = Request()
+    requested: str | None = None
     graphs: dict[tuple[int, ...], torch.fx.GraphModule] = field(default_factory=dict)
     verified: bool = False
 
@@ -112,7 +116,7 @@ def optimize(
     kernel knows), verified against the original, and replaced. ``model.mxfp4_report`` says what happened.
 
     backend: "auto", or a name that must then serve every site. activation_dtype: "bf16" (the model's own
-    dtype; nothing else is supported yet). max_capture_size: largest batch, in tokens, for CUDA graphs;
+    dtype) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch, in tokens, for CUDA graphs;
     recorded only, none are captured yet. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
     (fnmatch) to leave alone. strict: raise when nothing is found or something MoE-looking has no match.
     verify: check each site numerically. example_inputs: dict or tuple for one forward, where token ids alone
@@ -134,8 +138,9 @@ def optimize(
     candidates = find_candidates(model)
     sites = _apply_skip([Site(c) for c in candidates], skip, report)
     check_model(model, [s.candidate for s in sites if not s.outcome])
+    terms = Request(activation_dtype=activation_dtype, max_capture_size=max_capture_size)  # type: ignore[arg-type]
     with experts_implementation(model, "grouped_mm"):
-        match_all(model, sites, example_inputs, requested)
+        match_all(model, sites, example_inputs, requested, terms)
     gc.collect()  # exported programs are cyclic garbage that keeps the captured modules' weights alive
     check_matches(sites, report, strict)
     todo = [s for s in sites if s.structure is not None]
@@ -146,6 +151,7 @@ def optimize(
     with _progress(todo, progress) as advance:
         if verify:
             _verify_structures(todo, scale_rule, model)
+        report.notes += dict.fromkeys(n for s in todo if s.structure is not None for n in s.structure.choice.notes)
         prepared: dict[tuple[int, ...], MXFP4Experts] = {}
         try:
             for site in sites:
@@ -181,8 +187,8 @@ def _check_arguments(
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes a torch.nn.Module, got {type(model).__name__}")
     mx.check_scale_rule(scale_rule)
-    if activation_dtype != "bf16":
-        raise ValueError(f"activation_dtype {activation_dtype!r} is not supported; known: bf16")
+    if activation_dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"activation_dtype {activation_dtype!r} is not known; known: {', '.join(ACTIVATION_DTYPES)}")
     if not isinstance(max_capture_size, int) or max_capture_size < 0:
         raise ValueError(f"max_capture_size must be an int >= 0, got {max_capture_size!r}")
     requested = requested_backend(backend)
@@ -233,8 +239,13 @@ def _apply_skip(sites: list[Site], skip: Sequence[str], report: Report) -> list[
 # 2. discover, capture, match, plan
 
 
-def match_all(model: nn.Module, sites: list[Site], example_inputs: Any, requested: str | None) -> None:
-    """Give each site its structure, or its outcome and the reason; drops lists that turn out to be no experts."""
+def match_all(
+    model: nn.Module, sites: list[Site], example_inputs: Any, requested: str | None, terms: Request = Request()
+) -> None:
+    """Give each site its structure, or its outcome and the reason; drops lists that turn out to be no experts.
+
+    ``terms``: what every site asks of its backend besides what the site itself says.
+    """
     waiting = [s for s in sites if not s.outcome]
     candidates = [s.candidate for s in waiting]
     record_calls(model, candidates, example_inputs)
@@ -249,19 +260,23 @@ def match_all(model: nn.Module, sites: list[Site], example_inputs: Any, requeste
             site.outcome = "unmatched"
             site.reason = "a list of experts of which a forward uses a part; only packed experts are rewritten so far"
             continue
-        _match_site(site, known, patterns, requested)
+        _match_site(site, known, patterns, requested, terms)
     # Modules that no forward reached are matched by the calls of an equal module, if there is one.
     for site in sites:
         if site.outcome == "unreached":
             shape = _shape_key(site.candidate.module)
             if shape in patterns:
-                _match_pattern(site, patterns[shape], known, requested)
+                _match_pattern(site, patterns[shape], known, requested, terms)
             else:
                 site.outcome, site.reason = "unmatched", "no forward with these inputs reached it (pass example_inputs)"
 
 
 def _match_site(
-    site: Site, known: dict[Any, Structure | NoMatch], patterns: dict[Any, CallPattern], requested: str | None
+    site: Site,
+    known: dict[Any, Structure | NoMatch],
+    patterns: dict[Any, CallPattern],
+    requested: str | None,
+    terms: Request,
 ) -> None:
     calls = site.candidate.calls
     if not calls:
@@ -273,16 +288,16 @@ def _match_site(
         site.outcome, site.reason = "unmatched", str(error)
         return
     patterns.setdefault(_shape_key(site.candidate.module), pattern)
-    _match_pattern(site, pattern, known, requested)
+    _match_pattern(site, pattern, known, requested, terms)
 
 
 def _match_pattern(
-    site: Site, pattern: CallPattern, known: dict[Any, Structure | NoMatch], requested: str | None
+    site: Site, pattern: CallPattern, known: dict[Any, Structure | NoMatch], requested: str | None, terms: Request
 ) -> None:
     module = site.candidate.module
     key = (structure_key(module), pattern)
     if key not in known:
-        known[key] = match_structure(module, pattern, requested)
+        known[key] = match_structure(module, pattern, requested, terms)
     result = known[key]
     if isinstance(result, NoMatch):
         site.outcome = "dense" if result.dense else "unmatched"
@@ -291,7 +306,9 @@ def _match_pattern(
         site.structure, site.outcome, site.reason = result, "", ""
 
 
-def match_structure(module: nn.Module, pattern: CallPattern, requested: str | None) -> Structure | NoMatch:
+def match_structure(
+    module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = Request()
+) -> Structure | NoMatch:
     """Capture, match and plan one module; NoMatch with the reason, or BackendUnavailable for ``requested``."""
     try:
         captured = capture(module, pattern)
@@ -303,8 +320,11 @@ def match_structure(module: nn.Module, pattern: CallPattern, requested: str | No
         return NoMatch(str(error))
     params = found.spec.params if isinstance(found, FusedMatch) else None
     device = next(module.parameters()).device
-    choice = choose(params, device, requested)
-    return Structure(pattern, captured, found, choice, retained)
+    projections = projections_of(found.spec)
+    shapes, biases = tuple(p.shape for p in projections), any(p.source.bias for p in projections)
+    request = replace(terms, params=params, shapes=shapes, biases=biases)
+    choice = choose(params, device, requested, request)
+    return Structure(pattern, captured, found, choice, retained, request, requested)
 
 
 def structure_key(module: nn.Module) -> Any:
@@ -413,7 +433,7 @@ def _verify_structures(sites: list[Site], scale_rule: str, model: nn.Module) -> 
         if structure.verified:
             continue
         try:
-            result = _trial(site, scale_rule, model)
+            result = _trial_of_backends(site, scale_rule, model)
             if result.error > _FINER_ABOVE * result.original_error and _can_round_finer(structure):
                 _try_finer(site, scale_rule, model, result)
         except (VerificationError, RewriteError) as error:
@@ -421,6 +441,30 @@ def _verify_structures(sites: list[Site], scale_rule: str, model: nn.Module) -> 
                 f"{site.name} was matched but failed verification: {error}. Nothing was changed."
             ) from error
         structure.verified = True
+
+
+def _trial_of_backends(site: Site, scale_rule: str, model: nn.Module) -> Verification:
+    """Try the chosen backend; under "auto" one whose kernels fail gives way to the next.
+
+    OptimizeError, naming the site, where the one asked for fails, or the last.
+    """
+    structure = site.structure
+    assert structure is not None
+    failed: dict[str, str] = {}
+    while True:
+        try:
+            return _trial(site, scale_rule, model)
+        except BackendError as error:
+            message = f"{site.name}: {error}. Nothing was changed."
+            if structure.requested is not None:
+                raise OptimizeError(message) from error
+            failed[structure.choice.backend] = str(error)
+            device = next(site.candidate.module.parameters()).device
+            try:
+                structure.choice = choose(structure.request.params, device, None, structure.request, failed)
+            except BackendUnavailable as unavailable:
+                raise OptimizeError(f"{message} {unavailable}") from error
+            structure.graphs.clear()
 
 
 # Kernels that round where the original does come out at 0.95 to 1.05 times its error. Well above that, the
@@ -495,8 +539,9 @@ def _install(
         if check:
             with experts_implementation(model, "eager"):
                 verification = verify_site(built, site)
-    except VerificationError as error:
+    except (VerificationError, BackendError) as error:
         return replace(base, outcome="failed", reason=str(error))
+    built.__dict__["site_name"] = site.name
     for hooks in (
         "_forward_hooks",
         "_forward_pre_hooks",

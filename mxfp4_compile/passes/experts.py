@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import mx
+from ..ops.backend import BackendError
 from ..ops.registry import get_backend
 from ..ops.selection import Choice, choose
 from ..spec import MoEParams, MoESpec, Role, SplitSpec, WeightSource
@@ -138,7 +139,12 @@ class MXFP4Experts(nn.Module):
             inputs.append(_get(self, name))
         for name in self._tensor_names:
             inputs.append(getattr(self, name))
-        return self.rewritten(*inputs)
+        if torch.compiler.is_compiling():
+            return self.rewritten(*inputs)
+        try:
+            return self.rewritten(*inputs)
+        except BackendError as error:
+            raise BackendError(f"{self.__dict__.get('site_name', 'MXFP4 experts')}: {error}") from error
 
     # the way back to canonical weights
 
