@@ -86,27 +86,21 @@ def run_prep(
             target[start:stop].copy_(source)
         if progress is not None:
             progress(sum(s.numel() * s.element_size() for s in slices))
-    return PreparedProjection(outputs, torch.cat(errors))
+    # Brought over once: a copy per group would wait for the device each time.
+    return PreparedProjection(outputs, torch.cat(errors).cpu())
 
 
 def _errors(parts: list[Tensor], packed: Tensor, scales: Tensor) -> Tensor:
-    """Relative squared error per expert, each part weighed by its energy."""
+    """Relative squared error per expert over all its parts."""
     start = 0
-    error = torch.zeros(packed.shape[0], dtype=torch.float64, device=packed.device)
-    energy = torch.zeros_like(error)
+    noise = torch.zeros(packed.shape[0], dtype=torch.float64, device=packed.device)
+    power = torch.zeros_like(noise)
     for part in parts:
-        n = part.shape[1]
-        own = part.double().square().sum((1, 2)) if part.numel() < 1 << 16 else _energy(part)
-        relative = mx.relative_error(part, packed[:, start : start + n], scales[:, start : start + n])
-        error = error + relative.double() * own
-        energy = energy + own
-        start += n
-    return torch.where(energy > 0, error / energy, torch.zeros_like(energy)).cpu()
-
-
-def _energy(part: Tensor) -> Tensor:
-    """Sum of squares per expert, in fp32 norms of single experts so that no wide copy is made."""
-    return torch.stack([torch.linalg.vector_norm(e, dtype=torch.float32).double().square() for e in part])
+        rows = slice(start, start + part.shape[1])
+        own = mx.squares(part, packed[:, rows], scales[:, rows])
+        noise, power = noise + own[0], power + own[1]
+        start = rows.stop
+    return torch.where(power > 0, noise / power, 0.0)
 
 
 def prepare_bias(
