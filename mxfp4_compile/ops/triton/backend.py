@@ -43,9 +43,7 @@ class TritonBackend(Backend):
             else:
                 major, minor = torch.cuda.get_device_capability(device)
                 requirements.append(
-                    Requirement(
-                        "device", major >= 8, f"compute capability {major}.{minor}, needs 8.0 or newer"
-                    )
+                    Requirement("device", major >= 8, f"compute capability {major}.{minor}, needs 8.0 or newer")
                 )
         else:
             requirements.append(
@@ -53,9 +51,7 @@ class TritonBackend(Backend):
             )
         if params is not None:
             requirements.append(
-                Requirement(
-                    "round_dtype", params.round_dtype in _DTYPES, f"{params.round_dtype}; one of {_DTYPES}"
-                )
+                Requirement("round_dtype", params.round_dtype in _DTYPES, f"{params.round_dtype}; one of {_DTYPES}")
             )
             requirements.append(
                 Requirement("num_experts", params.num_experts <= 4096, f"{params.num_experts}, at most 4096")
@@ -92,15 +88,11 @@ class TritonBackend(Backend):
         """Prepared -> canonical, bit for bit."""
         return layouts.recover(list(tensors), n, k, role, params, _known(layout))
 
-    def prepare_bias(
-        self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str
-    ) -> Tensor:
+    def prepare_bias(self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
         """[e, N] -> [e, SLABS*16] in the prepared order, same dtype."""
         return layouts.prepare_bias(bias, role, params)
 
-    def recover_bias(
-        self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str
-    ) -> Tensor:
+    def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
         """Inverse of ``prepare_bias``."""
         return layouts.recover_bias(bias, n, role, params)
 
