@@ -233,6 +233,9 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             for name in site.candidate.names:
                 ignored.add(re.escape(name) + r"\.")
                 ignored.add(re.escape(name.partition(".")[2]) + r"\.")
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for name in [n for n in tied if n in self.held]:
+            del tied[name]  # the plan made these one already
         model._keys_to_ignore_on_load_unexpected = ignored
         if self._others:
             missing = set(model._keys_to_ignore_on_load_missing or ())

@@ -66,6 +66,7 @@ def _plan(
     example_inputs: Any,
     device_of: DeviceOf,
 ) -> list[Site]:
+    tie_experts(model)
     candidates = find_candidates(model)
     sites = apply_skip([Site(c) for c in candidates], skip, report)
     check_model(model, [s.candidate for s in sites if not s.outcome], loaded=False)
@@ -84,6 +85,20 @@ def _plan(
         if site.structure is not None:
             site.tied = weight_ids(site)
     return sites
+
+
+def tie_experts(model: nn.Module) -> None:
+    """Make packed weights that the model ties one object, as they will be when it is loaded."""
+    for name, source in tied_experts(model).items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(source)
+
+
+def tied_experts(model: nn.Module) -> dict[str, str]:
+    """Name -> the name it is tied to, for packed weights."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {n: s for n, s in tied.items() if n in parameters and s in parameters and parameters[n].dim() == 3}
 
 
 def planned(sites: Sequence[Site]) -> list[Site]:

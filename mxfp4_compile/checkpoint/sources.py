@@ -86,6 +86,10 @@ class ExpertSource:
                 part.converter = naming.by_pattern[pattern]
             part.names.setdefault(role, {}).setdefault(pattern or "", []).append(key)
         self._share_converters(naming)
+        present = {id(wanted[name]): name for name in self.parts}
+        for name, parameter in wanted.items():
+            if name not in self.parts and id(parameter) in present:
+                self.parts[name] = self.parts[present[id(parameter)]]  # tied, and stored once
         missing = [name for name in wanted if name not in self.parts]
         if missing:
             raise CheckpointError(

@@ -10,7 +10,7 @@ import copy
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,16 @@ def save(
         for file, some in shards.items():
             write_shard(partial / file, some)
         write_index(partial, shards)
-        note = checkpoint_note(model, _scale_rule(sites), {w.name: w.facts for w in weights if w.facts})
+        note = checkpoint_note(model, _scale_rule(sites), _merged(w.facts for w in weights))
         write_config(model, partial, format, note, [n for n, t in state.items() if t.dim() == 2])
         install(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _merged(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for some in facts for name, value in some.items()}
 
 
 def _scale_rule(sites: Mapping[str, MXFP4Experts]) -> str:
@@ -307,10 +311,7 @@ def checkpoint_note(model: nn.Module, scale_rule: str, errors: Mapping[str, Mapp
         versions["transformers"] = transformers.__version__
     report = getattr(model, "mxfp4_report", None)
     left = [n for s in getattr(report, "sites", []) if s.outcome in ("skipped", "unmatched", "failed") for n in s.names]
-    merged: dict[str, Any] = {}
-    for facts in errors.values():
-        merged.update(facts)
-    return {"scale_rule": scale_rule, "skip": left, "versions": versions, "weight_errors": merged}
+    return {"scale_rule": scale_rule, "skip": left, "versions": versions, "weight_errors": dict(errors)}
 
 
 def write_config(model: nn.Module, directory: Path, format: str, note: Mapping[str, Any], matrices: list[str]) -> None:
