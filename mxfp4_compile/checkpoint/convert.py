@@ -74,6 +74,11 @@ class Converted:
     seconds: float
     report: Report
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        numbers = {k: v for k, v in vars(self).items() if isinstance(v, (int, float))}
+        return {"directory": str(self.directory), **numbers, "report": self.report.to_dict()}
+
 
 def convert(
     source: str | os.PathLike[str],

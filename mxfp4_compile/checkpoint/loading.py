@@ -274,6 +274,10 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config, report = self.quantization_config, self.report
+        for module in model.modules():
+            # Some families (jamba) compute their linear layers in another way under this mark; ours are as they were.
+            if hasattr(module, "config"):
+                vars(module.config).pop("_is_quantized", None)
         self._drop_placeholders()
         for full, parameter in self.held.items():
             owner, _, leaf = full.rpartition(".")
