@@ -221,7 +221,10 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             for full, parameter in expert_parameters([site]).items():
                 name = full[len(site.name) + 1 :]
                 owner, _, leaf = name.rpartition(".")
-                del module.get_submodule(owner)._parameters[leaf]
+                holder = module.get_submodule(owner)
+                del holder._parameters[leaf]
+                # Some families initialize experts from the block around them: let them write into nothing.
+                holder.__dict__[leaf] = parameter.detach()
                 self.held[full] = parameter
                 size += parameter.numel() * 17 // 32 if parameter.dim() == 3 else parameter.numel() * 2
             for child in module.modules():
@@ -281,7 +284,9 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         self._drop_placeholders()
         for full, parameter in self.held.items():
             owner, _, leaf = full.rpartition(".")
-            model.get_submodule(owner)._parameters[leaf] = parameter
+            holder = model.get_submodule(owner)
+            holder.__dict__.pop(leaf, None)
+            holder._parameters[leaf] = parameter
         self._replan(model)
         todo = planned(self.sites)
         for name in self._others:
