@@ -1,4 +1,4 @@
-"""The command line: ``mxfp4-compile demo | explain MODEL | env``.
+"""The command line: ``mxfp4-compile demo | explain MODEL | optimize MODEL | compare MODEL | env``.
 
 Exit codes: 0 done; 1 failed, with one line on stderr (``--traceback`` shows where); 2 wrong usage.
 torch and transformers are imported inside the commands, so that ``--help`` is quick.
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .explain import Explanation, SiteExplanation
 
 PROGRAM = "mxfp4-compile"
+_FORMATS = ("mxfp4_compile", "gpt_oss", "compressed_tensors")
+_SCALE_RULES = ("floor", "even", "round_up", "mse")
 INSTALL_HF = 'pip install "mxfp4_compile[hf]"'
 
 
@@ -71,6 +73,35 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("model", nargs="?", metavar="MODEL", help="a directory or a hub id; its weights are loaded")
     which.add_argument("--family", metavar="NAME", help="a tiny random instance of a transformers family instead")
     explain.set_defaults(run=_explain)
+
+    optimize = commands.add_parser(
+        "optimize",
+        parents=[common],
+        help="convert a checkpoint to MXFP4 experts, file by file; the same command resumes an interrupted one",
+    )
+    optimize.add_argument("model", metavar="MODEL", help="a directory or a hub id (bf16, fp16, fp32, or MXFP4)")
+    optimize.add_argument("--out", required=True, metavar="DIR", help="made as DIR.partial and renamed when complete")
+    optimize.add_argument("--format", default="mxfp4_compile", choices=_FORMATS, help="default: %(default)s")
+    optimize.add_argument("--scale-rule", default="mse", choices=_SCALE_RULES, help="default: %(default)s")
+    optimize.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="modules to leave alone")
+    optimize.add_argument("--no-strict", action="store_true", help="leave what has no match as it is")
+    optimize.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s")
+    optimize.set_defaults(run=_optimize)
+
+    compare = commands.add_parser(
+        "compare", parents=[common], help="what MXFP4 does to a model on a text: perplexity, divergence, error by site"
+    )
+    compare.add_argument("model", metavar="MODEL", help="a directory or a hub id, unquantized")
+    compare.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on")
+    compare.add_argument("--against", metavar="DIR", help="an MXFP4 checkpoint; default: MODEL is quantized in memory")
+    compare.add_argument("--scale-rule", default="mse", choices=_SCALE_RULES, help="default: %(default)s")
+    compare.add_argument("--tokens", type=int, default=4096, metavar="N", help="of the text; default: %(default)s")
+    compare.add_argument("--window", type=int, default=512, metavar="N", help="context; default: %(default)s")
+    compare.add_argument(
+        "--bound", type=float, metavar="KL", help="suggest a skip list for this mean divergence, in nats"
+    )
+    compare.add_argument("--plot", metavar="FILE", help="write a picture (needs matplotlib)")
+    compare.set_defaults(run=_compare)
 
     env = commands.add_parser("env", parents=[common], help="versions, devices, and what optional parts would need")
     env.set_defaults(run=_env)
@@ -233,6 +264,82 @@ def _load(model: str) -> nn.Module:
             cls = transformers.AutoModelForCausalLM  # a configuration names what it likes
         loaded: nn.Module = cls.from_pretrained(model, dtype="auto", use_safetensors=True)
     return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# optimize
+
+
+def _optimize(args: argparse.Namespace) -> int:
+    from .checkpoint.convert import conversion_bar, convert
+    from .checkpoint.writing import parse_size
+    from .demo import quiet
+
+    limit = parse_size(args.max_shard_size)
+    source = _directory(args.model)
+    with quiet(), conversion_bar(sys.stderr.isatty() and not args.json) as progress:
+        done = convert(
+            source,
+            args.out,
+            format=args.format,
+            scale_rule=args.scale_rule,
+            skip=args.skip,
+            strict=not args.no_strict,
+            max_shard_bytes=limit,
+            progress=progress,
+        )
+    if args.json:
+        _print_json(done.to_dict())
+        return 0
+    resumed = f", {done.resumed} of them from before" if done.resumed else ""
+    print(
+        f"{done.directory}: {done.bytes_before / 1e9:.2f} GB -> {done.bytes_after / 1e9:.2f} GB in {done.files} files"
+        f"{resumed}, {done.seconds:.0f} s"
+    )
+    for site in done.report.sites:
+        print(f"- {site.names[0]}: {site.outcome}, stays as it was: {site.reason}")
+    for note in done.report.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def _directory(model: str) -> Path:
+    """A model directory; that of a hub id is downloaded or found in the cache."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{model} is a file; a model directory or a hub id is needed")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no directory {model}, and a hub id has the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "original/*"]))
+
+
+# compare
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .compare import compare, plot
+    from .demo import quiet
+
+    with quiet():
+        result = compare(
+            _directory(args.model),
+            Path(args.text),
+            against=None if args.against is None else _directory(args.against),
+            scale_rule=args.scale_rule,
+            tokens=args.tokens,
+            window=args.window,
+            bound=args.bound,
+        )
+    if args.plot:
+        plot(result, Path(args.plot))
+    if args.json:
+        _print_json(result.to_dict())
+    else:
+        print(result)
+    return 0
 
 
 # env
