@@ -6,7 +6,8 @@
 
 from .pipeline import OptimizeError, optimize, restore
 from .report import Report, SiteReport
+from .runtime import capture
 
 __version__ = "0.1.0"
 
-__all__ = ["OptimizeError", "Report", "SiteReport", "__version__", "optimize", "restore"]
+__all__ = ["OptimizeError", "Report", "SiteReport", "__version__", "capture", "optimize", "restore"]
