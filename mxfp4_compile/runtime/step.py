@@ -66,19 +66,23 @@ class DecodeStep:
         self.notes: list[str] = []
         self._model = model
         self._names = _mask_names(model)
-        self.recording = self._record(recorder, compile_layers, use_attention)
+        self._attention = use_attention
+        self._layer = _compiled_layer(key) if compile_layers else None
+        self.recording = recorder.record(self._in_place, 2)
         self.seconds = time.perf_counter() - started
         self.bytes = self.recording.bytes
 
-    def _record(self, recorder: Recorder, compile_layers: bool, use_attention: bool) -> Recording:
-        with _decode_attention(self._model, use_attention), _layers(self._model, self.kv, self.key, compile_layers):
-            return recorder.record(self._run, 2)
+    def _in_place(self) -> None:
+        with _decode_attention(self._model, self._attention), _layers(self._model, self.kv, self._layer):
+            self._run()
 
     def _run(self) -> None:
         masks = self.kv.masks()
         mask: Any = {name: masks[name] for name in self._names} if self._names else masks["full_attention"]
         if not self._names and self.kv.window is not None:
             mask = masks["sliding_attention"]
+        if not self._attention and getattr(self._model.config, "_attn_implementation", None) == "eager":
+            mask = _additive(mask, next(self._model.parameters()).dtype)
         out = self._model.forward(
             input_ids=self.tokens,
             attention_mask=mask,
@@ -100,6 +104,13 @@ class DecodeStep:
     def replay(self) -> None:
         """Run the step on what the static tensors hold, asynchronously."""
         self.recording.replay()
+
+
+def _additive(mask: Any, dtype: torch.dtype) -> Any:
+    """Masks as transformers' eager attention wants them: 0 or the lowest number."""
+    if isinstance(mask, dict):
+        return {name: _additive(m, dtype) for name, m in mask.items()}
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _mask_names(model: Any) -> tuple[str, ...]:
@@ -147,13 +158,12 @@ def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 @contextmanager
-def _layers(model: nn.Module, kv: StaticKV, key: StepKey, compiled: bool) -> Iterator[None]:
-    """Inside the block the decoder layers run compiled, each with its own view of the cache."""
-    layers = decoder_layers(model) if compiled else {}
-    if not layers:
+def _layers(model: nn.Module, kv: StaticKV, run: Callable[..., Any] | None) -> Iterator[None]:
+    """Inside the block the decoder layers run as ``run`` has it, each with its own view of the cache."""
+    layers = decoder_layers(model) if run is not None else {}
+    if run is None or not layers:
         yield
         return
-    run = _compiled_layer(key)
     try:
         for index, layer in layers.items():
             layer.forward = _Forward(run, layer, kv, index)
