@@ -93,6 +93,9 @@ class Runtime:
             return "the model is an encoder-decoder"
         if model.training:
             return "the model is in training mode"
+        odd = _odd_attention(model)
+        if odd is not None:
+            return odd
         hooked = _hooked(model)
         if hooked is not None:
             return f"{hooked} has forward hooks, which a recorded step would not call"
@@ -185,6 +188,24 @@ def _brief(error: Exception) -> str:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _odd_attention(model: Any) -> str | None:
+    """Why the masks of this model are not those of full and sliding attention, or None."""
+    from transformers.generation import GenerationMixin
+
+    config = model.config.get_text_config(decoder=True)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if kinds:
+        return f"its layers are of kinds whose caches have no static form here ({', '.join(kinds)})"
+    if getattr(config, "attention_chunk_size", None) is not None and not getattr(config, "layer_types", None):
+        return "its attention is chunked"
+    if not getattr(config, "is_causal", True):
+        return "its attention is not causal"
+    usual = getattr(GenerationMixin, "create_masks_for_generate", None)
+    if getattr(type(model), "create_masks_for_generate", None) is not usual:
+        return "the model makes attention masks of its own"
+    return None
 
 
 def _hooked(model: nn.Module) -> str | None:
@@ -375,6 +396,7 @@ class _Session:
             not kwargs["generation_config"].return_dict_in_generate
             and not kwargs.get("synced_gpus")
             and not extra
+            and not _positions_differ(kwargs)
             and all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in kwargs["stopping_criteria"])
             and all(getattr(type(self.model), n) is getattr(GenerationMixin, n) for n in own)
         )
@@ -405,11 +427,17 @@ class _Session:
         if self.step is None or inputs.get("past_key_values") is not self.cache:
             return False
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        extra = [k for k, v in inputs.items() if k not in _PLAIN_INPUTS and k != "return_dict" and v is not None and v is not False]
+        if ids is None or ids.shape[1] != 1:
+            return False
+        extra = [
+            k for k, v in inputs.items() if k not in _PLAIN_INPUTS and k != "return_dict" and v not in (None, False)
+        ]
+        if _positions_differ(inputs):
+            extra.append("position_ids of several kinds")
+        if extra:
+            self.runtime.report.note(f"decode steps given {', '.join(sorted(extra))} run without graphs")
         return (
-            ids is not None
-            and ids.shape[1] == 1
-            and not extra
+            not extra
             and (mask is None or mask.dim() == 2)
             and (self.cache.static is not None or self.cache.get_seq_length() > 0)
             and self.cache.get_seq_length() < self.step.key.length
@@ -431,6 +459,12 @@ class _Session:
             step.position_ids.copy_(step.kv.position.expand_as(step.position_ids))
         else:
             step.position_ids.copy_(expand_rows(positions[:, -1:].expand(tokens.shape[0], 1), step.key.rows))
+
+
+def _positions_differ(inputs: dict[str, Any]) -> bool:
+    """Whether positions are not one number per token (multimodal models have three or four)."""
+    positions = inputs.get("position_ids")
+    return positions is not None and positions.dim() != 2
 
 
 class _Late:
@@ -508,6 +542,7 @@ def _plain_loop(
         if ends:
             tokens = tokens * unfinished + pad * (1 - unfinished)
         sequences[:, length] = tokens
+        tokens = sequences[:, length]  # what the step writes is overwritten by the next one
         length += 1
         if ends:
             for end in ends:
