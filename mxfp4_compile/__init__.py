@@ -14,6 +14,7 @@ from .checkpoint import CheckpointError
 from .checkpoint.registration import register as _register
 from .pipeline import OptimizeError, optimize, restore
 from .report import Report, SiteReport
+from .runtime import capture
 
 __all__ = [
     "CheckpointError",
@@ -22,6 +23,7 @@ __all__ = [
     "Report",
     "SiteReport",
     "__version__",
+    "capture",
     "load",
     "optimize",
     "restore",

@@ -47,6 +47,7 @@ from .passes.prep import ExpertReader, codes_program, prep_program, prepare_bias
 from .passes.rewrite import RewriteError, retained_names, rewrite
 from .passes.verify import Verification, VerificationError, check_weights, verify
 from .report import Report, SiteReport
+from .runtime import attach, detach
 
 GUARD = "mxfp4_guard"
 REPORT = "mxfp4_report"
@@ -116,8 +117,8 @@ def optimize(
     kernel knows), verified against the original, and replaced. ``model.mxfp4_report`` says what happened.
 
     backend: "auto", or a name that must then serve every site. activation_dtype: "bf16" (the model's own
-    dtype) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch, in tokens, for CUDA graphs;
-    recorded only, none are captured yet. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
+    dtype) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch that ``generate``
+    decodes with CUDA graphs, 0 for none. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
     (fnmatch) to leave alone. strict: raise when nothing is found or something MoE-looking has no match.
     verify: check each site numerically. example_inputs: dict or tuple for one forward, where token ids alone
     will not do. progress: None shows a bar on a terminal only.
@@ -132,8 +133,6 @@ def optimize(
         print("mxfp4_compile: this model is optimized already; nothing to do", file=sys.stderr)
         return model
     report = Report(scale_rule, activation_dtype, max_capture_size, verify, versions=versions_used())
-    if max_capture_size != DEFAULT_CAPTURE_SIZE:
-        report.notes.append(f"max_capture_size={max_capture_size} has no effect yet: no CUDA graphs are captured")
 
     candidates = find_candidates(model)
     sites = apply_skip([Site(c) for c in candidates], skip, report)
@@ -165,6 +164,7 @@ def optimize(
             if report.rewritten:
                 put_guard(model)
                 _put_saver(model)
+                attach(model, max_capture_size, report)
                 model.mxfp4_report = report  # type: ignore[assignment]
     model.mxfp4_report = report  # type: ignore[assignment]
     failures = [s for s in report.sites if s.outcome == "failed"]
@@ -694,6 +694,7 @@ def restore(model: nn.Module) -> Any:
     quantizer = model.__dict__.get("hf_quantizer")
     if quantizer is not None:  # the model was loaded with ours
         quantizer.remove_quantization_config(model)
+    detach(model)
     return model
 
 
