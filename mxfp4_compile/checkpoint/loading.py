@@ -49,6 +49,7 @@ from ..pipeline import (
     versions_used,
 )
 from ..report import Report
+from ..runtime import attach
 from .files import CheckpointError, Weights
 from .formats import OWN, Scheme, scheme_of
 from .plan import expert_parameters, plan_sites, planned, stand_in
@@ -319,6 +320,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         if report.rewritten:
             put_guard(model)
             model.save_pretrained = Saver(model)
+            attach(model, DEFAULT_CAPTURE_SIZE, report)
         model.mxfp4_report = report
         self.held.clear()
         self.sites.clear()
