@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from timing import matmul_rate, median_us
+from mxfp4_compile.timing import matmul_rate, median_us
 
 SHAPES = {  # E, K, H, I
     "qwen3-30b-a3b": (128, 8, 2048, 768),
