@@ -306,7 +306,7 @@ def wrongness(got: Tensor, want: Tensor, dtype: torch.dtype) -> str:
         return "results are not finite"
     tolerance = _TOLERANCE[dtype]
     difference, wide = got.float() - want.float(), want.float()
-    total = float(difference.norm() / wide.norm())
+    total = float(difference.norm() / wide.norm().clamp(min=1e-30))
     if total > tolerance:
         return f"relative error above {tolerance:g}"
     rms = wide.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
