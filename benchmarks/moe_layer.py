@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from timing import matmul_rate, median_us
+from mxfp4_compile.timing import matmul_rate, median_us
 
 from mxfp4_compile.mx import dequantize
 from mxfp4_compile.spec import Activation, MoEParams, Role

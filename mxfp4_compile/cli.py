@@ -1,4 +1,4 @@
-"""The command line: ``mxfp4-compile demo | explain MODEL | optimize MODEL | compare MODEL | env``.
+"""The command line: ``mxfp4-compile demo | explain | optimize | compare | bench | tune | env``.
 
 Exit codes: 0 done; 1 failed, with one line on stderr (``--traceback`` shows where); 2 wrong usage.
 torch and transformers are imported inside the commands, so that ``--help`` is quick.
@@ -11,18 +11,23 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from .bench import BenchResult
     from .demo import DemoResult
     from .environment import BackendStatus, Environment
     from .explain import Explanation, SiteExplanation
+    from .ops.synthetic import LayerShape
+    from .ops.triton.tune import Progress, TuneResult
 
 PROGRAM = "mxfp4-compile"
 _FORMATS = ("mxfp4_compile", "gpt_oss", "compressed_tensors")
@@ -102,6 +107,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--plot", metavar="FILE", help="write a picture (needs matplotlib)")
     compare.set_defaults(run=_compare)
+    layer = argparse.ArgumentParser(add_help=False)
+    which = layer.add_mutually_exclusive_group()
+    which.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a directory or a hub id; only its configuration is read"
+    )
+    which.add_argument(
+        "--shape", type=_sizes, metavar="E,K,H,I", help="experts, experts per token, hidden and intermediate size"
+    )
+    layer.add_argument("--tokens", type=_counts, metavar="T,T,...", help="numbers of tokens")
+    layer.add_argument("--device", default="cuda", metavar="DEVICE", help="cuda, cuda:1, ...; bench: cpu too")
+
+    bench = commands.add_parser(
+        "bench", parents=[common, layer], help="time MoE layers on this GPU, MXFP4 beside bf16"
+    )
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="write a plot too (.png, .svg, .pdf)")
+    bench.set_defaults(run=_bench)
+
+    tune = commands.add_parser(
+        "tune", parents=[common, layer], help="find the best kernels for MoE layers on this GPU, and keep them"
+    )
+    tune.add_argument("--budget", type=_seconds, metavar="SECONDS", help="time to take, about; default 300 a layer")
+    tune.set_defaults(run=_tune)
 
     env = commands.add_parser("env", parents=[common], help="versions, devices, and what optional parts would need")
     env.set_defaults(run=_env)
@@ -114,6 +141,33 @@ def _tokens(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= MAX_TOKENS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_TOKENS}")
     return int(text)
+
+
+def _sizes(text: str) -> tuple[int, int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 4 or not all(p.isdecimal() and int(p) for p in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not E,K,H,I: four whole numbers above 0")
+    e, k, h, i = map(int, parts)
+    if k > e:
+        raise argparse.ArgumentTypeError(f"{text!r}: {k} experts per token, but only {e} experts")
+    return e, k, h, i
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(p.isdecimal() and 1 <= int(p) <= 65536 for p in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 to 65536, as in 1,8,64")
+    return tuple(sorted(set(map(int, parts))))
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
 
 
 def _one_line(error: Exception) -> str:
@@ -242,16 +296,7 @@ def _tiny(family: str) -> tuple[nn.Module, Any]:
 
 def _load(model: str) -> nn.Module:
     """The model in a directory or on the hub, in the dtype of its checkpoint, on a GPU if there is one."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{model} holds no config.json: not a Hugging Face model directory")
-        model = str(path)
-    elif path.exists():
-        raise NotADirectoryError(f"{model} is a file; a model directory or a hub id is needed")
-    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
-        # A hub id is owner/name; a path that is not there should not become a question to the hub.
-        raise FileNotFoundError(f"there is no directory {model}, and a hub id has the form owner/name")
+    model = _model_name(model)
     import torch
     import transformers
 
@@ -342,6 +387,193 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _model_name(model: str) -> str:
+    """What transformers is to be asked for: a directory with a configuration, or a hub id."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{model} holds no config.json: not a Hugging Face model directory")
+        model = str(path)
+    elif path.exists():
+        raise NotADirectoryError(f"{model} is a file; a model directory or a hub id is needed")
+    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
+        # A hub id is owner/name; a path that is not there should not become a question to the hub.
+        raise FileNotFoundError(f"there is no directory {model}, and a hub id has the form owner/name")
+    return model
+
+
+# bench and tune
+
+
+def _layers(args: argparse.Namespace) -> tuple[str, list[LayerShape]]:
+    """What the arguments name, in words, and its MoE layers."""
+    from .bench import DEFAULT_SHAPE, DEFAULT_SHAPE_NAME
+    from .ops.synthetic import LayerShape
+
+    if args.shape:
+        return "the given sizes", [LayerShape(*args.shape)]
+    if not args.model:
+        return DEFAULT_SHAPE_NAME, [DEFAULT_SHAPE]
+    import torch
+
+    from .demo import quiet
+    from .model_shapes import model_shapes
+
+    with quiet():
+        return args.model, model_shapes(_model_name(args.model), torch.bfloat16)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import DEFAULT_TOKENS, BenchError, find_device, plot, run_bench
+
+    try:
+        device = find_device(args.device)
+    except BenchError as error:
+        raise BenchError(f"{error}; bench --device cpu times the cpu backend instead") from None
+    if args.plot and not args.plot.parent.is_dir():
+        raise FileNotFoundError(f"--plot: there is no directory {args.plot.parent}")
+    what, shapes = _layers(args)
+
+    def progress(line: str) -> None:
+        if sys.stderr.isatty():
+            print(f"... {line}", file=sys.stderr)
+
+    results = [run_bench(shape, args.tokens or DEFAULT_TOKENS[device.type], device, progress) for shape in shapes]
+    if args.plot:
+        plot(results, args.plot)
+    if args.json:
+        _print_json({"layers_of": what, "layers": [result.to_dict() for result in results]})
+    else:
+        print("\n\n".join(_bench_text(what, result) for result in results))
+        if args.plot:
+            print(f"\nThe plot is in {args.plot}.")
+    return 0
+
+
+def _bench_text(what: str, result: BenchResult) -> str:
+    """Times in microseconds, ours first; then why a provider has none."""
+    from .bench import BF16
+
+    names = result.providers
+    label = lambda name: f"{name} (ours)" if name == result.ours else name
+    compare = result.ours in names and BF16 in names
+    head = ["tokens", "experts hit", *(["floor"] if result.bandwidth else []), *map(label, names)]
+    rows = [head + (["bf16 / ours"] if compare else [])]
+    starred = False
+    for row in result.rows:
+        cells = [str(row.tokens), str(row.experts_hit)] + ([f"{row.floor:.1f}"] if row.floor is not None else [])
+        for name in names:
+            star = "*" if name in row.eager else ""
+            starred = starred or bool(star)
+            cells.append(f"{row.us[name]:.1f}{star}" if name in row.us else "-")
+        if compare:
+            both = result.ours in row.us and BF16 in row.us
+            cells.append(f"{row.us[BF16] / row.us[result.ours]:.2f}x" if both else "-")
+        rows.append(cells)
+    lines = [f"{result.shape} ({what}) on {result.device}", f"Microseconds: {result.method}.", _table(rows)]
+    if result.bandwidth and result.matmul_rate:
+        lines.append(
+            f"floor: the hit experts' bytes at {result.bandwidth / 1e12:.2f} TB/s, or the products at "
+            f"{result.matmul_rate / 1e12:.0f} TFLOP/s, as measured here."
+        )
+    if starred:
+        lines.append("* waits for the host, which no CUDA graph can hold: timed eagerly, launches included.")
+    for name in dict.fromkeys(n for row in result.rows for n in row.skipped):
+        at = [row for row in result.rows if name in row.skipped]
+        tokens = "" if len(at) == len(result.rows) else f" at {', '.join(str(row.tokens) for row in at)} tokens"
+        lines.append(f"skipped {name}{tokens}: {at[0].skipped[name]}")
+    return "\n".join(lines)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .bench import BenchError, find_device
+    from .ops.triton import BACKEND
+
+    try:
+        device = find_device(args.device)
+    except BenchError as error:
+        raise BenchError(f"tune needs a GPU: {error}") from None
+    if device.type != "cuda":
+        raise BenchError(f"tune needs a GPU: the native kernels do not run on {device}")
+    what, shapes = _layers(args)
+    from .ops.target import Request, Target
+
+    target = Target.of(device)
+    unmet = [str(r) for s in shapes for r in BACKEND.supports(Request(s.params), target) if not r.met]
+    if unmet:
+        raise BenchError(f"the native kernels cannot run here: {', '.join(dict.fromkeys(unmet))}")
+    import torch
+
+    from .ops.triton import tune as tuning
+
+    path = tuning.writable_path(device)
+    results = []
+    with torch.cuda.device(device), torch.no_grad():
+        for shape in shapes:
+            with _bar(str(shape)) as progress:
+                budget = args.budget or tuning.DEFAULT_BUDGET
+                tokens = args.tokens or tuning.DEFAULT_TOKENS
+                results.append(tuning.tune(shape, tokens, budget, device, progress=progress))
+            # Layer by layer: what was found stays if a later one fails, or is interrupted.
+            tuning.save(results[-1:], device)
+    if args.json:
+        _print_json({"layers_of": what, "device": _gpu_name(device), "file": str(path),
+                     "layers": [result.to_dict() for result in results]})  # fmt: skip
+    else:
+        parts = [_tune_text(what, _gpu_name(device), result) for result in results]
+        print("\n\n".join([*parts, f"Kept in {path}; used from now on by every process that runs on this GPU."]))
+    return 0
+
+
+def _gpu_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Progress]:
+    """A progress bar on a terminal, by tqdm where that is installed; nothing elsewhere."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if sys.stderr.isatty():
+            print(f"... tuning {title}", file=sys.stderr)
+        yield lambda phase, done, total: None
+        return
+    with tqdm(disable=None, leave=False, unit="candidate") as bar:
+
+        def progress(phase: str, done: int, total: int) -> None:
+            bar.set_description(f"{phase} {title}", refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _tune_text(what: str, gpu: str, result: TuneResult) -> str:
+    rows = [("tokens", "shipped", "tuned", "gain", "serves tokens")]
+    notes = []
+    for point in result.points:
+        entry = point.entry
+        gain = f"{point.shipped_us / point.us:.2f}x" if entry else "-"
+        tuned = f"{point.us:.1f}" if entry else "kept"
+        span = "-" if entry is None else f"{entry.min_tokens}-{entry.max_tokens}"
+        rows.append((str(point.tokens), f"{point.shipped_us:.1f}", tuned, gain, span))
+        notes += [f"{point.tokens} tokens: {point.note}"] if point.note else []
+    notes += [f"{t} tokens: not reached in the time; give a longer --budget" for t in result.untouched]
+    counts = (
+        f"{result.considered} candidates: {result.timed} right and timed, {result.wrong} wrong, "
+        f"{result.failed} failed to compile or launch, {result.unreached} not reached; {result.seconds:.0f} s"
+    )
+    failures = sorted(result.failures.items(), key=lambda f: -f[1])
+    lines = [f"{result.shape} ({what}) on {gpu}, microseconds of a layer", _table(rows), *notes, counts]
+    lines += [f"  {count} skipped: {reason}" for reason, count in failures[:5]]
+    if len(failures) > 5:
+        lines.append(f"  and {len(failures) - 5} more reasons (--json has them all)")
+    return "\n".join(lines)
+
+
 # env
 
 
@@ -368,6 +600,8 @@ def _environment_text(found: Environment) -> str:
     if not machine.gpus:
         lines.append("  no GPU that torch can use")
     lines += ["", "Backends", *[f"  {_backend_line(status)}" for status in found.backends]]
+    if found.tuned:
+        lines += ["", "Tuned data", *[f"  {status.device:<7} {status.state}" for status in found.tuned]]
     lines += ["", "Optional parts"]
     for part in found.optional:
         missing = part.missing()

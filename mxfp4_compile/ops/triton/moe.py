@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .combine import combine
 from .launch import Step
 from .matmul import scan_matmul, sorted_matmul
 from .routing import sort_pairs
-from .select import Choice, Tiles, choose, choose_linear
+from .select import Choice, Tiles, architecture, choose, choose_linear
 from .vector import vector_down, vector_up
 
 # Bytes of intermediates (activations between the projections, rows before the combination) that one
@@ -28,17 +28,6 @@ _MAX_INTERMEDIATE = 2 << 30
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """The name under which configs/ files this device's tuned data."""
-    if device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
 
 
 def _power_of_two(n: int) -> int:
@@ -226,7 +215,8 @@ def _chunk(
     if choice is None:
         choice = choose(
             architecture(x.device), params.num_experts, top_k, params.hidden, params.intermediate, tokens,
-            x.dtype == params.round_dtype == torch.bfloat16,
+            x.dtype == params.round_dtype == torch.bfloat16, x.device,
+            x.dtype if x.dtype == params.round_dtype else None,
         )  # fmt: skip
     dtypes = (
         x.dtype,
