@@ -24,7 +24,7 @@ from . import mx
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.backend import BackendError
 from .ops.selection import BackendUnavailable, Choice, choose, requested_backend
-from .ops.target import ACTIVATION_DTYPES, Request
+from .ops.target import ACTIVATION_DTYPES, PLAIN, Request
 from .passes.capture import CallPattern, Captured, CaptureError, call_pattern, capture
 from .passes.discover import (
     Candidate,
@@ -72,7 +72,7 @@ class Structure:
     found: FusedMatch | SplitMatch
     choice: Choice
     retained: tuple[str, ...]
-    request: Request = Request()
+    request: Request = field(default_factory=Request)
     requested: str | None = None
     graphs: dict[tuple[int, ...], torch.fx.GraphModule] = field(default_factory=dict)
     verified: bool = False
@@ -220,10 +220,33 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
                 raise OptimizeError(
                     f"{path} is {parameter.dtype}: quantized already; optimize() takes bf16, fp16 or fp32 experts"
                 )
-        if getattr(candidate.module, "_is_expert_parallel", False):
-            raise OptimizeError(f"{candidate.name} is expert-parallel, which is not supported yet")
+        sharding = _sharding(candidate.module)
+        if sharding:
+            raise OptimizeError(f"{candidate.name} {sharding}, which is not supported yet")
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise OptimizeError("this model is tensor-parallel (tp_plan), which is not supported yet")
+
+
+# Attributes by which experts modules say that they hold a part of the experts, or more than one copy of some.
+_SHARDED = (
+    ("_is_expert_parallel", "is expert-parallel"),
+    ("expert_map", "maps global experts to local ones (expert parallelism)"),
+    ("_expert_map", "maps global experts to local ones (expert parallelism)"),
+    ("enable_eplb", "balances redundant experts (EPLB)"),
+    ("num_redundant_experts", "balances redundant experts (EPLB)"),
+    ("logical_to_physical_map", "balances redundant experts (EPLB)"),
+)
+
+
+def _sharding(module: nn.Module) -> str:
+    """How a module's experts are sharded or duplicated, "" if they are not."""
+    for attribute, words in _SHARDED:
+        value = getattr(module, attribute, None)
+        if isinstance(value, torch.Tensor) or (isinstance(value, (bool, int)) and value):
+            return words
+    if (getattr(module, "ep_size", None) or 1) > 1 or (getattr(module, "tp_size", None) or 1) > 1:
+        return "holds a shard of its experts (ep_size or tp_size above 1)"
+    return ""
 
 
 def _is_dtensor(parameter: torch.Tensor) -> bool:
@@ -252,7 +275,7 @@ def match_all(
     sites: list[Site],
     example_inputs: Any,
     requested: str | None,
-    terms: Request = Request(),
+    terms: Request = PLAIN,
     *,
     record: Callable[[nn.Module, list[Candidate], Any], None] = record_calls,
     stand_in: StandIn = lambda module, pattern: module,
@@ -329,7 +352,7 @@ def _match_pattern(
 
 
 def match_structure(
-    module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = Request()
+    module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = PLAIN
 ) -> Structure | NoMatch:
     """Capture, match and plan one module; NoMatch with the reason, or BackendUnavailable for ``requested``."""
     try:
