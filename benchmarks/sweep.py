@@ -23,11 +23,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from timing import median_us
-
 from mxfp4_compile.ops.triton.moe import _Plan, pairs_class
 from mxfp4_compile.ops.triton.select import Choice, Tiles
 from mxfp4_compile.spec import Activation, MoEParams
+from mxfp4_compile.timing import median_us
 
 SHAPES = {
     "qwen3": (128, 8, 2048, 768),

@@ -1,4 +1,4 @@
-"""The command line: ``mxfp4-compile demo | explain MODEL | env``.
+"""The command line: ``mxfp4-compile demo | explain MODEL | bench | env``.
 
 Exit codes: 0 done; 1 failed, with one line on stderr (``--traceback`` shows where); 2 wrong usage.
 torch and transformers are imported inside the commands, so that ``--help`` is quick.
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from . import __version__
 if TYPE_CHECKING:
     from torch import nn
 
+    from .benchmark import Bench, Shape
     from .demo import DemoResult
     from .environment import BackendStatus, Environment
     from .explain import Explanation, SiteExplanation
@@ -72,6 +74,26 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("--family", metavar="NAME", help="a tiny random instance of a transformers family instead")
     explain.set_defaults(run=_explain)
 
+    bench = commands.add_parser(
+        "bench", parents=[common], help="time one MoE layer here against compiled bf16 and other backends"
+    )
+    what = bench.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a directory or a hub id; only its configuration is read"
+    )
+    what.add_argument(
+        "--shape",
+        type=_shape,
+        metavar="E,K,H,I",
+        help="experts, experts per token, hidden and intermediate size instead",
+    )
+    bench.add_argument("--tokens", type=_token_list, metavar="N,N", help="numbers of tokens, such as 1,8,64")
+    bench.add_argument("--device", help="cuda (default), cuda:N, or cpu: the CPU backend by the wall clock")
+    bench.add_argument("--providers", metavar="NAME,NAME", help="only these, of those that the table shows")
+    bench.add_argument("--skew", type=_skew, default=0.0, metavar="S", help="routing by Zipf's law with exponent S")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table to an image file")
+    bench.set_defaults(run=_bench)
+
     env = commands.add_parser("env", parents=[common], help="versions, devices, and what optional parts would need")
     env.set_defaults(run=_env)
     return parser
@@ -83,6 +105,36 @@ def _tokens(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= MAX_TOKENS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_TOKENS}")
     return int(text)
+
+
+def _shape(text: str) -> Shape:
+    from .benchmark import parse_shape
+
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _token_list(text: str) -> list[int]:
+    parts = [p.strip() for p in text.split(",")]
+    if not all(p.isdecimal() and 1 <= int(p) <= 65536 for p in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 to 65536")
+    return sorted({int(p) for p in parts})
+
+
+def _number(text: str, least: float, most: float, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value
+
+
+def _skew(text: str) -> float:
+    return _number(text, 0.0, 10.0, "an exponent from 0 to 10")
 
 
 def _one_line(error: Exception) -> str:
@@ -109,17 +161,19 @@ def _table(rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
+def _progress(line: str) -> None:
+    """A line on a terminal's stderr; nothing in a pipe."""
+    if sys.stderr.isatty():
+        print(f"... {line}", file=sys.stderr)
+
+
 # demo
 
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo import DEFAULT_TOKENS, run_demo
 
-    def progress(line: str) -> None:
-        if sys.stderr.isatty():
-            print(f"... {line}", file=sys.stderr)
-
-    result = run_demo(DEFAULT_TOKENS if args.tokens is None else args.tokens, progress=progress)
+    result = run_demo(DEFAULT_TOKENS if args.tokens is None else args.tokens, progress=_progress)
     if args.json:
         _print_json(result.to_dict())
     else:
@@ -209,8 +263,8 @@ def _tiny(family: str) -> tuple[nn.Module, Any]:
     return model, tiny_inputs(model)
 
 
-def _load(model: str) -> nn.Module:
-    """The model in a directory or on the hub, in the dtype of its checkpoint, on a GPU if there is one."""
+def _model_name(model: str) -> str:
+    """A model directory or hub id as transformers takes it; OSError in words for anything else."""
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -221,6 +275,12 @@ def _load(model: str) -> nn.Module:
     elif model.count("/") != 1 or model.startswith((".", "/", "~")):
         # A hub id is owner/name; a path that is not there should not become a question to the hub.
         raise FileNotFoundError(f"there is no directory {model}, and a hub id has the form owner/name")
+    return model
+
+
+def _load(model: str) -> nn.Module:
+    """The model in a directory or on the hub, in the dtype of its checkpoint, on a GPU if there is one."""
+    model = _model_name(model)
     import torch
     import transformers
 
@@ -233,6 +293,72 @@ def _load(model: str) -> nn.Module:
             cls = transformers.AutoModelForCausalLM  # a configuration names what it likes
         loaded: nn.Module = cls.from_pretrained(model, dtype="auto", use_safetensors=True)
     return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# bench
+
+
+def _layer_shape(args: argparse.Namespace) -> Shape:
+    """The shape asked for, or the one that the model's configuration states."""
+    if args.shape is not None:
+        shape: Shape = args.shape
+        return shape
+    name = _model_name(args.model)
+    import transformers
+
+    from .benchmark import shape_of_config
+    from .demo import quiet
+
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(name)
+    return shape_of_config(config, args.model)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .benchmark import TOKENS, TOKENS_CPU, Unavailable, device_of, flat_rows, plot, run_bench
+
+    if args.plot is not None:
+        import importlib.util
+
+        if importlib.util.find_spec("matplotlib") is None:
+            raise Unavailable('--plot needs matplotlib, which is not installed: pip install "mxfp4_compile[bench]"')
+        if not args.plot.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--plot: there is no directory {args.plot.absolute().parent}")
+    device = device_of(args.device)
+    tokens = args.tokens or (TOKENS if device.type == "cuda" else TOKENS_CPU)
+    names = args.providers.split(",") if args.providers else None
+    shape = _layer_shape(args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.compile, about what it meets inside transformers
+        result = run_bench(shape, tokens, device, names, args.skew, _progress)
+    if args.plot is not None:
+        plot({str(result.shape): flat_rows(result)}, result.providers, result.device, args.plot)
+    if args.json:
+        _print_json(result.to_dict())
+    else:
+        print(_bench_text(result))
+    return 0
+
+
+def _bench_text(result: Bench) -> str:
+    rows: list[tuple[str, ...]] = [("tokens", "experts hit", "floor", *result.providers)]
+    for row in result.rows:
+        times = {t.provider: "-" if t.us is None else f"{t.us:.1f}" for t in row.timings}
+        floor = "-" if row.floor is None else f"{row.floor:.1f}"
+        rows.append((str(row.tokens), str(row.experts_hit), floor, *[times[p] for p in result.providers]))
+    head = f"One MoE layer, {result.shape}, on {result.device}, microseconds ({result.method})"
+    lines = [head, _table(rows)]
+    if result.bandwidth is not None and result.matmul_rate is not None:
+        speeds = f"{result.bandwidth / 1e12:.2f} TB/s and {result.matmul_rate / 1e12:.0f} TFLOP/s in bf16"
+        lines.append(f"floor: what the experts' bytes or multiply-adds take at this GPU's {speeds}, as measured")
+    errors = {
+        t.provider: t.error for row in result.rows for t in row.timings if t.us is not None and t.error is not None
+    }
+    if errors:
+        lines.append(
+            "verified against an fp32 product; relative error " + ", ".join(f"{p} {e:.1e}" for p, e in errors.items())
+        )
+    return "\n".join([*lines, *[f"Note: {note}" for note in result.notes]])
 
 
 # env
