@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .bench import BenchResult
+    from .benchmark import Bench, Shape
     from .demo import DemoResult
     from .environment import BackendStatus, Environment
     from .explain import Explanation, SiteExplanation
+    from .matrix import Matrix
     from .ops.synthetic import LayerShape
     from .ops.triton.tune import Progress, TuneResult
-    from .matrix import Matrix
 
 PROGRAM = "mxfp4-compile"
 _FORMATS = ("mxfp4_compile", "gpt_oss", "compressed_tensors")
@@ -119,12 +120,6 @@ def build_parser() -> argparse.ArgumentParser:
     layer.add_argument("--tokens", type=_counts, metavar="T,T,...", help="numbers of tokens")
     layer.add_argument("--device", default="cuda", metavar="DEVICE", help="cuda, cuda:1, ...; bench: cpu too")
 
-    bench = commands.add_parser(
-        "bench", parents=[common, layer], help="time MoE layers on this GPU, MXFP4 beside bf16"
-    )
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="write a plot too (.png, .svg, .pdf)")
-    bench.set_defaults(run=_bench)
-
     tune = commands.add_parser(
         "tune", parents=[common, layer], help="find the best kernels for MoE layers on this GPU, and keep them"
     )
@@ -140,6 +135,26 @@ def build_parser() -> argparse.ArgumentParser:
     of.add_argument("model", nargs="?", metavar="MODEL", help="a directory or a hub id; without one: availability alone")
     of.add_argument("--family", metavar="NAME", help="a tiny random instance of a transformers family instead")
     backends.set_defaults(run=_backends)
+
+    bench = commands.add_parser(
+        "bench", parents=[common], help="time one MoE layer here against compiled bf16 and other backends"
+    )
+    what = bench.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a directory or a hub id; only its configuration is read"
+    )
+    what.add_argument(
+        "--shape",
+        type=_shape,
+        metavar="E,K,H,I",
+        help="experts, experts per token, hidden and intermediate size instead",
+    )
+    bench.add_argument("--tokens", type=_token_list, metavar="N,N", help="numbers of tokens, such as 1,8,64")
+    bench.add_argument("--device", help="cuda (default), cuda:N, or cpu: the CPU backend by the wall clock")
+    bench.add_argument("--providers", metavar="NAME,NAME", help="only these, of those that the table shows")
+    bench.add_argument("--skew", type=_skew, default=0.0, metavar="S", help="routing by Zipf's law with exponent S")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table to an image file")
+    bench.set_defaults(run=_bench)
 
     env = commands.add_parser("env", parents=[common], help="versions, devices, and what optional parts would need")
     env.set_defaults(run=_env)
@@ -181,6 +196,36 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _shape(text: str) -> Shape:
+    from .benchmark import parse_shape
+
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _token_list(text: str) -> list[int]:
+    parts = [p.strip() for p in text.split(",")]
+    if not all(p.isdecimal() and 1 <= int(p) <= 65536 for p in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 to 65536")
+    return sorted({int(p) for p in parts})
+
+
+def _number(text: str, least: float, most: float, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value
+
+
+def _skew(text: str) -> float:
+    return _number(text, 0.0, 10.0, "an exponent from 0 to 10")
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name in ("transformers", "safetensors"):
         return f"this needs {error.name}, which is not installed: {INSTALL_HF}"
@@ -205,17 +250,19 @@ def _table(rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
+def _progress(line: str) -> None:
+    """A line on a terminal's stderr; nothing in a pipe."""
+    if sys.stderr.isatty():
+        print(f"... {line}", file=sys.stderr)
+
+
 # demo
 
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo import DEFAULT_TOKENS, run_demo
 
-    def progress(line: str) -> None:
-        if sys.stderr.isatty():
-            print(f"... {line}", file=sys.stderr)
-
-    result = run_demo(DEFAULT_TOKENS if args.tokens is None else args.tokens, progress=progress)
+    result = run_demo(DEFAULT_TOKENS if args.tokens is None else args.tokens, progress=_progress)
     if args.json:
         _print_json(result.to_dict())
     else:
@@ -303,6 +350,21 @@ def _tiny(family: str) -> tuple[nn.Module, Any]:
     with quiet():
         model = tiny_model(family, dtype=torch.bfloat16)
     return model, tiny_inputs(model)
+
+
+def _model_name(model: str) -> str:
+    """A model directory or hub id as transformers takes it; OSError in words for anything else."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{model} holds no config.json: not a Hugging Face model directory")
+        model = str(path)
+    elif path.exists():
+        raise NotADirectoryError(f"{model} is a file; a model directory or a hub id is needed")
+    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
+        # A hub id is owner/name; a path that is not there should not become a question to the hub.
+        raise FileNotFoundError(f"there is no directory {model}, and a hub id has the form owner/name")
+    return model
 
 
 def _load(model: str) -> nn.Module:
@@ -398,33 +460,17 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model_name(model: str) -> str:
-    """What transformers is to be asked for: a directory with a configuration, or a hub id."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{model} holds no config.json: not a Hugging Face model directory")
-        model = str(path)
-    elif path.exists():
-        raise NotADirectoryError(f"{model} is a file; a model directory or a hub id is needed")
-    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
-        # A hub id is owner/name; a path that is not there should not become a question to the hub.
-        raise FileNotFoundError(f"there is no directory {model}, and a hub id has the form owner/name")
-    return model
-
-
-# bench and tune
+# tune
 
 
 def _layers(args: argparse.Namespace) -> tuple[str, list[LayerShape]]:
     """What the arguments name, in words, and its MoE layers."""
-    from .bench import DEFAULT_SHAPE, DEFAULT_SHAPE_NAME
     from .ops.synthetic import LayerShape
 
     if args.shape:
         return "the given sizes", [LayerShape(*args.shape)]
     if not args.model:
-        return DEFAULT_SHAPE_NAME, [DEFAULT_SHAPE]
+        return "the layer of Qwen3-30B-A3B", [LayerShape(128, 8, 2048, 768)]
     import torch
 
     from .demo import quiet
@@ -434,85 +480,23 @@ def _layers(args: argparse.Namespace) -> tuple[str, list[LayerShape]]:
         return args.model, model_shapes(_model_name(args.model), torch.bfloat16)
 
 
-def _bench(args: argparse.Namespace) -> int:
-    from .bench import DEFAULT_TOKENS, BenchError, find_device, plot, run_bench
-
-    try:
-        device = find_device(args.device)
-    except BenchError as error:
-        raise BenchError(f"{error}; bench --device cpu times the cpu backend instead") from None
-    if args.plot and not args.plot.parent.is_dir():
-        raise FileNotFoundError(f"--plot: there is no directory {args.plot.parent}")
-    what, shapes = _layers(args)
-
-    def progress(line: str) -> None:
-        if sys.stderr.isatty():
-            print(f"... {line}", file=sys.stderr)
-
-    results = [run_bench(shape, args.tokens or DEFAULT_TOKENS[device.type], device, progress) for shape in shapes]
-    if args.plot:
-        plot(results, args.plot)
-    if args.json:
-        _print_json({"layers_of": what, "layers": [result.to_dict() for result in results]})
-    else:
-        print("\n\n".join(_bench_text(what, result) for result in results))
-        if args.plot:
-            print(f"\nThe plot is in {args.plot}.")
-    return 0
-
-
-def _bench_text(what: str, result: BenchResult) -> str:
-    """Times in microseconds, ours first; then why a provider has none."""
-    from .bench import BF16
-
-    names = result.providers
-    label = lambda name: f"{name} (ours)" if name == result.ours else name
-    compare = result.ours in names and BF16 in names
-    head = ["tokens", "experts hit", *(["floor"] if result.bandwidth else []), *map(label, names)]
-    rows = [head + (["bf16 / ours"] if compare else [])]
-    starred = False
-    for row in result.rows:
-        cells = [str(row.tokens), str(row.experts_hit)] + ([f"{row.floor:.1f}"] if row.floor is not None else [])
-        for name in names:
-            star = "*" if name in row.eager else ""
-            starred = starred or bool(star)
-            cells.append(f"{row.us[name]:.1f}{star}" if name in row.us else "-")
-        if compare:
-            both = result.ours in row.us and BF16 in row.us
-            cells.append(f"{row.us[BF16] / row.us[result.ours]:.2f}x" if both else "-")
-        rows.append(cells)
-    lines = [f"{result.shape} ({what}) on {result.device}", f"Microseconds: {result.method}.", _table(rows)]
-    if result.bandwidth and result.matmul_rate:
-        lines.append(
-            f"floor: the hit experts' bytes at {result.bandwidth / 1e12:.2f} TB/s, or the products at "
-            f"{result.matmul_rate / 1e12:.0f} TFLOP/s, as measured here."
-        )
-    if starred:
-        lines.append("* waits for the host, which no CUDA graph can hold: timed eagerly, launches included.")
-    for name in dict.fromkeys(n for row in result.rows for n in row.skipped):
-        at = [row for row in result.rows if name in row.skipped]
-        tokens = "" if len(at) == len(result.rows) else f" at {', '.join(str(row.tokens) for row in at)} tokens"
-        lines.append(f"skipped {name}{tokens}: {at[0].skipped[name]}")
-    return "\n".join(lines)
-
-
 def _tune(args: argparse.Namespace) -> int:
-    from .bench import BenchError, find_device
+    from .benchmark import Unavailable, device_of
     from .ops.triton import BACKEND
 
     try:
-        device = find_device(args.device)
-    except BenchError as error:
-        raise BenchError(f"tune needs a GPU: {error}") from None
+        device = device_of(args.device)
+    except Unavailable as error:
+        raise Unavailable(f"tune needs a GPU: {error}") from None
     if device.type != "cuda":
-        raise BenchError(f"tune needs a GPU: the native kernels do not run on {device}")
+        raise Unavailable(f"tune needs a GPU: the native kernels do not run on {device}")
     what, shapes = _layers(args)
     from .ops.target import Request, Target
 
     target = Target.of(device)
     unmet = [str(r) for s in shapes for r in BACKEND.supports(Request(s.params), target) if not r.met]
     if unmet:
-        raise BenchError(f"the native kernels cannot run here: {', '.join(dict.fromkeys(unmet))}")
+        raise Unavailable(f"the native kernels cannot run here: {', '.join(dict.fromkeys(unmet))}")
     import torch
 
     from .ops.triton import tune as tuning
@@ -625,6 +609,70 @@ def _matrix_text(found: Matrix) -> str:
         lines.append(f"  -> {row.chosen} (layout {row.layout})" if row.chosen else "  -> none")
         lines += [f"  note: {note}" for note in row.notes]
     return "\n".join(line.rstrip() for line in lines)
+# bench
+
+
+def _layer_shape(args: argparse.Namespace) -> Shape:
+    """The shape asked for, or the one that the model's configuration states."""
+    if args.shape is not None:
+        shape: Shape = args.shape
+        return shape
+    name = _model_name(args.model)
+    import transformers
+
+    from .benchmark import shape_of_config
+    from .demo import quiet
+
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(name)
+    return shape_of_config(config, args.model)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .benchmark import TOKENS, TOKENS_CPU, Unavailable, device_of, flat_rows, plot, run_bench
+
+    if args.plot is not None:
+        import importlib.util
+
+        if importlib.util.find_spec("matplotlib") is None:
+            raise Unavailable('--plot needs matplotlib, which is not installed: pip install "mxfp4_compile[bench]"')
+        if not args.plot.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--plot: there is no directory {args.plot.absolute().parent}")
+    device = device_of(args.device)
+    tokens = args.tokens or (TOKENS if device.type == "cuda" else TOKENS_CPU)
+    names = args.providers.split(",") if args.providers else None
+    shape = _layer_shape(args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.compile, about what it meets inside transformers
+        result = run_bench(shape, tokens, device, names, args.skew, _progress)
+    if args.plot is not None:
+        plot({str(result.shape): flat_rows(result)}, result.providers, result.device, args.plot)
+    if args.json:
+        _print_json(result.to_dict())
+    else:
+        print(_bench_text(result))
+    return 0
+
+
+def _bench_text(result: Bench) -> str:
+    rows: list[tuple[str, ...]] = [("tokens", "experts hit", "floor", *result.providers)]
+    for row in result.rows:
+        times = {t.provider: "-" if t.us is None else f"{t.us:.1f}" for t in row.timings}
+        floor = "-" if row.floor is None else f"{row.floor:.1f}"
+        rows.append((str(row.tokens), str(row.experts_hit), floor, *[times[p] for p in result.providers]))
+    head = f"One MoE layer, {result.shape}, on {result.device}, microseconds ({result.method})"
+    lines = [head, _table(rows)]
+    if result.bandwidth is not None and result.matmul_rate is not None:
+        speeds = f"{result.bandwidth / 1e12:.2f} TB/s and {result.matmul_rate / 1e12:.0f} TFLOP/s in bf16"
+        lines.append(f"floor: what the experts' bytes or multiply-adds take at this GPU's {speeds}, as measured")
+    errors = {
+        t.provider: t.error for row in result.rows for t in row.timings if t.us is not None and t.error is not None
+    }
+    if errors:
+        lines.append(
+            "verified against an fp32 product; relative error " + ", ".join(f"{p} {e:.1e}" for p, e in errors.items())
+        )
+    return "\n".join([*lines, *[f"Note: {note}" for note in result.notes]])
 
 
 # env
