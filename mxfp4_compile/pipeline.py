@@ -24,7 +24,7 @@ from . import mx
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.backend import BackendError
 from .ops.selection import BackendUnavailable, Choice, choose, requested_backend
-from .ops.target import ACTIVATION_DTYPES, Request
+from .ops.target import ACTIVATION_DTYPES, PLAIN, Request
 from .passes.capture import CallPattern, Captured, CaptureError, call_pattern, capture
 from .passes.discover import (
     Candidate,
@@ -71,7 +71,7 @@ class Structure:
     found: FusedMatch | SplitMatch
     choice: Choice
     retained: tuple[str, ...]
-    request: Request = Request()
+    request: Request = field(default_factory=Request)
     requested: str | None = None
     graphs: dict[tuple[int, ...], torch.fx.GraphModule] = field(default_factory=dict)
     verified: bool = False
@@ -116,8 +116,8 @@ def optimize(
     kernel knows), verified against the original, and replaced. ``model.mxfp4_report`` says what happened.
 
     backend: "auto", or a name that must then serve every site. activation_dtype: "bf16" (the model's own
-    dtype) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch, in tokens, for CUDA graphs;
-    recorded only, none are captured yet. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
+    dtype) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch, in tokens,
+    for CUDA graphs; some backends tune up to it, but none are captured yet. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
     (fnmatch) to leave alone. strict: raise when nothing is found or something MoE-looking has no match.
     verify: check each site numerically. example_inputs: dict or tuple for one forward, where token ids alone
     will not do. progress: None shows a bar on a terminal only.
@@ -240,7 +240,7 @@ def _apply_skip(sites: list[Site], skip: Sequence[str], report: Report) -> list[
 
 
 def match_all(
-    model: nn.Module, sites: list[Site], example_inputs: Any, requested: str | None, terms: Request = Request()
+    model: nn.Module, sites: list[Site], example_inputs: Any, requested: str | None, terms: Request = PLAIN
 ) -> None:
     """Give each site its structure, or its outcome and the reason; drops lists that turn out to be no experts.
 
@@ -307,7 +307,7 @@ def _match_pattern(
 
 
 def match_structure(
-    module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = Request()
+    module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = PLAIN
 ) -> Structure | NoMatch:
     """Capture, match and plan one module; NoMatch with the reason, or BackendUnavailable for ``requested``."""
     try:

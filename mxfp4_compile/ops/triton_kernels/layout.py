@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ...spec import MoEParams, Role
-from ..refold import arrange_rows, fold, pad, recover_rows, round_up, unfold
+from ..refold import arrange_rows, fold, pad, recover_rows, round_up, twiddle, unfold, untwiddle
 
 LAYOUTS = ("strided", "hopper-w4", "hopper-w8", "blackwell", "cdna4")
 
@@ -39,40 +38,6 @@ def _value_fold(n: int, k2: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _scale_fold(n: int, groups: int, warps: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (n // (32 * warps), 2, warps, 2, 8, groups // 2, 2), (0, 2, 5, 1, 4, 6, 3)
-
-
-def twiddle(x: Tensor) -> Tensor:
-    """[..., 4m] bytes -> the same number: of each four, the bits where Hopper's decoding expects them."""
-    x = x.unflatten(-1, (x.shape[-1] // 4, 4)).to(torch.int64)
-
-    def spread(byte: Tensor) -> Tensor:
-        halves = [((c & 8) << 12) | ((c & 7) << 6) for c in (byte & 15, byte >> 4)]
-        return halves[0] | (halves[1] << 16)
-
-    def spread_fourth(byte: Tensor) -> Tensor:
-        halves = [((c & 8) << 11) | ((c & 6) << 9) | ((c & 1) << 13) for c in (byte & 15, byte >> 4)]
-        return halves[0] | (halves[1] << 16)
-
-    words = spread(x[..., 0]) | (spread(x[..., 1]) >> 3) | (spread(x[..., 2]) >> 6) | spread_fourth(x[..., 3])
-    return torch.stack([(words >> (8 * i)) & 255 for i in range(4)], -1).to(torch.uint8).flatten(-2)
-
-
-def untwiddle(x: Tensor) -> Tensor:
-    """Inverse of ``twiddle``."""
-    x = x.unflatten(-1, (x.shape[-1] // 4, 4)).to(torch.int64)
-    words = x[..., 0] | (x[..., 1] << 8) | (x[..., 2] << 16) | (x[..., 3] << 24)
-
-    def gather(half: Tensor, shift: int) -> Tensor:
-        half = half << shift
-        return ((half >> 12) & 8) | ((half >> 6) & 7)
-
-    def gather_fourth(half: Tensor) -> Tensor:
-        return ((half >> 11) & 8) | ((half >> 9) & 6) | ((half >> 13) & 1)
-
-    low, high = words & 0xFFFF, words >> 16
-    out = [gather(low, s) | (gather(high, s) << 4) for s in (0, 3, 6)]
-    out.append(gather_fourth(low) | (gather_fourth(high) << 4))
-    return torch.stack(out, -1).to(torch.uint8).flatten(-2)
 
 
 def prepare(
