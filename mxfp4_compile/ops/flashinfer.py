@@ -209,8 +209,8 @@ class CutlassBackend(FusedLayerBackend):
     def swizzle(self, packed: Tensor, scales: Tensor, role: Role, params: MoEParams, layout: str) -> list[Tensor]:
         e, n, k2 = packed.shape
         values = twiddle(fold(packed, *_interleave_fold(n, k2)).view(e, n, k2))
-        groups = scales.shape[2]
-        folded = fold(scales, *_scale_fold(n, groups)).view(e, n // 64, groups // 4, 16, 16)
+        rows, groups = scales.shape[1:]
+        folded = fold(scales, *_scale_fold(rows, groups)).view(e, rows // 64, groups // 4, 16, 16)
         return [values, folded]
 
     def unswizzle(

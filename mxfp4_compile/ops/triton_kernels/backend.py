@@ -62,7 +62,8 @@ class TritonKernelsBackend(Backend):
         if sm is not None and sm >= 100:
             return "blackwell"
         if sm is not None and sm >= 90:
-            return f"hopper-w{scale_warps(request.parallel, request.max_capture_size)}"
+            rows = "256" if library.locate().generation == "3.8" else ""
+            return f"hopper{rows}-w{scale_warps(request.parallel, request.max_capture_size)}"
         return "cdna4" if target.arch == "gfx950" else "strided"
 
     def prepare(

@@ -6,6 +6,7 @@ the contiguous transpose, which the adapter hands over as a view.
     strided    packed [e, N, K/2], scales [e, N, K/32]
     hopper-wW  packed [e, N/4, 2K] with the bits of each 32-bit word in the order its decoding masks expect,
                scales [e, N/32, K], for kernels of W warps
+    hopper256-wW  the same with N filled up to 256, as generation 3.8 wants it
     blackwell  packed [e, N, K/2 filled up to 128 bytes], scales [e, N/128, K/128, 2, 256]
     cdna4      packed as strided, scales [e, N/32, K]
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from ...spec import MoEParams, Role
 from ..refold import arrange_rows, fold, pad, recover_rows, round_up, twiddle, unfold, untwiddle
 
-LAYOUTS = ("strided", "hopper-w4", "hopper-w8", "blackwell", "cdna4")
+LAYOUTS = ("strided", "hopper-w4", "hopper-w8", "hopper256-w4", "hopper256-w8", "blackwell", "cdna4")
 
 
 def multiples(layout: str) -> tuple[int, int]:
@@ -29,6 +30,10 @@ def multiples(layout: str) -> tuple[int, int]:
 
 def _warps(layout: str) -> int:
     return int(layout[-1])
+
+
+def _value_rows(layout: str) -> int:
+    return 256 if layout.startswith("hopper256") else 64
 
 
 def _value_fold(n: int, k2: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -73,8 +78,8 @@ def swizzle_values(packed: Tensor, layout: str) -> Tensor:
     """packed [e, N, K/2] -> stored values."""
     e, n, k2 = packed.shape
     if layout.startswith("hopper"):
-        packed = pad(packed, 2, round_up(k2, 64))
-        k2 = packed.shape[2]
+        packed = pad(pad(packed, 1, round_up(n, _value_rows(layout))), 2, round_up(k2, 64))
+        n, k2 = packed.shape[1:]
         return twiddle(fold(packed, *_value_fold(n, k2)).view(e, n // 4, 4 * k2))
     if layout == "blackwell":
         return pad(packed, 2, round_up(k2, 128)).contiguous()
@@ -84,9 +89,9 @@ def swizzle_values(packed: Tensor, layout: str) -> Tensor:
 def unswizzle_values(values: Tensor, n: int, k2: int, layout: str) -> Tensor:
     """Inverse of ``swizzle_values``."""
     if layout.startswith("hopper"):
-        full = round_up(k2, 64)
-        plain = unfold(untwiddle(values), *_value_fold(n, full)).view(values.shape[0], n, full)
-        return plain[:, :, :k2]
+        rows, columns = round_up(n, _value_rows(layout)), round_up(k2, 64)
+        plain = unfold(untwiddle(values), *_value_fold(rows, columns)).view(values.shape[0], rows, columns)
+        return plain[:, :n, :k2]
     return values[:, :, :k2]
 
 
