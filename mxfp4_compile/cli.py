@@ -1,4 +1,4 @@
-"""The command line: ``mxfp4-compile demo | explain MODEL | env``.
+"""The command line: ``mxfp4-compile demo | explain MODEL | backends | env``.
 
 Exit codes: 0 done; 1 failed, with one line on stderr (``--traceback`` shows where); 2 wrong usage.
 torch and transformers are imported inside the commands, so that ``--help`` is quick.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .demo import DemoResult
     from .environment import BackendStatus, Environment
     from .explain import Explanation, SiteExplanation
+    from .matrix import Matrix
 
 PROGRAM = "mxfp4-compile"
 INSTALL_HF = 'pip install "mxfp4_compile[hf]"'
@@ -71,6 +72,17 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("model", nargs="?", metavar="MODEL", help="a directory or a hub id; its weights are loaded")
     which.add_argument("--family", metavar="NAME", help="a tiny random instance of a transformers family instead")
     explain.set_defaults(run=_explain)
+
+    backends = commands.add_parser(
+        "backends",
+        parents=[common],
+        help="which backends could serve a model's experts, here or on an architecture by name, and why not",
+    )
+    backends.add_argument("--arch", metavar="NAME", help="an architecture, such as sm_90, not this one")
+    of = backends.add_mutually_exclusive_group()
+    of.add_argument("model", nargs="?", metavar="MODEL", help="a directory or a hub id; without one: availability alone")
+    of.add_argument("--family", metavar="NAME", help="a tiny random instance of a transformers family instead")
+    backends.set_defaults(run=_backends)
 
     env = commands.add_parser("env", parents=[common], help="versions, devices, and what optional parts would need")
     env.set_defaults(run=_env)
@@ -233,6 +245,50 @@ def _load(model: str) -> nn.Module:
             cls = transformers.AutoModelForCausalLM  # a configuration names what it likes
         loaded: nn.Module = cls.from_pretrained(model, dtype="auto", use_safetensors=True)
     return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# backends
+
+
+def _backends(args: argparse.Namespace) -> int:
+    from .matrix import here, matrix
+    from .ops.target import Target
+
+    target = Target(args.arch) if args.arch else here()
+    model, inputs = None, None
+    if args.family:
+        model, inputs = _tiny(args.family)
+    elif args.model:
+        model = _load(args.model)
+    found = matrix(target, model, inputs)
+    if args.json:
+        _print_json(found.to_dict())
+    else:
+        print(_matrix_text(found))
+    return 0
+
+
+def _matrix_text(found: Matrix) -> str:
+    basis = "from measurements" if found.measured else "not measured"
+    borrowed = "" if found.target.endswith((found.order_of, f"({found.order_of})")) else f", as on {found.order_of}"
+    lines = [
+        f"Backends on {found.target}",
+        f"  auto tries: {', '.join(found.order)}{borrowed}",
+        f"  this order is {basis}: {found.source}",
+    ]
+    for name, why in found.failed.items():
+        lines.append(f"  could not be loaded: {name} ({why})")
+    for row in found.rows:
+        names = row.names[0] if len(row.names) == 1 else f"{row.names[0]} ... {row.names[-1]} ({len(row.names)} sites)"
+        lines += ["", f"{names}: {row.form}"]
+        for cell in row.cells:
+            mark = "chosen" if cell.backend == row.chosen else "usable" if cell.usable else "no"
+            why = ", ".join(map(str, cell.unmet))
+            install = "; ".join(dict.fromkeys(r.install for r in cell.unmet if r.install))
+            lines.append(f"  {cell.backend:<18} {mark:<7} {why}" + (f"; {install}" if install else ""))
+        lines.append(f"  -> {row.chosen} (layout {row.layout})" if row.chosen else "  -> none")
+        lines += [f"  note: {note}" for note in row.notes]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 # env

@@ -117,10 +117,10 @@ def optimize(
 
     backend: "auto", or a name that must then serve every site. activation_dtype: "bf16" (the model's own
     dtype) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch, in tokens,
-    for CUDA graphs; some backends tune up to it, but none are captured yet. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
-    (fnmatch) to leave alone. strict: raise when nothing is found or something MoE-looking has no match.
-    verify: check each site numerically. example_inputs: dict or tuple for one forward, where token ids alone
-    will not do. progress: None shows a bar on a terminal only.
+    for CUDA graphs; some backends tune up to it, but none are captured yet. scale_rule: one of
+    mx.SCALE_RULES. skip: module-name patterns (fnmatch) to leave alone. strict: raise when nothing is found or
+    something MoE-looking has no match. verify: check each site numerically. example_inputs: dict or tuple for
+    one forward, where token ids alone will not do. progress: None shows a bar on a terminal only.
 
     Raises TypeError or ValueError for bad arguments, OptimizeError (with ``.report``) otherwise. The model
     is untouched if it raises before the first site is installed; a site that fails verification later
@@ -216,10 +216,33 @@ def check_model(model: nn.Module, candidates: list[Candidate]) -> None:
                 raise OptimizeError(
                     f"{path} is {parameter.dtype}: quantized already; optimize() takes bf16, fp16 or fp32 experts"
                 )
-        if getattr(candidate.module, "_is_expert_parallel", False):
-            raise OptimizeError(f"{candidate.name} is expert-parallel, which is not supported yet")
+        sharding = _sharding(candidate.module)
+        if sharding:
+            raise OptimizeError(f"{candidate.name} {sharding}, which is not supported yet")
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise OptimizeError("this model is tensor-parallel (tp_plan), which is not supported yet")
+
+
+# Attributes by which experts modules say that they hold a part of the experts, or more than one copy of some.
+_SHARDED = (
+    ("_is_expert_parallel", "is expert-parallel"),
+    ("expert_map", "maps global experts to local ones (expert parallelism)"),
+    ("_expert_map", "maps global experts to local ones (expert parallelism)"),
+    ("enable_eplb", "balances redundant experts (EPLB)"),
+    ("num_redundant_experts", "balances redundant experts (EPLB)"),
+    ("logical_to_physical_map", "balances redundant experts (EPLB)"),
+)
+
+
+def _sharding(module: nn.Module) -> str:
+    """How a module's experts are sharded or duplicated, "" if they are not."""
+    for attribute, words in _SHARDED:
+        value = getattr(module, attribute, None)
+        if isinstance(value, torch.Tensor) or (isinstance(value, (bool, int)) and value):
+            return words
+    if (getattr(module, "ep_size", None) or 1) > 1 or (getattr(module, "tp_size", None) or 1) > 1:
+        return "holds a shard of its experts (ep_size or tp_size above 1)"
+    return ""
 
 
 def _is_dtensor(parameter: torch.Tensor) -> bool:

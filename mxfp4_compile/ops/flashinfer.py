@@ -170,7 +170,8 @@ class TrtllmBackend(FusedLayerBackend):
             do_finalize=True,
             tune_max_num_tokens=int(largest),
         )
-        return out[0] if isinstance(out, (list, tuple)) else out
+        result: Tensor = out[0] if isinstance(out, (list, tuple)) else out
+        return result
 
 
 class CutlassBackend(FusedLayerBackend):
@@ -254,7 +255,8 @@ class CutlassBackend(FusedLayerBackend):
             # The fused form adds in any order: same inputs would not give the same bits.
             use_fused_finalize=False,
         )
-        return out[0] if isinstance(out, (list, tuple)) else out
+        result: Tensor = out[0] if isinstance(out, (list, tuple)) else out
+        return result
 
 
 def compiled_module(target: Target) -> Path | None:

@@ -42,7 +42,7 @@ class MarlinBackend(FusedLayerBackend):
         right = any(found.mentions(m, "def fused_marlin_moe(") for m in _MODULES)
         reason = str(found) if right or found.folder is None else f"{found} has no fused_marlin_moe"
         requirements = [
-            Requirement("library", right, reason, "" if right else INSTALL if found.folder is None else f"{INSTALL} -U"),
+            Requirement("library", right, reason, "" if right else INSTALL + " -U" * (found.folder is not None)),
             Requirement(
                 "device",
                 target.sm is not None and target.sm >= 80,

@@ -144,7 +144,10 @@ class MXFP4Experts(nn.Module):
         try:
             return self.rewritten(*inputs)
         except BackendError as error:
-            raise BackendError(f"{self.__dict__.get('site_name', 'MXFP4 experts')}: {error}") from error
+            name = self.__dict__.get("site_name")  # set when the site is installed
+            if name is None:
+                raise
+            raise BackendError(f"{name}: {error}") from error
 
     # the way back to canonical weights
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import sys
 import zipfile
 from collections.abc import Callable
@@ -174,8 +175,9 @@ def _marlin_codes(archive: zipfile.ZipFile) -> torch.Tensor:
     import numpy as np
 
     scope = functions(
-        archive, f"{_MARLIN}/marlin_utils_test.py", "get_weight_perm", "marlin_permute_weights", np=np, GPTQ_MARLIN_TILE=16
-    )
+        archive, f"{_MARLIN}/marlin_utils_test.py", "get_weight_perm", "marlin_permute_weights", np=np,
+        GPTQ_MARLIN_TILE=16,
+    )  # fmt: skip
     packed = pattern(N, K // 2)
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1).T.contiguous().int()  # [K, N]
     codes = scope["marlin_permute_weights"](codes, K, N, scope["get_weight_perm"](4))
@@ -245,7 +247,7 @@ def _triton_kernels(file: str, name: str, kind: str, **options: Any) -> Callable
     def make(archive: zipfile.ZipFile) -> torch.Tensor:
         path = f"vllm/third_party/triton_kernels/tensor_details/layout_details/{file}.py"
         tree = ast.parse(archive.read(path))
-        scope: dict[str, Any] = {"torch": torch, "Layout": _Layout, "dataclass": lambda c: c, "math": __import__("math")}
+        scope: dict[str, Any] = {"torch": torch, "Layout": _Layout, "math": math}
         # Layout classes and their plain helpers; what is decorated with triton.jit is left out.
         kept: list[ast.stmt] = []
         for node in tree.body:
