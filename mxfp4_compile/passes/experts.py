@@ -144,10 +144,10 @@ class MXFP4Experts(nn.Module):
         try:
             return self.rewritten(*inputs)
         except BackendError as error:
-            name = self.__dict__.get("site_name")  # set when the site is installed
-            if name is None:
+            site = self.__dict__.get("site_name")  # set when the site is installed
+            if site is None:
                 raise
-            raise BackendError(f"{name}: {error}") from error
+            raise BackendError(f"{site}: {error}") from error
 
     # the way back to canonical weights
 
