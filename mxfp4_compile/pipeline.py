@@ -429,7 +429,9 @@ def _build(site: Site, scale_rule: str, advance: Callable[[int], None]) -> tuple
     module, choice, spec = site.candidate.module, structure.choice, structure.found.spec
     params = structure.found.spec.params if isinstance(structure.found, FusedMatch) else None
     dtype = module.get_parameter(projections_of(spec)[0].source.parameters[0]).dtype
-    plan = SitePlan(spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained)
+    plan = SitePlan(
+        spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained, structure.request
+    )
     weights, biases, errors, warnings = {}, {}, [], []
     for projection in projections_of(spec):
         program = prep_program(projection, params, scale_rule, choice.backend, choice.layout)
