@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 
 from . import mx, pipeline
-from .ops.registry import get_backend, known_backends
-from .ops.selection import requested_backend
+from .ops.registry import known_backends
+from .ops.selection import requested_backend, requirements
+from .ops.target import Target
 from .passes.discover import experts_implementation, find_candidates
 from .passes.experts import Projection, projections_of
 from .passes.match import FusedMatch
@@ -166,12 +167,12 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def _others(structure: Structure, device: torch.device) -> tuple[tuple[str, str], ...]:
     """Each backend but the chosen one, and why it is not that."""
-    params, chosen = getattr(structure.found.spec, "params", None), structure.choice.backend
+    chosen = structure.choice.backend
     why = "comes first" if requested_backend("auto") is None else "was asked for"
     reasons = []
     for name in known_backends():
         if name != chosen:
-            unmet = [f"{r.name} ({r.reason})" for r in get_backend(name).supports(params, device) if not r.met]
+            unmet = [str(r) for r in requirements(name, structure.request, Target.of(device)) if not r.met]
             reasons.append((name, ", ".join(unmet) or f"would do, but {chosen} {why}"))
     return tuple(reasons)
 

@@ -67,9 +67,10 @@ _AMAX_ROUNDING = {"floor": 0, "even": 0x200000, "round_up": 0x3FFFFF, "mse": 0}
 
 # Elements worked on at a time: long enough to hide the overhead of an operation, short enough that a CPU's
 # caches hold the buffers (2^18 measured fastest of 2^15 to 2^19). 13 to 24 bytes of temporaries per element
-# are in use, so at most 24 MiB.
+# are in use: at most 6 MiB on a CPU, 96 MiB elsewhere (an H200 quantizes 25 M weights in 12.1, 7.4, 3.0 and
+# 2.1 ms by 2^20, 2^21, 2^22 and 2^23).
 _CHUNK_CPU = 1 << 18
-_CHUNK_DEVICE = 1 << 20
+_CHUNK_DEVICE = 1 << 22
 
 
 def check_scale_rule(rule: str) -> None:
@@ -207,22 +208,31 @@ def relative_error(weight: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
         )
     if packed.device != weight.device:
         raise ValueError(f"weight is on {weight.device}, packed on {packed.device}")
-    weight = weight.detach()
     if weight.dim() == 1:
         return relative_error(weight[None], packed[None], scales[None])[0]
+    noise, power = squares(weight, packed, scales)
+    return torch.where((noise == 0) & (power == 0), 0.0, noise / power)
 
+
+def squares(weight: Tensor, packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ||weight - dequantized||^2 and ||weight||^2 of each slice of the first axis, both [D] float64.
+
+    What `relative_error` divides, for sums over several weights; arguments as there, of two axes or more.
+    """
+    k, chunk = weight.shape[-1], _chunk(weight.device)
+    weight = weight.detach()
     noise = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
     power = torch.zeros_like(noise)
     if weight.numel() > 0:
         # Whole slices while they fit a chunk together, else one slice in tiles.
-        step = _CHUNK_DEVICE * weight.shape[0] // weight.numel()
+        step = chunk * weight.shape[0] // weight.numel()
         for i in range(0, weight.shape[0], max(1, step)):
             some = slice(i, i + max(1, step))
             if step:
                 noise[some], power[some] = _squares(weight[some], packed[some], scales[some])
                 continue
             for w, p, s in _panels(weight[i], packed[i], scales[i]):
-                for rows, k0, k1 in _tiles(w.shape[0], k, _CHUNK_DEVICE):
+                for rows, k0, k1 in _tiles(w.shape[0], k, chunk):
                     part = _squares(
                         w[rows, k0:k1],
                         p[rows, k0 // 2 : _ceil_div(k1, 2)],
@@ -230,7 +240,7 @@ def relative_error(weight: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
                     )
                     noise[i] += part[0].sum()
                     power[i] += part[1].sum()
-    return torch.where((noise == 0) & (power == 0), 0.0, noise / power)
+    return noise, power
 
 
 def _quantize_tile(weight: Tensor, packed: Tensor, scales: Tensor, rule: str, work: _Workspace) -> None:
@@ -366,8 +376,9 @@ def _squares(weight: Tensor, packed: Tensor, scales: Tensor) -> tuple[Tensor, Te
     """||weight - dequantized||^2 and ||weight||^2 per slice of the first axis, in float64."""
     axes = tuple(range(1, weight.dim()))
     exact = weight.to(torch.float64)
-    noise = dequantize(packed, scales, weight.shape[-1], torch.float64).sub_(exact).square_().sum(axes)
-    return noise, exact.square_().sum(axes)
+    # Every value is exact in float32, from which a GPU gathers several times as fast.
+    noise = dequantize(packed, scales, weight.shape[-1], torch.float32).to(torch.float64).sub_(exact)
+    return noise.square_().sum(axes), exact.square_().sum(axes)
 
 
 def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

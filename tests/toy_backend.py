@@ -13,7 +13,7 @@ class ToyBackend(CpuBackend):
 
     name = "toy"
 
-    def plan(self, params, device):
+    def plan(self, request, target):
         return "sideways"
 
     def prepare(self, packed, scales, *, k, role, params, layout):

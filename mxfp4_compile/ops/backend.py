@@ -2,7 +2,7 @@
 
 A backend is a stateless object registered by name. Everything it needs between calls lies in plain
 tensors (the prepared weights) and in the layout id that ``plan`` chose, so that a call can be traced,
-captured, saved and moved.
+captured, saved and moved. Libraries' wrapper objects are rebuilt inside a call.
 """
 
 from __future__ import annotations
@@ -15,15 +15,27 @@ import torch
 from torch import Tensor
 
 from ..spec import MoEParams, Role
+from .target import Request, Target
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """One thing a backend needs: its name, whether it is met, and the reason in words."""
+    """One thing a backend needs: its name, whether it is met, and the reason in words.
+
+    ``install`` is a command that would meet it, "" where none would.
+    """
 
     name: str
     met: bool
     reason: str
+    install: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+class BackendError(RuntimeError):
+    """A backend's kernel failed in a call; the message names the backend, the op and the shapes."""
 
 
 class Backend(ABC):
@@ -32,15 +44,19 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def supports(self, params: MoEParams | None, device: torch.device) -> list[Requirement]:
-        """What this backend needs to serve ``params`` on ``device``, met or not.
+    def supports(self, request: Request, target: Target) -> list[Requirement]:
+        """What this backend needs to serve ``request`` on ``target``, met or not.
 
-        ``params`` is None when it is asked about grouped_linear, or about availability alone.
+        A requirement that can be judged without hardware must be, since ``target`` may be simulated.
         """
 
-    def plan(self, params: MoEParams | None, device: torch.device) -> str:
+    def plan(self, request: Request, target: Target) -> str:
         """The id of the prepared layout for a site; "canonical" is packed [E,N,ceil(K/2)] and its scales."""
         return "canonical"
+
+    def slack(self, layout: str) -> float:
+        """Relative error that this layout's arithmetic adds to the model's own (activations of fewer bits)."""
+        return 0.0
 
     def prepare(
         self, packed: Tensor, scales: Tensor, *, k: int, role: Role | None, params: MoEParams | None, layout: str
@@ -68,7 +84,10 @@ class Backend(ABC):
         return packed, scales
 
     def prepare_bias(self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
-        """Bias [e, N] in the model's row order and dtype -> as the kernel reads it (first dimension e)."""
+        """Bias [e, N] in the model's row order and dtype -> as the kernel reads it (first dimension e).
+
+        A kernel that reads another dtype casts inside the call, or keeps one that holds every value exactly.
+        """
         return bias
 
     def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
@@ -107,3 +126,16 @@ class Backend(ABC):
 
         Rows at or beyond offsets[-1] belong to no expert and become zero.
         """
+
+
+def check_parallel(request: Request) -> Requirement:
+    """Sharded experts, which no backend serves yet."""
+    p = request.parallel
+    asked = f"tensor-parallel {p.tensor}, expert-parallel {p.expert}"
+    return Requirement("parallel", p.single, f"serves experts that lie whole in one process; asked for {asked}")
+
+
+def check_activation_dtype(request: Request, *known: str) -> Requirement:
+    """The dtype of the activations that the kernels multiply."""
+    wanted = request.activation_dtype
+    return Requirement("activation_dtype", wanted in known, f"{wanted}; offers {', '.join(known)}")

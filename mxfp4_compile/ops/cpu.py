@@ -15,8 +15,9 @@ from torch.nn.functional import linear
 
 from .. import mx
 from ..spec import MoEParams
-from .backend import Backend, Requirement
+from .backend import Backend, Requirement, check_activation_dtype, check_parallel
 from .reference import _check_ids
+from .target import Request, Target
 
 # Above this many bytes of gathered weights a loop over experts is quicker and leaner than one gather.
 _GATHER_BYTES = 16 << 20
@@ -44,8 +45,12 @@ class CpuBackend(Backend):
 
     name = "cpu"
 
-    def supports(self, params: MoEParams | None, device: torch.device) -> list[Requirement]:
-        return [Requirement("device", device.type == "cpu", f"device is {device.type}, needs cpu")]
+    def supports(self, request: Request, target: Target) -> list[Requirement]:
+        return [
+            Requirement("device", target.arch == "cpu", f"device is {target.arch}, needs cpu"),
+            check_activation_dtype(request, "bf16"),
+            check_parallel(request),
+        ]
 
     def moe(
         self,

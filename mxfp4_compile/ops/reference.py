@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import mx
 from ..spec import MoEParams
-from .backend import Backend, Requirement
+from .backend import Backend, Requirement, check_activation_dtype, check_parallel
+from .target import Request, Target
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -39,9 +40,12 @@ class ReferenceBackend(Backend):
 
     name = "reference"
 
-    def supports(self, params: MoEParams | None, device: torch.device) -> list[Requirement]:
+    def supports(self, request: Request, target: Target) -> list[Requirement]:
+        meta = target.arch == "meta"
         return [
-            Requirement("device", device.type != "meta", f"{device.type} has {'no ' * (device.type == 'meta')}data")
+            Requirement("device", not meta, f"{target.arch} has {'no ' * meta}data"),
+            check_activation_dtype(request, "bf16"),
+            check_parallel(request),
         ]
 
     def moe(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import mx
 from ..spec import MoEParams, Role, moe_params
+from .backend import BackendError
 from .registry import get_backend
 
 # needs_fixed_stride_order: Inductor may otherwise hand kernels a layout that eager never produces.
@@ -136,7 +137,13 @@ def _moe(
     *scalars, backend, layout = rest
     params = _params(tuple(scalars))
     _check_moe(x, topk_ids, topk_weights, params)
-    return get_backend(backend).moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout)
+    implementation = get_backend(backend)
+    try:
+        return implementation.moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout)
+    except _OWN:
+        raise
+    except Exception as error:
+        raise _failure(backend, layout, "moe", x, error, f"top-k {topk_ids.shape[1]}, {params}") from error
 
 
 def _check_moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, params: MoEParams) -> None:
@@ -166,7 +173,25 @@ def _grouped_linear(
     backend: str,
     layout: str,
 ) -> Tensor:
-    return get_backend(backend).grouped_linear(x, offsets, weight, n, round_dtype, layout)
+    implementation = get_backend(backend)
+    try:
+        return implementation.grouped_linear(x, offsets, weight, n, round_dtype, layout)
+    except _OWN:
+        raise
+    except Exception as error:
+        raise _failure(backend, layout, "grouped_linear", x, error, f"N {n}") from error
+
+
+# What the caller did wrong, and what callers handle, goes through as it is.
+_OWN = (IndexError, torch.cuda.OutOfMemoryError, BackendError)
+
+
+def _failure(backend: str, layout: str, op: str, x: Tensor, error: Exception, site: str) -> BackendError:
+    what = f"{type(error).__name__}: {error}".strip()
+    return BackendError(
+        f"backend {backend!r} (layout {layout}) failed in mxfp4::{op} on {x.device} for x {list(x.shape)} {x.dtype}, "
+        f"{site}: {what}"
+    )
 
 
 def _grouped_linear_fake(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import mx
+from ..ops.backend import BackendError
 from ..ops.registry import get_backend
 from ..ops.selection import Choice, choose
 from ..spec import MoEParams, MoESpec, Role, SplitSpec, WeightSource
@@ -73,6 +74,8 @@ class MXFP4Experts(nn.Module):
     """
 
     rewritten: fx.GraphModule
+    weight_errors: dict[str, dict[str, float]]
+    """Source parameter -> relative squared error of its experts' quantization, "mean" and "max"; empty if unknown."""
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class MXFP4Experts(nn.Module):
         self.plan = plan
         self.backend = plan.backend
         self.layout = plan.layout
+        self.weight_errors = {}
         self.__dict__[BLUEPRINT] = original  # not a child: its parameters are released
         self.training = False
         _copy_plain_attributes(original, self)
@@ -138,7 +142,15 @@ class MXFP4Experts(nn.Module):
             inputs.append(_get(self, name))
         for name in self._tensor_names:
             inputs.append(getattr(self, name))
-        return self.rewritten(*inputs)
+        if torch.compiler.is_compiling():
+            return self.rewritten(*inputs)
+        try:
+            return self.rewritten(*inputs)
+        except BackendError as error:
+            name = self.__dict__.get("site_name")  # set when the site is installed
+            if name is None:
+                raise
+            raise BackendError(f"{name}: {error}") from error
 
     # the way back to canonical weights
 
@@ -202,8 +214,13 @@ class MXFP4Experts(nn.Module):
 
     # state_dict: canonical, whatever the backend
 
+    canonical_in_state_dict = True
+    """False while a checkpoint is written: packed weights go there a few experts at a time, not all at once."""
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.canonical_in_state_dict:
+            return
         for projection in self.projections:
             packed, scales = self.canonical(projection)
             rows = projection.rows(self.original)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ...spec import MoEParams, Role
-from ..backend import Backend, Requirement
+from ..backend import Backend, Requirement, check_activation_dtype, check_parallel
+from ..library import find
+from ..target import Request, Target
 from . import layout as layouts
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -17,9 +19,20 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def _triton() -> tuple[bool, str]:
     try:
         import triton
-    except ImportError as error:
-        return False, f"import triton: {error}"
+    except Exception as error:  # a broken installation raises what it likes
+        return False, f"import triton: {type(error).__name__}: {error}"
     return True, f"triton {triton.__version__}"
+
+
+def _device(target: Target) -> Requirement:
+    if target.sm is not None:
+        return Requirement("device", target.sm >= 80, f"{target.arch}, needs sm_80 or newer")
+    if target.rocm:
+        return Requirement("device", True, f"{target.arch}")
+    simulated = target.device is None
+    return Requirement(
+        "device", _interpreted() and not simulated, f"{target.arch}: needs a GPU, or TRITON_INTERPRET=1 on a CPU"
+    )
 
 
 def _interpreted() -> bool:
@@ -33,38 +46,27 @@ class TritonBackend(Backend):
 
     name = "triton"
 
-    def supports(self, params: MoEParams | None, device: torch.device) -> list[Requirement]:
+    def supports(self, request: Request, target: Target) -> list[Requirement]:
         """Triton, a device it compiles for, and a dtype that the kernels round to."""
         met, reason = _triton()
-        requirements = [Requirement("triton", met, reason)]
-        if device.type == "cuda":
-            if torch.version.hip:
-                requirements.append(Requirement("device", True, "ROCm"))
-            else:
-                major, minor = torch.cuda.get_device_capability(device)
-                requirements.append(
-                    Requirement(
-                        "device", major >= 8, f"compute capability {major}.{minor}, needs 8.0 or newer"
-                    )
-                )
-        else:
-            requirements.append(
-                Requirement("device", _interpreted(), f"{device.type}: needs a GPU, or TRITON_INTERPRET=1")
-            )
+        install = "" if met or find("triton").folder is not None else "pip install triton"
+        requirements = [Requirement("triton", met, reason, install), _device(target)]
+        requirements.append(check_activation_dtype(request, "bf16"))
+        requirements.append(check_parallel(request))
+        params = request.params
         if params is not None:
             requirements.append(
-                Requirement(
-                    "round_dtype", params.round_dtype in _DTYPES, f"{params.round_dtype}; one of {_DTYPES}"
-                )
+                Requirement("round_dtype", params.round_dtype in _DTYPES, f"{params.round_dtype}; one of {_DTYPES}")
             )
             requirements.append(
                 Requirement("num_experts", params.num_experts <= 4096, f"{params.num_experts}, at most 4096")
             )
         return requirements
 
-    def plan(self, params: MoEParams | None, device: torch.device) -> str:
-        """ "sm80" where the kernels may use PTX, else "nibbles" (layout.py)."""
-        return "sm80" if device.type == "cuda" and not torch.version.hip else "nibbles"
+    def plan(self, request: Request | MoEParams | None, target: Target | torch.device) -> str:
+        """ "sm80" where the kernels may use PTX, else "nibbles" (layout.py); only the device matters."""
+        sm = target.sm if isinstance(target, Target) else Target.of(target).sm
+        return "sm80" if sm is not None else "nibbles"
 
     def prepare(
         self,
