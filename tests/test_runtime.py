@@ -433,7 +433,7 @@ def test_a_step_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
         return out
 
     monkeypatch.setattr(StaticKV, "masks", wrong)
-    expected, got, recorder = both(model, {"input_ids": torch.randint(3, 60, (2, 5))}, eos_token_id=None)
+    expected, got, _ = both(model, {"input_ids": torch.randint(3, 60, (2, 5))}, eos_token_id=None)
     assert torch.equal(got, expected)
     assert not runtime_of(model).report.captures
     assert "logits differ from the eager ones" in str(model.mxfp4_report)
@@ -537,7 +537,7 @@ def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
         return graph.forward
 
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, fullgraph, options: real(f, fullgraph=True, backend=backend, dynamic=False))
+    monkeypatch.setattr(torch, "compile", lambda f, options, **kwargs: real(f, backend=backend, **kwargs))
     config = AutoConfig.for_model(**tiny_model("gpt_oss").config.to_dict())
     config.num_hidden_layers, config.layer_types = 6, ["sliding_attention", "full_attention"] * 3
     torch.manual_seed(0)
@@ -552,4 +552,9 @@ def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(graphs) == 2
     assert torch.equal(model.generate(ids, **options), expected)
     assert len(graphs) == 2
+    runtime = runtime_of(model)
+    for length in (600, 1100, 4000):
+        runtime.step(2, length)
+    assert len(runtime.report.captures) == 4, str(runtime.report)
+    assert len(graphs) == 2, "a longer cache was compiled for again"
     assert "compiled layers" in runtime_of(model).report.captures[0].made

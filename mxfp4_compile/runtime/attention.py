@@ -40,12 +40,13 @@ def reference(
     b, hq, _, d = query.shape
     hkv = keys.shape[1]
     grouped = query.reshape(b, hkv, hq // hkv, d)
-    logits = torch.matmul(grouped, keys.transpose(2, 3)).float() * scaling
+    logits = torch.matmul(grouped, keys.transpose(2, 3)) * scaling
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.masked_fill(~mask, -torch.inf)
     if sinks is not None:
-        sink = sinks.float().view(1, hkv, hq // hkv, 1).expand(b, -1, -1, -1)
+        sink = sinks.to(logits.dtype).view(1, hkv, hq // hkv, 1).expand(b, -1, -1, -1)
         probabilities = torch.softmax(torch.cat([logits, sink], dim=-1), dim=-1)[..., :-1]
     else:
         probabilities = torch.softmax(logits, dim=-1)
@@ -105,8 +106,8 @@ def triton_attention(
     partial[(b * hkv, splits)](
         query, keys, values, mask.view(torch.uint8), acc, stats, length, mask.stride(0), scaling, softcap or 0.0,
         keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
-        HKV=hkv, GROUP=group, GROUP_PADDED=max(16, _power_of_two(group)), D=d, D_PADDED=max(16, _power_of_two(d)), DV=dv,
-        DV_PADDED=max(16, _power_of_two(dv)), BLOCK=BLOCK, SPLITS=splits, num_warps=4, num_stages=3,
+        HKV=hkv, GROUP=group, GROUP_PADDED=max(16, _power_of_two(group)), D=d, D_PADDED=max(16, _power_of_two(d)),
+        DV=dv, DV_PADDED=max(16, _power_of_two(dv)), BLOCK=BLOCK, SPLITS=splits, num_warps=4, num_stages=3,
     )  # fmt: skip
     merge[(b * hq,)](
         acc, stats, sinks if sinks is not None else stats, out, SINKS=sinks is not None, HQ=hq, DV=dv,

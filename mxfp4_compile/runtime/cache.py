@@ -103,7 +103,7 @@ class StaticLayerView:
         return self.keys, self.values
 
 
-class StaticKV(Cache):
+class StaticKV(Cache):  # type: ignore[misc]
     """Static keys and values of all layers with the position of the next token, for ``rows`` rows.
 
     position: int64 [1], tokens seen so far. allowed: bool [rows, length], False where the prompt was padded.
@@ -123,6 +123,9 @@ class StaticKV(Cache):
             lead = (rows, shape.heads, shape.slots(length))
             keys = arena.take(i, "keys", (*lead, shape.key_dim), shape.dtype, device)
             values = arena.take(i, "values", (*lead, shape.value_dim), shape.dtype, device)
+            if shape.window is None:
+                for tensor in (keys, values):
+                    torch._dynamo.maybe_mark_dynamic(tensor, 2)
             slot = self.position if shape.window is None else self.ring_slot
             self.views.append(StaticLayerView(keys, values, slot))
 
@@ -227,7 +230,7 @@ class StaticKV(Cache):
             view.values.copy_(view.values.index_select(0, rows))
 
 
-class HandoverCache(DynamicCache):
+class HandoverCache(DynamicCache):  # type: ignore[misc]
     """A dynamic cache that lends its contents to a StaticKV while recorded steps run, and is itself otherwise.
 
     Anything but a recorded step takes the contents back first (``settle``), so that the object is always a
@@ -267,11 +270,11 @@ class HandoverCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._seen if self._static is not None else super().get_seq_length(layer_idx)
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, *args: Any, **kwargs: Any) -> Any:
         self.settle()
         return super().update(*args, **kwargs)
 
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
         self.settle()
         return super().get_mask_sizes(*args, **kwargs)
 

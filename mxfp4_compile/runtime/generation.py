@@ -46,7 +46,7 @@ _PLAIN_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values
 class Runtime:
     """The recorded steps of one model, and what they are worth. Copies and pickles start empty."""
 
-    def __init__(self, model: nn.Module, max_capture_size: int, report: RuntimeReport) -> None:
+    def __init__(self, model: Any, max_capture_size: int, report: RuntimeReport) -> None:
         self.model = model
         self.max_capture_size = max_capture_size
         self.report = report
@@ -59,6 +59,7 @@ class Runtime:
         self.lock = threading.Lock()
         self.steps: dict[Any, Any] = {}
         self.refused: dict[Any, str] = {}
+        self.layers: dict[int, Any] = {}
         self.arena: Any = None
         self.fingerprint: int | None = None
 
@@ -127,7 +128,7 @@ class Runtime:
 
     def _make(self, key: Any) -> Any:
         from .cache import Arena, CannotMove
-        from .step import DecodeStep
+        from .step import DecodeStep, compiled_layer
 
         assert self.recorder is not None
         # Static tensors made in inference mode could not be written outside of it.
@@ -155,25 +156,28 @@ class Runtime:
                     "own attention" if use_attention else "the model's attention"
                 )
                 try:
+                    if compile_layers and key.rows not in self.layers:
+                        self.layers[key.rows] = compiled_layer(key.rows)
                     step = DecodeStep(
                         self.model, key, shapes, probe.position_shape, self.recorder, self.arena,
-                        compile_layers=compile_layers, use_attention=use_attention,
+                        layer=self.layers[key.rows] if compile_layers else None, use_attention=use_attention,
                     )  # fmt: skip
-                    error = probe.error_of(step)
+                    difference = probe.error_of(step)
                 except torch.OutOfMemoryError:
                     return self._refuse(key, f"{key}: not captured, out of memory")
                 except Exception as failure:
                     self.report.note(f"{key} with {made}: {_brief(failure)}")
                     continue
                 limit = _TOLERANCE.get(_dtype(self.model), _HALF_TOLERANCE)
-                if error <= limit:
+                if difference <= limit:
                     self.steps[key] = step
                     size = sum(s.bytes(key.rows, key.length) for s in shapes)
+                    how = self.recorder.name
                     self.report.captures.append(
-                        CaptureReport(key.rows, key.length, self.recorder.name, made, step.seconds, size, step.bytes, error)
+                        CaptureReport(key.rows, key.length, how, made, step.seconds, size, step.bytes, difference)
                     )
                     return step
-                self.report.note(f"{key} with {made}: not used, logits differ from the eager ones by {error:.2g}")
+                self.report.note(f"{key} with {made}: not used, logits differ from the eager ones by {difference:.2g}")
             return self._refuse("model", "no recorded step agrees with the eager one: generate runs without graphs")
 
     def _refuse(self, what: Any, reason: str) -> None:
@@ -321,7 +325,7 @@ class _Session:
         self.runtime = runtime
         self.model: Any = runtime.model
         self.step: Any = None
-        self.cache: Any = None
+        self.cache: Any = None  # a HandoverCache once there is a step
 
     @classmethod
     def current(cls, driver: Any) -> _Session:
@@ -330,7 +334,8 @@ class _Session:
 
     def generate(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """transformers' generate on a driver of the model."""
-        driver = object.__new__(_driver_class(type(self.model)))
+        base: Any = type(self.model)
+        driver: Any = object.__new__(_driver_class(base))
         object.__setattr__(driver, "__dict__", self.model.__dict__)
         self.driver = driver
         outer = getattr(self._active, "session", None)
@@ -366,10 +371,11 @@ class _Session:
 
         from .cache import HandoverCache
 
-        config, cache = kwargs["generation_config"], kwargs.get("past_key_values")
+        config: Any = kwargs["generation_config"]
+        cache: Any = kwargs.get("past_key_values")
         if (
             type(cache) is not DynamicCache
-            or len(cache.layers) and cache.get_seq_length() > 0
+            or (len(cache.layers) and cache.get_seq_length() > 0)
             or getattr(cache, "_is_user_defined", False)
             or getattr(cache, "offloading", False)
             or not kwargs.get("use_cache", True)
@@ -390,8 +396,10 @@ class _Session:
         from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLengthCriteria
 
         own = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill", "_sample")
-        usual = {"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer", "inputs_embeds"}
-        extra = [k for k, v in kwargs.items() if v is not None and k not in usual | _PLAIN_INPUTS]
+        usual = _PLAIN_INPUTS | {
+            "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer", "inputs_embeds",
+        }  # fmt: skip
+        extra = [k for k, v in kwargs.items() if v is not None and k not in usual]
         return (
             not kwargs["generation_config"].return_dict_in_generate
             and not kwargs.get("synced_gpus")
@@ -426,7 +434,8 @@ class _Session:
     def _recordable(self, inputs: dict[str, Any]) -> bool:
         if self.step is None or inputs.get("past_key_values") is not self.cache:
             return False
-        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        ids: Any = inputs.get("input_ids")
+        mask: Any = inputs.get("attention_mask")
         if ids is None or ids.shape[1] != 1:
             return False
         extra = [
@@ -508,7 +517,8 @@ def _plain_loop(
     """transformers' ``_sample`` without waiting for the device: int64 [B, prompt] -> [B, prompt + new]."""
     model, step = session.model, session.step
     device, batch = input_ids.device, input_ids.shape[0]
-    do_sample, pad = generation_config.do_sample, generation_config._pad_token_tensor
+    do_sample: bool = generation_config.do_sample
+    pad: Any = generation_config._pad_token_tensor
     ends = [c.eos_token_id.to(device) for c in stopping_criteria if hasattr(c, "eos_token_id")]
     max_length = stopping_criteria.max_length or generation_config.max_length
     pad = None if pad is None else pad.to(device)
@@ -613,7 +623,7 @@ class Generate:
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
-        return type(self.runtime.model).generate.__doc__
+        return str(type(self.runtime.model).generate.__doc__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runtime: Runtime = self.runtime

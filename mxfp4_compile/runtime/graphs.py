@@ -94,6 +94,7 @@ class CudaGraphRecorder:
         torch.cuda.synchronize(self.device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # as capture begins with it: what is reserved afterwards is the graph's
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may use the device meanwhile (a data loader, another model).
