@@ -7,11 +7,12 @@ or, for a model that stays as it is, ``torch.compile(model, backend="mxfp4_compi
 """
 
 from .compile_backend import compile_reports, register_where_needed
+from .inspection import inspect
 from .pipeline import OptimizeError, optimize, restore
 from .report import Report, SiteReport
 
 __version__ = "0.1.0"
 
-__all__ = ["OptimizeError", "Report", "SiteReport", "__version__", "compile_reports", "optimize", "restore"]
+__all__ = ["OptimizeError", "Report", "SiteReport", "__version__", "compile_reports", "inspect", "optimize", "restore"]
 
 register_where_needed()

@@ -41,6 +41,7 @@ from .passes.experts import (
     source_names,
 )
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
+from .passes.observe import observe
 from .passes.prep import prep_program, prepare_bias, run_prep
 from .passes.rewrite import RewriteError, retained_names, rewrite
 from .passes.verify import Verification, VerificationError, check_weights, verify
@@ -160,6 +161,10 @@ def optimize(
                 _put_guard(model)
                 model.mxfp4_report = report  # type: ignore[assignment]
     model.mxfp4_report = report  # type: ignore[assignment]
+    if report.rewritten:
+        from .passes import lower  # imports Inductor, which takes seconds: not before it is needed
+
+        lower.install(model)
     failures = [s for s in report.sites if s.outcome == "failed"]
     if failures and strict:
         changed = [n for s in report.rewritten for n in s.names]
@@ -401,6 +406,8 @@ def _build(site: Site, scale_rule: str, advance: Callable[[int], None]) -> tuple
     key = tuple(counts.values())
     if key not in structure.graphs:
         structure.graphs[key] = rewrite(structure.captured, structure.found, counts, choice.backend, choice.layout)
+        observe("site_captured", structure.captured.graph)
+        observe("site_rewritten", structure.graphs[key].graph)
     built = MXFP4Experts(plan, structure.graphs[key], module, weights, biases)
     return built, torch.cat(errors), warnings
 
@@ -593,6 +600,9 @@ def restore(model: nn.Module) -> Any:
         if name in parameters:
             parameters[name].requires_grad_(True)
     model.__dict__.pop(REPORT, None)
+    from .passes import lower
+
+    lower.uninstall(model)
     return model
 
 
