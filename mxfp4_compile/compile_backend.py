@@ -35,7 +35,7 @@ from .passes.prep import prep_program, prepare_bias, run_prep
 from .passes.regions import Region, RegionError, cut, find_sites, source_path, splice
 from .passes.rewrite import RewriteError, rewrite
 from .passes.verify import Verification, VerificationError, check_weights
-from .pipeline import Site, Structure, _build, match_structure, verify_site
+from .pipeline import Site, Structure, build_site, match_structure, verify_site
 from .report import Report, SiteReport
 
 NAME = "mxfp4_compile"
@@ -169,7 +169,7 @@ def _prove(region: Region, options: CompileOptions, requested: str | None) -> _P
             if isinstance(structure, NoMatch):
                 return structure.reason
             site = Site(Candidate(("region",), region.module, "packed"), structure)
-            built, errors, _ = _build(site, options.scale_rule, lambda _: None)
+            built, errors, _ = build_site(site, options.scale_rule, lambda _: None)
             verification = verify_site(built, site) if options.verify else None
         except (RewriteError, VerificationError, BackendUnavailable) as error:
             return str(error)

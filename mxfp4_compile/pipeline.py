@@ -449,7 +449,7 @@ def _scan_finite(sites: list[Site]) -> None:
 # 3. prepare, verify, install
 
 
-def _build(
+def build_site(
     site: Site, scale_rule: str, advance: Callable[[int], None], reader: ExpertReader | None = None
 ) -> tuple[MXFP4Experts, torch.Tensor, list[str]]:
     """Quantize and prepare a site's weights; the module that would take its place, errors, warnings."""
@@ -543,7 +543,7 @@ _FINER_ABOVE = 1.25
 
 
 def _trial(site: Site, scale_rule: str, model: nn.Module, reader: ExpertReader | None) -> Verification:
-    built, _, _ = _build(site, scale_rule, lambda _: None, reader)
+    built, _, _ = build_site(site, scale_rule, lambda _: None, reader)
     with experts_implementation(model, "eager"):
         return verify_site(built, site)
 
@@ -607,7 +607,7 @@ def install_site(
     )
     verification = None
     try:
-        built, errors, warnings = _build(site, scale_rule, advance, reader)
+        built, errors, warnings = build_site(site, scale_rule, advance, reader)
         _share_tensors(built, prepared.setdefault(site.tied, built))
         if check:
             with experts_implementation(model, "eager"):
