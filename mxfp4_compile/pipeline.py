@@ -42,10 +42,13 @@ from .passes.experts import (
     release,
     source_names,
 )
+from .passes.loops import capture_loop, holds_list
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.prep import prep_program, prepare_bias, run_prep
 from .passes.rewrite import RewriteError, retained_names, rewrite
+from .passes.sources import members, stack
 from .passes.verify import Verification, VerificationError, check_weights, verify
+from .passes.verify_loop import is_loop, verify_loop
 from .report import Report, SiteReport
 
 GUARD = "mxfp4_guard"
@@ -206,7 +209,7 @@ def check_model(model: nn.Module, candidates: list[Candidate]) -> None:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method")
         raise OptimizeError(f"this model is quantized already ({method}); optimize() takes bf16, fp16 or fp32 experts")
     for candidate in candidates:
-        for name, parameter in candidate.module.named_parameters():
+        for name, parameter in candidate.weights.named_parameters():
             path = f"{candidate.name}.{name}"
             if _is_dtensor(parameter):
                 raise OptimizeError(f"{path} is a DTensor: tensor- or expert-parallel experts are not supported yet")
@@ -256,10 +259,6 @@ def match_all(
     for site in sites:
         if site.outcome:
             continue
-        if site.candidate.kind == "list":
-            site.outcome = "unmatched"
-            site.reason = "a list of experts of which a forward uses a part; only packed experts are rewritten so far"
-            continue
         _match_site(site, known, patterns, requested, terms)
     # Modules that no forward reached are matched by the calls of an equal module, if there is one.
     for site in sites:
@@ -306,13 +305,31 @@ def _match_pattern(
         site.structure, site.outcome, site.reason = result, "", ""
 
 
+def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, FusedMatch | SplitMatch | NoMatch]:
+    """Match the module as it traces or, where its experts are called in a loop, as its loop does."""
+    reason = ""
+    if not holds_list(module):
+        try:
+            captured = capture(module, pattern)
+            found = match(captured)
+            if not isinstance(found, NoMatch) or found.dense:
+                return captured, found
+            reason = found.reason
+        except CaptureError as error:
+            reason = str(error)
+    try:
+        captured = capture_loop(module, pattern)
+    except CaptureError as error:
+        raise CaptureError(f"{reason}; as a loop over experts: {error}" if reason else str(error)) from error
+    return captured, match(captured)
+
+
 def match_structure(
     module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = Request()
 ) -> Structure | NoMatch:
     """Capture, match and plan one module; NoMatch with the reason, or BackendUnavailable for ``requested``."""
     try:
-        captured = capture(module, pattern)
-        found = match(captured)
+        captured, found = _captured_match(module, pattern)
         if isinstance(found, NoMatch):
             return found
         retained = retained_names(captured, found)
@@ -379,17 +396,18 @@ def check_matches(sites: list[Site], report: Report, strict: bool) -> None:
 
 
 def _scan_finite(sites: list[Site]) -> None:
-    seen: set[int] = set()
+    seen: set[tuple[int, ...]] = set()
     for site in sites:
         assert site.structure is not None
         names = source_names(projections_of(site.structure.found.spec))
         for name in names:
-            parameter = site.candidate.module.get_parameter(name)
-            if id(parameter) in seen:
+            parameter = stack(site.candidate.module, name)
+            key = tuple(id(site.candidate.module.get_parameter(n)) for n in members(site.candidate.module, name))
+            if key in seen:
                 continue
-            seen.add(id(parameter))
+            seen.add(key)
             # One expert at a time, one synchronization a parameter; aminmax makes no copy and hands NaN on.
-            extremes = [torch.stack(torch.aminmax(expert)) for expert in parameter.detach()]
+            extremes = [torch.stack(torch.aminmax(expert)) for expert in parameter]
             finite = torch.stack(extremes).isfinite().all(1)
             if not bool(finite.all()):
                 expert = int((~finite).nonzero()[0])
@@ -405,8 +423,8 @@ def _build(site: Site, scale_rule: str, advance: Callable[[int], None]) -> tuple
     assert structure is not None
     module, choice, spec = site.candidate.module, structure.choice, structure.found.spec
     params = structure.found.spec.params if isinstance(structure.found, FusedMatch) else None
-    dtype = module.get_parameter(projections_of(spec)[0].source.parameters[0]).dtype
-    plan = SitePlan(spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained)
+    dtype = stack(module, projections_of(spec)[0].source.parameters[0]).dtype
+    plan = SitePlan(spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained, structure.captured.out_spec)
     weights, biases, errors, warnings = {}, {}, [], []
     for projection in projections_of(spec):
         program = prep_program(projection, params, scale_rule, choice.backend, choice.layout)
@@ -499,6 +517,8 @@ def _try_finer(site: Site, scale_rule: str, model: nn.Module, before: Verificati
 def verify_site(built: MXFP4Experts, site: Site) -> Verification:
     """Verify one built site against the module it would replace."""
     assert site.structure is not None
+    if is_loop(built):
+        return verify_loop(built, site.candidate.module)
     return verify(built, site.candidate.module, site.structure.found)
 
 
@@ -517,7 +537,7 @@ def _install(
     before = sum(
         p.numel() * p.element_size()
         for projection in projections
-        for p in (module.get_parameter(n) for n in projection.source.parameters)
+        for p in (stack(module, n) for n in projection.source.parameters)
     )
     base = SiteReport(
         names=site.candidate.names,
@@ -574,7 +594,9 @@ def _share_tensors(built: MXFP4Experts, first: MXFP4Experts) -> None:
 def _weight_ids(site: Site) -> tuple[int, ...]:
     assert site.structure is not None
     names = source_names(projections_of(site.structure.found.spec))
-    return tuple(id(site.candidate.module.get_parameter(name)) for name in names)
+    return tuple(
+        id(site.candidate.module.get_parameter(n)) for name in names for n in members(site.candidate.module, name)
+    )
 
 
 def _left(site: Site) -> SiteReport:
@@ -657,7 +679,7 @@ def _restored(site: MXFP4Experts) -> nn.Module:
 
 @contextmanager
 def _progress(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[int], None]]:
-    total = sum(p.numel() * p.element_size() for s in sites for p in packed_parameters(s.candidate.module).values())
+    total = sum(p.numel() * p.element_size() for s in sites for p in _weights_of(s.candidate))
     if wanted is None:
         # Short work needs no bar: a gigabyte takes seconds.
         wanted = sys.stderr.isatty() and total > 1 << 28
@@ -671,6 +693,12 @@ def _progress(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[int]
         return
     with tqdm(total=total, unit="B", unit_scale=True, desc="MXFP4") as bar:
         yield lambda count: bar.update(count)
+
+
+def _weights_of(candidate: Candidate) -> list[nn.Parameter]:
+    if candidate.kind == "list":
+        return list(candidate.weights.parameters())
+    return list(packed_parameters(candidate.module).values())
 
 
 def _versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from ..ops import schema
 from ..ops.registry import get_backend
 from ..spec import MoEParams
 from .experts import Projection
+from .sources import stack
 
 # Experts are prepared in groups of at most this many bytes of source weights, or a sixteenth of the projection
 # where that is more: large groups keep a GPU busy, small ones keep the peak of small models near nothing.
@@ -31,7 +32,7 @@ def prep_program(
 ) -> fx.GraphModule:
     """Build the prep program of one projection."""
     graph = fx.Graph()
-    parts = [graph.placeholder(name.replace(".", "_")) for name in projection.source.parameters]
+    parts = [graph.placeholder(name.replace(".", "_").replace("*", "each").replace("#", "_by_")) for name in projection.source.parameters]
     if projection.source.transposed:
         parts = [graph.call_function(aten.transpose.int, (part, 1, 2)) for part in parts]
     weight = parts[0] if len(parts) == 1 else graph.call_function(aten.cat.default, (parts, 1))
@@ -67,9 +68,9 @@ def run_prep(
     progress: Callable[[int], None] | None = None,
 ) -> PreparedProjection:
     """Run ``program`` over all experts of ``original``; peak extra memory is one group of experts."""
-    sources = [original.get_parameter(name).detach() for name in projection.source.parameters]
+    sources = [stack(original, name) for name in projection.source.parameters]
     experts = projection.shape[0]
-    per_expert = max(1, sum(s[0].numel() * s.element_size() for s in sources))
+    per_expert = max(1, sum(s.numel() // experts * s.element_size() for s in sources))
     group = max(1, min(experts, max(_GROUP_BYTES // per_expert, experts // 16)))
     outputs: list[Tensor] = []
     errors = []
@@ -109,6 +110,6 @@ def prepare_bias(
     """The prepared bias of a projection, or None."""
     if not projection.source.bias:
         return None
-    bias = torch.cat([original.get_parameter(name).detach() for name in projection.source.bias], dim=1)
+    bias = torch.cat([stack(original, name)[:] for name in projection.source.bias], dim=1)
     # prepare_bias may hand its input back: the buffer must not share memory with the original parameter.
     return get_backend(backend).prepare_bias(bias.clone(), role=projection.role, params=params, layout=layout)

@@ -43,7 +43,7 @@ _ARITHMETIC = frozenset(
     "bitwise_xor __rshift__ __lshift__ rshift lshift".split()
 )
 _COUNT = frozenset(
-    "sum cumsum histc bincount searchsorted bucketize nonzero count_nonzero argsort argmax argmin amax amin".split()
+    "sum cumsum histc bincount searchsorted bucketize nonzero nonzero_numpy count_nonzero argsort argmax argmin amax amin".split()
 )
 _LINEAR = (
     _LAYOUT
@@ -51,7 +51,7 @@ _LINEAR = (
     | frozenset(
         "index index_select gather embedding index_put _unsafe_index_put index_add index_copy scatter scatter_add "
         "split split_with_sizes chunk unbind cat stack slice narrow select roll flip add sub rsub mul div neg sum mean "
-        "mm bmm matmul addmm baddbmm mv dot einsum linear where masked_fill".split()
+        "mm bmm matmul addmm baddbmm mv dot einsum linear where masked_fill rows_of_expert".split()
     )
 )
 # Of ids, row by row.
@@ -236,12 +236,25 @@ class _Check:
         if isinstance(value.shape[dim], int):
             # Within a row of ids only all columns together are looked at.
             several = source is self.ids or (_ID in self.taint.get(source, ()) and not _is_float(source))
+            if name == "select" and _all_selected(source, dim):
+                return None
             return f"{node.name} takes some of a token's ids" if several and value.shape[dim] > 1 else None
         if name == "slice":
             start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])[:3]
             if start in (None, 0) and (end is None or (isinstance(end, int) and end >= _WHOLE)) and step == 1:
                 return None
         return f"{node.name} takes some of the rows"
+
+
+def _all_selected(source: fx.Node, dim: int) -> bool:
+    """Whether every place along ``dim``, wider than a token's ids, is selected: one for each expert of a loop."""
+    value = source.meta["val"]
+    at = {
+        int(n.args[2]) % value.shape[dim]  # type: ignore[arg-type]
+        for n in source.users
+        if op_name(n) == "select" and int(n.args[1]) % value.dim() == dim % value.dim()  # type: ignore[arg-type]
+    }
+    return len(at) == value.shape[dim]
 
 
 def _nodes(args: Iterable[Any]) -> list[fx.Node]:
