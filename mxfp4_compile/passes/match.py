@@ -542,7 +542,7 @@ class _Fused:
         table = self._row_table(probe, id_values, x_values, w)
         self.tables = [*tables, (id_values, x_values, table)]
         last = len(self.tables) - 1
-        rows = tokens * self.top_k
+        rows = id_values.numel()
         found = recognize(lambda y: self._middle(last, y, None), rows, self.up_rows, self.intermediate, constants)
         if isinstance(found, str):
             raise _Refused(found)

@@ -161,7 +161,7 @@ class _Check:
     def _data(self, node: fx.Node) -> list[fx.Node]:
         """The operands whose values a node hands on or computes with (not those that only index or shape)."""
         name, args = op_name(node), node.args
-        if name in ("zeros_like", "empty_like", "ones_like", "new_zeros", "new_empty", "new_ones", "arange"):
+        if name in ("zeros", "empty", "ones", "zeros_like", "empty_like", "ones_like", "new_zeros", "new_empty", "new_ones", "arange"):
             return []
         if name in ("view", "reshape", "_unsafe_view", "expand", "repeat", "slice", "narrow", "repeat_interleave"):
             return _nodes(args[:1])
@@ -191,7 +191,7 @@ class _Check:
             numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float))]
             if name.endswith(("shift", "shift__")):
                 numbers = [2**n for n in numbers if isinstance(n, int)]
-            if any(n not in allowed for n in numbers):
+            if any(n not in allowed for n in numbers) and not self._is_size(value):
                 return f"{node.name} computes positions with {numbers[0]}"
         if name in ("slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind"):
             reason = self._cut(node, name)
@@ -209,6 +209,13 @@ class _Check:
         if node not in self.choice or name in ("where", "masked_fill"):
             return self._ids_row_by_row(node, name, data)
         return None
+
+    def _is_size(self, value: Any) -> bool:
+        """Whether a size is one of the tokens' or of the ids': a batch times a fixed length."""
+        if not isinstance(value, torch.SymInt):
+            return False
+        sizes = {str(d) for n in self.cuts for d in (*n.meta["val"].shape, n.meta["val"].numel())}
+        return str(value) in sizes
 
     def _ids_row_by_row(self, node: fx.Node, name: str, data: list[fx.Node]) -> str | None:
         if not _is_float(node):

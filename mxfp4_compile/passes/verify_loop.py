@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..ops import schema
+from ..ops.registry import get_backend
 from .capture import TensorInfo
 from .experts import MXFP4Experts
 from .sources import members
@@ -33,6 +34,7 @@ def verify_loop(site: MXFP4Experts, original: nn.Module, seed: int = 0) -> Verif
     """Compare ``site`` with ``original``; VerificationError with both errors if they disagree."""
     generator = torch.Generator().manual_seed(seed)
     dtype = site.plan.weight_dtype
+    slack = get_backend(site.backend).slack(site.layout)
     experts = _Experts(site, original)
     eager = experts.block(dtype)
     squared = torch.zeros(3, dtype=torch.float64)
@@ -51,10 +53,10 @@ def verify_loop(site: MXFP4Experts, original: nn.Module, seed: int = 0) -> Verif
             ours = site(*args, **kwargs)
             used |= recorder.used
             one = _compared(ours, theirs, truth)
-            _judge(one, dtype, f"{sizes[0]} x {sizes[1]} tokens")
+            _judge(one, dtype, f"{sizes[0]} x {sizes[1]} tokens", slack)
             squared += one
             cases += 1
-    error, original_error, limit = _judge(squared, dtype, "all cases together")
+    error, original_error, limit = _judge(squared, dtype, "all cases together", slack)
     return Verification(error, original_error, cases, len(used), limit)
 
 
