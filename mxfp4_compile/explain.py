@@ -19,6 +19,7 @@ from .passes.experts import Projection, projections_of
 from .passes.match import FusedMatch
 from .passes.prep import prep_program
 from .passes.rewrite import RewriteError, rewrite
+from .passes.sources import stack
 from .passes.verify import VerificationError
 from .pipeline import Site, Structure
 from .report import Report
@@ -188,7 +189,7 @@ def _explain_weight(projection: Projection, module: nn.Module) -> WeightExplanat
         projection.shape,
         source.parameters,
         "[E, K, N]" if source.transposed else "[E, N, K]",
-        _dtype(module.get_parameter(source.parameters[0]).dtype),
+        _dtype(stack(module, source.parameters[0]).dtype),
         source.bias,
     )
 
@@ -242,7 +243,7 @@ def _prep_programs(structure: Structure, module: nn.Module) -> tuple[tuple[tuple
     for projection in _projections(structure):
         program = prep_program(projection, params, mx.DEFAULT_SCALE_RULE, choice.backend, choice.layout)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        weights = [mode.from_tensor(module.get_parameter(name)) for name in projection.source.parameters]
+        weights = [mode.from_tensor(stack(module, name)[:]) for name in projection.source.parameters]
         _, _, prepared = FakeTensorProp(program, mode).propagate_dont_convert_inputs(*weights)
         counts[projection.slot] = len(prepared)
         codes.append((projection.slot, _code(program)))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["decorated_families", "tiny_experts", "tiny_inputs", "tiny_model", "undecorated_families"]
+__all__ = ["decorated_families", "listed_families", "tiny_experts", "tiny_inputs", "tiny_model", "undecorated_families"]
 
 # hidden size, intermediate size (dense, expert), experts, experts per token
 H, F, MI, E, K = 64, 96, 32, 8, 2
@@ -180,6 +180,8 @@ _CLASS_SUFFIXES = (
 )  # fmt: skip
 _TOWER_WORDS = ("vision", "audio", "image", "video", "code2wav", "backbone_config")
 _DECORATOR = re.compile(r"^@use_experts_implementation\b", re.MULTILINE)
+# Experts that are modules of a list or packed weights read one expert at a time.
+_LISTED = re.compile(r"experts = nn\.Module(List|Dict)|class \w*Experts?\(nn\.Module|ParallelExperts\(")
 _DECORATED_CLASS = re.compile(r"^@use_experts_implementation\b[^\n]*(?:\n[^\n]*)*?\nclass (\w+)", re.MULTILINE)
 
 
@@ -232,8 +234,22 @@ def undecorated_families() -> list[str]:
     return sorted(name for name in _UNDECORATED if _modeling_file(name) is not None and name not in decorated)
 
 
+def listed_families() -> list[str]:
+    """Names, sorted, of the installed families whose experts are called one by one: those of transformers 4."""
+    models = _models_dir()
+    if models is None:
+        return []
+    return sorted(
+        file.parent.name
+        for file in models.glob("*/modeling_*.py")
+        if file.stem == f"modeling_{file.parent.name}"
+        and file.parent.name not in (*decorated_families(), *undecorated_families())
+        and _LISTED.search(file.read_text(encoding="utf-8", errors="replace"))
+    )
+
+
 def _check_family(family: str) -> None:
-    known = decorated_families() + undecorated_families()
+    known = decorated_families() + undecorated_families() + listed_families()
     if family not in known:
         raise ValueError(f"unknown family {family!r}; known families: {', '.join(sorted(known)) or 'none'}")
 
@@ -277,7 +293,7 @@ def _resolve(value: Any, layers: int) -> Any:
 
 def _sub_config(spec: Any) -> tuple[type | None, dict[str, Any]]:
     """The configuration class and the arguments behind one entry of `sub_configs_defaults`."""
-    from transformers import PreTrainedConfig
+    from transformers import PretrainedConfig as PreTrainedConfig  # the name that 4.57 and 5.x share
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     cls, arguments = getattr(spec, "config_class", spec), dict(getattr(spec, "init_kwargs", None) or {})
@@ -287,6 +303,14 @@ def _sub_config(spec: Any) -> tuple[type | None, dict[str, Any]]:
     if model_type not in CONFIG_MAPPING:  # a lazy mapping: its `get` does not find what was not used yet
         return None, arguments
     return CONFIG_MAPPING[model_type], arguments
+
+
+def _config_fields(cls: type) -> dict[str, Any]:
+    """Names and defaults of a configuration's fields: a dataclass in transformers 5, a signature in 4."""
+    if dataclasses.is_dataclass(cls):
+        return {f.name: f.default for f in dataclasses.fields(cls)}
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
 
 
 def _build_config(
@@ -305,9 +329,10 @@ def _build_config(
     added to `used`.
     """
     mine = {**special, **overrides} if not tower else dict(special)
-    fields = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = _config_fields(cls)
     kwargs: dict[str, Any] = {}
-    for key, spec in (getattr(cls, "sub_configs_defaults", None) or {}).items():
+    nested = getattr(cls, "sub_configs_defaults", None) or getattr(cls, "sub_configs", None) or {}
+    for key, spec in nested.items():
         sub, sub_arguments = _sub_config(spec)
         if sub is None:
             continue

@@ -42,11 +42,14 @@ from .passes.experts import (
     release,
     source_names,
 )
+from .passes.loops import capture_loop, holds_list
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.observe import observe
 from .passes.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
 from .passes.rewrite import RewriteError, retained_names, rewrite
+from .passes.sources import members, stack
 from .passes.verify import Verification, VerificationError, check_weights, verify
+from .passes.verify_loop import is_loop, verify_loop
 from .report import Report, SiteReport
 from .runtime import attach, detach
 
@@ -215,7 +218,7 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method")
         raise OptimizeError(f"this model is quantized already ({method}); optimize() takes bf16, fp16 or fp32 experts")
     for candidate in candidates:
-        for name, parameter in candidate.module.named_parameters():
+        for name, parameter in candidate.weights.named_parameters():
             path = f"{candidate.name}.{name}"
             if _is_dtensor(parameter):
                 raise OptimizeError(f"{path} is a DTensor: tensor- or expert-parallel experts are not supported yet")
@@ -300,10 +303,6 @@ def match_all(
     for site in sites:
         if site.outcome:
             continue
-        if site.candidate.kind == "list":
-            site.outcome = "unmatched"
-            site.reason = "a list of experts of which a forward uses a part; only packed experts are rewritten so far"
-            continue
         _match_site(site, known, patterns, requested, terms, stand_in)
     # Modules that no forward reached are matched by the calls of an equal module, if there is one.
     for site in sites:
@@ -356,13 +355,31 @@ def _match_pattern(
         site.structure, site.outcome, site.reason = result, "", ""
 
 
+def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, FusedMatch | SplitMatch | NoMatch]:
+    """Match the module as it traces or, where its experts are called in a loop, as its loop does."""
+    reason = ""
+    if not holds_list(module):
+        try:
+            captured = capture(module, pattern)
+            found = match(captured)
+            if not isinstance(found, NoMatch) or found.dense:
+                return captured, found
+            reason = found.reason
+        except CaptureError as error:
+            reason = str(error)
+    try:
+        captured = capture_loop(module, pattern)
+    except CaptureError as error:
+        raise CaptureError(f"{reason}; as a loop over experts: {error}" if reason else str(error)) from error
+    return captured, match(captured)
+
+
 def match_structure(
     module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = PLAIN
 ) -> Structure | NoMatch:
     """Capture, match and plan one module; NoMatch with the reason, or BackendUnavailable for ``requested``."""
     try:
-        captured = capture(module, pattern)
-        found = match(captured)
+        captured, found = _captured_match(module, pattern)
         if isinstance(found, NoMatch):
             return found
         retained = retained_names(captured, found)
@@ -429,17 +446,18 @@ def check_matches(sites: list[Site], report: Report, strict: bool) -> None:
 
 
 def _scan_finite(sites: list[Site]) -> None:
-    seen: set[int] = set()
+    seen: set[tuple[int, ...]] = set()
     for site in sites:
         assert site.structure is not None
         names = source_names(projections_of(site.structure.found.spec))
         for name in names:
-            parameter = site.candidate.module.get_parameter(name)
-            if id(parameter) in seen:
+            parameter = stack(site.candidate.module, name)
+            key = tuple(id(site.candidate.module.get_parameter(n)) for n in members(site.candidate.module, name))
+            if key in seen:
                 continue
-            seen.add(id(parameter))
+            seen.add(key)
             # One expert at a time, one synchronization a parameter; aminmax makes no copy and hands NaN on.
-            extremes = [torch.stack(torch.aminmax(expert)) for expert in parameter.detach()]
+            extremes = [torch.stack(torch.aminmax(expert)) for expert in parameter]
             finite = torch.stack(extremes).isfinite().all(1)
             if not bool(finite.all()):
                 expert = int((~finite).nonzero()[0])
@@ -457,10 +475,11 @@ def build_site(
     assert structure is not None
     module, choice, spec = site.candidate.module, structure.choice, structure.found.spec
     params = structure.found.spec.params if isinstance(structure.found, FusedMatch) else None
-    dtype = module.get_parameter(projections_of(spec)[0].source.parameters[0]).dtype
+    dtype = stack(module, projections_of(spec)[0].source.parameters[0]).dtype
     plan = SitePlan(
-        spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained, structure.request
-    )
+        spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained,
+        structure.captured.out_spec, structure.request,
+    )  # fmt: skip
     weights, biases, errors, warnings = {}, {}, [], []
     by_name: dict[str, dict[str, float]] = {}
     for projection in projections_of(spec):
@@ -570,6 +589,8 @@ def _try_finer(
 def verify_site(built: MXFP4Experts, site: Site) -> Verification:
     """Verify one built site against the module it would replace."""
     assert site.structure is not None
+    if is_loop(built):
+        return verify_loop(built, site.candidate.module)
     return verify(built, site.candidate.module, site.structure.found)
 
 
@@ -590,7 +611,7 @@ def install_site(
     before = sum(
         p.numel() * p.element_size()
         for projection in projections
-        for p in (module.get_parameter(n) for n in projection.source.parameters)
+        for p in (stack(module, n) for n in projection.source.parameters)
     )
     base = SiteReport(
         names=site.candidate.names,
@@ -648,7 +669,9 @@ def weight_ids(site: Site) -> tuple[int, ...]:
     """Identities of a site's weights: sites with equal ones share them."""
     assert site.structure is not None
     names = source_names(projections_of(site.structure.found.spec))
-    return tuple(id(site.candidate.module.get_parameter(name)) for name in names)
+    return tuple(
+        id(site.candidate.module.get_parameter(n)) for name in names for n in members(site.candidate.module, name)
+    )
 
 
 def left_alone(site: Site) -> SiteReport:
@@ -750,7 +773,7 @@ def _restored(site: MXFP4Experts) -> nn.Module:
 @contextmanager
 def progress_bar(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[int], None]]:
     """A bar over the bytes of the sites' weights, with the time left; None: on a terminal, for long work."""
-    total = sum(p.numel() * p.element_size() for s in sites for p in packed_parameters(s.candidate.module).values())
+    total = sum(p.numel() * p.element_size() for s in sites for p in _weights_of(s.candidate))
     if wanted is None:
         # Short work needs no bar: a gigabyte takes seconds.
         wanted = sys.stderr.isatty() and total > 1 << 28
@@ -764,6 +787,12 @@ def progress_bar(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[i
         return
     with tqdm(total=total, unit="B", unit_scale=True, desc="MXFP4") as bar:
         yield lambda count: bar.update(count)
+
+
+def _weights_of(candidate: Candidate) -> list[nn.Parameter]:
+    if candidate.kind == "list":
+        return list(candidate.weights.parameters())
+    return list(packed_parameters(candidate.module).values())
 
 
 def versions_used() -> dict[str, str]:

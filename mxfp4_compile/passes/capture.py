@@ -131,6 +131,7 @@ class Captured:
     buffers: dict[str, str]
     constants: dict[str, Tensor]
     pattern: CallPattern
+    out_spec: Any = None  # how several outputs are arranged; None for one tensor
 
     def node(self, name: str) -> fx.Node:
         """The node named ``name``."""

@@ -35,6 +35,12 @@ class Candidate:
     module: nn.Module
     kind: Literal["packed", "list"]
     calls: list[Call] = field(default_factory=list)
+    listed: nn.Module | None = None  # of kind "list": the list; ``module`` is the one that calls its children
+
+    @property
+    def weights(self) -> nn.Module:
+        """The module that holds the experts' weights, and nothing else where they are in a list."""
+        return self.module if self.listed is None else self.listed
 
     @property
     def name(self) -> str:
@@ -64,12 +70,27 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     for key, module in modules.items():
         if packed_parameters(module):
             found.append(Candidate(tuple(names[key]), module, "packed"))
-        elif isinstance(module, (nn.ModuleList, nn.ModuleDict)) and _equal_children(module):
-            found.append(Candidate(tuple(names[key]), module, "list"))
+        elif isinstance(module, (nn.ModuleList, nn.ModuleDict)) and equal_children(module):
+            found.append(_list_candidate(model, tuple(names[key]), module, names))
     return found
 
 
-def _equal_children(module: nn.Module) -> bool:
+def _list_candidate(
+    model: nn.Module, paths: tuple[str, ...], module: nn.Module, names: dict[int, list[str]]
+) -> Candidate:
+    """A list whose own forward, or else whose owner's, calls its children."""
+    plain = (nn.ModuleList, nn.ModuleDict)
+    if type(module).forward in [cls.forward for cls in plain]:
+        owner = model.get_submodule(paths[0].rpartition(".")[0])
+        while type(owner).forward in [cls.forward for cls in plain] and owner is not model:
+            paths = tuple(p.rpartition(".")[0] for p in paths)
+            owner = model.get_submodule(paths[0].rpartition(".")[0])
+        return Candidate(tuple(names[id(owner)]), owner, "list", listed=module)
+    return Candidate(paths, module, "list", listed=module)
+
+
+def equal_children(module: nn.Module) -> bool:
+    """Whether a list has two or more children with equal parameters, two or more of them matrices."""
     children = list(module.children())
     if len(children) < 2:
         return False
@@ -183,7 +204,7 @@ def record_calls(
     lists = [c for c in candidates if c.kind == "list"]
     if not packed and not lists:
         return
-    uses: dict[int, list[list[tuple[int, ...]]]] = {id(c.module): [] for c in lists}
+    uses: dict[int, list[list[tuple[int, ...]]]] = {id(c.weights): [] for c in lists}
     handles = []
 
     def recorder(candidate: Candidate) -> Callable[..., None]:
@@ -200,21 +221,21 @@ def record_calls(
         return hook
 
     current: dict[int, list[int]] = {}
-    for c in packed:
+    for c in candidates:
         handles.append(c.module.register_forward_pre_hook(recorder(c), with_kwargs=True))
     for c in lists:
-        children = list(c.module.children())
-        current[id(c.module)] = [0] * len(children)
+        children = list(c.weights.children())
+        current[id(c.weights)] = [0] * len(children)
         for i, child in enumerate(children):
-            handles.append(child.register_forward_pre_hook(counter(current[id(c.module)], i), with_kwargs=True))
+            handles.append(child.register_forward_pre_hook(counter(current[id(c.weights)], i), with_kwargs=True))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), experts_implementation(model, "grouped_mm"):
             for inputs in forward_runs(model, example_inputs) if runs is None else runs:
-                before = {id(c): len(c.calls) for c in packed}
+                before = {id(c): len(c.calls) for c in candidates}
                 for rows in current.values():
                     rows[:] = [0] * len(rows)
                 _run(model, inputs)
-                for c in packed:  # a module called several times in one forward: one call is enough
+                for c in candidates:  # a module called several times in one forward: one call is enough
                     del c.calls[before[id(c)] + 1 :]
                 for key, rows in current.items():
                     uses[key].append([tuple(rows)])
@@ -222,7 +243,7 @@ def record_calls(
         for handle in handles:
             handle.remove()
     for c in lists:
-        if not any(len(set(rows[0])) > 1 for rows in uses[id(c.module)]):
+        if not any(len(set(rows[0])) > 1 for rows in uses[id(c.weights)]):
             candidates.remove(c)  # every child got the same rows (layers, not experts), or none was called
 
 

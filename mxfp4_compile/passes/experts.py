@@ -20,6 +20,7 @@ from ..ops.selection import Choice, choose
 from ..ops.target import PLAIN, Request
 from ..spec import MoEParams, MoESpec, Role, SplitSpec, WeightSource
 from .capture import CallPattern, TensorInfo
+from .sources import members, stack, unstack
 
 BLUEPRINT = "_original"
 
@@ -36,7 +37,7 @@ class Projection:
     def rows(self, original: nn.Module) -> list[int]:
         """N of each source parameter, in order."""
         dim = 2 if self.source.transposed else 1
-        return [original.get_parameter(name).shape[dim] for name in self.source.parameters]
+        return [stack(original, name).shape[dim] for name in self.source.parameters]
 
 
 def projections_of(spec: MoESpec | SplitSpec) -> tuple[Projection, ...]:
@@ -60,6 +61,7 @@ class SitePlan:
     weight_dtype: torch.dtype
     pattern: CallPattern
     retained: tuple[str, ...]
+    out_spec: Any = None  # how several outputs are arranged; None for one tensor
     request: Request = PLAIN
 
     @property
@@ -140,19 +142,26 @@ class MXFP4Experts(nn.Module):
                 inputs.append(leaf)
             elif leaf != expected:
                 raise TypeError(f"these experts were rewritten for an argument equal to {expected!r}, got {leaf!r}")
-        for name in self.plan.retained:
-            inputs.append(_get(self, name))
-        for name in self._tensor_names:
-            inputs.append(getattr(self, name))
+        inputs += self.stored()
         if torch.compiler.is_compiling():
-            return self.rewritten(*inputs)
+            return self._arranged(self.rewritten(*inputs))
         try:
-            return self.rewritten(*inputs)
+            return self._arranged(self.rewritten(*inputs))
         except BackendError as error:
             name = self.__dict__.get("site_name")  # set when the site is installed
             if name is None:
                 raise
             raise BackendError(f"{name}: {error}") from error
+
+    def stored(self) -> list[Tensor]:
+        """What the rewritten graph takes after the call's tensors: retained state, prepared weights, biases."""
+        kept = [_get(self, name) for name in self.plan.retained]
+        return kept + [getattr(self, name) for name in self._tensor_names]
+
+    def _arranged(self, result: Any) -> Any:
+        """One tensor, or several as the original returned them."""
+        spec = self.plan.out_spec
+        return result if spec is None else torch.utils._pytree.tree_unflatten(list(result), spec)
 
     # the way back to canonical weights
 
@@ -199,10 +208,11 @@ class MXFP4Experts(nn.Module):
         packed, scales = self.canonical(projection, experts)
         weight = mx.dequantize(packed, scales, projection.shape[2], dtype or self.plan.weight_dtype)
         parts = weight.split(projection.rows(self.original), dim=1)
-        return {
-            name: (part.transpose(1, 2) if projection.source.transposed else part).contiguous()
-            for name, part in zip(projection.source.parameters, parts, strict=True)
-        }
+        out: dict[str, Tensor] = {}
+        for name, part in zip(projection.source.parameters, parts, strict=True):
+            part = (part.transpose(1, 2) if projection.source.transposed else part).contiguous()
+            out.update(unstack(self.original, name, part))
+        return out
 
     def dequantized_biases(self) -> dict[str, Tensor]:
         """The source bias parameters, exactly as they were."""
@@ -210,8 +220,9 @@ class MXFP4Experts(nn.Module):
         for projection in self.projections:
             bias = self.canonical_bias(projection)
             if bias is not None:
-                rows = [self.original.get_parameter(name).shape[1] for name in projection.source.bias]
-                out.update(zip(projection.source.bias, bias.split(rows, dim=1), strict=True))
+                rows = [stack(self.original, name).shape[1] for name in projection.source.bias]
+                for name, part in zip(projection.source.bias, bias.split(rows, dim=1), strict=True):
+                    out.update(unstack(self.original, name, part))
         return out
 
     # state_dict: canonical, whatever the backend
@@ -229,8 +240,10 @@ class MXFP4Experts(nn.Module):
             for name, p, s in zip(
                 projection.source.parameters, packed.split(rows, dim=1), scales.split(rows, dim=1), strict=True
             ):
-                destination[f"{prefix}{name}_packed"] = p
-                destination[f"{prefix}{name}_scales"] = s
+                for member, value in unstack(self.original, name, p).items():
+                    destination[f"{prefix}{member}_packed"] = value
+                for member, value in unstack(self.original, name, s).items():
+                    destination[f"{prefix}{member}_scales"] = value
         for name, bias in self.dequantized_biases().items():
             destination[prefix + name] = bias
 
@@ -248,8 +261,10 @@ class MXFP4Experts(nn.Module):
         for projection in self.projections:
             experts, _, k = projection.shape
             for name, n in zip(projection.source.parameters, projection.rows(self.original), strict=True):
-                wanted[f"{name}_packed"] = ((experts, n, (k + 1) // 2), torch.uint8)
-                wanted[f"{name}_scales"] = ((experts, n, -(-k // mx.BLOCK)), torch.uint8)
+                for suffix, width in (("packed", (k + 1) // 2), ("scales", -(-k // mx.BLOCK))):
+                    whole = torch.empty(experts, n, width, dtype=torch.uint8, device="meta")
+                    for member, part in unstack(self.original, name, whole).items():
+                        wanted[f"{member}_{suffix}"] = (tuple(part.shape), torch.uint8)
         biases = self.dequantized_biases()
         for name, bias in biases.items():
             wanted[name] = (tuple(bias.shape), bias.dtype)
@@ -276,11 +291,11 @@ class MXFP4Experts(nn.Module):
             return
         for projection in self.projections:
             names = projection.source.parameters
-            packed = torch.cat([given[f"{n}_packed"] for n in names], dim=1)
-            scales = torch.cat([given[f"{n}_scales"] for n in names], dim=1)
+            packed = torch.cat([self._restacked(given, n, "_packed", projection.shape[0]) for n in names], dim=1)
+            scales = torch.cat([self._restacked(given, n, "_scales", projection.shape[0]) for n in names], dim=1)
             self._write(projection, packed, scales)
             if projection.source.bias and f"{projection.slot}_bias" in self._buffers:
-                bias = torch.cat([given[n] for n in projection.source.bias], dim=1)
+                bias = torch.cat([self._restacked(given, n, "", projection.shape[0]) for n in projection.source.bias], dim=1)
                 target = self._buffers[f"{projection.slot}_bias"]
                 assert target is not None
                 target.copy_(
@@ -288,6 +303,13 @@ class MXFP4Experts(nn.Module):
                         bias.to(target.device), role=projection.role, params=self.plan.params, layout=self.layout
                     )
                 )
+
+    def _restacked(self, given: dict[str, Tensor], name: str, suffix: str, experts: int) -> Tensor:
+        """The values given for the members of ``name``, as [E, ...]."""
+        values = [given[member + suffix] for member in members(self.original, name)]
+        if "#" in name:
+            return values[0].unflatten(0, (experts, -1))
+        return torch.stack(values) if "*" in name.split(".") else values[0]
 
     def _write(self, projection: Projection, packed: Tensor, scales: Tensor) -> None:
         """Prepare canonical weights into the existing buffers, expert by expert."""
@@ -415,7 +437,7 @@ def _copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
 
 def release(original: nn.Module, names: Iterable[str]) -> None:
     """Drop parameters of ``original``, leaving their shape and dtype on the meta device."""
-    for name in names:
+    for name in (member for n in names for member in members(original, n)):
         owner, _, leaf = name.rpartition(".")
         module = original.get_submodule(owner)
         parameter = module._parameters[leaf]

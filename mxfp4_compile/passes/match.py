@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from ..spec import LinearSpec, MoEParams, MoESpec, SplitSpec, WeightSource
 from .activation import recognize
@@ -124,7 +125,7 @@ def _no_gemms(captured: Captured) -> NoMatch:
     }
     if not used & chooses and not any(is_integer(captured.node(name)) for name in captured.inputs):
         return NoMatch("dense: every expert serves every token, nothing is routed", dense=True)
-    return NoMatch("no product of rows with the weights of their experts (grouped_mm or batched_mm) in its graph")
+    return NoMatch("no product of rows with the weights of their experts (grouped_mm, batched_mm or a loop) in its graph")
 
 
 def _weights_used_twice(gemms: Sequence[ExpertGemm]) -> str | None:
@@ -194,12 +195,15 @@ class _Fused:
         if n_down != self.hidden:
             raise _Refused(f"the experts' output width {n_down} is not their input width {self.hidden}")
         symbols = graph_symbols(self.graph)
-        if len(symbols) != 1:
-            raise _Refused(f"the graph has {len(symbols)} free sizes, a token count alone was expected")
-        self.symbol = symbols[0]
+        if not 1 <= len(symbols) <= 2:
+            raise _Refused(f"the graph has {len(symbols)} free sizes, one or two that make the token count were expected")
+        self.symbols = symbols
         widths = [n.meta["val"].shape[1] for n in self.graph.nodes if is_integer(n) and n.meta["val"].dim() == 2]
         narrowest = min((k for k in widths if isinstance(k, int)), default=1)
-        self.probe_tokens = (*_PROBE_TOKENS, max(11, math.ceil(self.experts / narrowest)), _MANY_TOKENS)
+        every = max(11, math.ceil(self.experts / narrowest))
+        if len(symbols) == 2:
+            every += every % 2
+        self.probe_tokens = (*_PROBE_TOKENS, every, _MANY_TOKENS)
         self.probes = [self._make_probe(t) for t in self.probe_tokens]
         ids, x, w, on_input = self._find_head()
         self.ids, self.x = ids, x
@@ -257,8 +261,19 @@ class _Fused:
 
     # probes
 
+    def _sizes(self, tokens: int) -> dict[Any, int]:
+        """Values of the free sizes that make ``tokens``: a batch of rows where there are two."""
+        if len(self.symbols) == 1:
+            return {self.symbols[0]: tokens}
+        batch = next(b for b in (2, 3, 5, 1) if tokens % b == 0) if tokens > 1 else 1
+        return {self.symbols[0]: batch, self.symbols[1]: tokens // batch}
+
+    def _sized(self, node: fx.Node) -> bool:
+        """Whether the node's shape follows from the token count."""
+        return all(free_symbols(d) <= set(self.symbols) for d in node.meta["val"].shape)
+
     def _make_probe(self, tokens: int) -> Evaluator:
-        sizes = {self.symbol: tokens}
+        sizes = self._sizes(tokens)
         values: dict[fx.Node, Any] = {}
         weights = {g.weight for g in (*self.ups, self.down)}
         for node in self.graph.nodes:
@@ -311,8 +326,8 @@ class _Fused:
         region = ancestors([first.rows, first.selector])
         by_distance = sorted(region, key=lambda n: -self.order[n])
         two = [n for n in by_distance if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim() == 2]
-        all_ids = [n for n in two if is_integer(n) and isinstance(n.meta["val"].shape[1], int)]
-        floats = [n for n in two if is_float(n)]
+        all_ids = [n for n in two if is_integer(n) and isinstance(n.meta["val"].shape[1], int) and self._sized(n)]
+        floats = [n for n in two if is_float(n) and self._sized(n)]
         tokens = [n for n in floats if n.meta["val"].shape[1] == self.hidden and n is not first.rows]
         if len(all_ids) * len(tokens) > 256:
             raise _Refused("too many nodes could be the tokens or the expert ids")
@@ -329,7 +344,7 @@ class _Fused:
     def _head_holds(self, ids: fx.Node, x: fx.Node, w: fx.Node | None) -> bool:
         tables = []
         for index, (tokens, probe) in enumerate(zip(self.probe_tokens, self.probes, strict=True)):
-            sizes = {self.symbol: tokens}
+            sizes = self._sizes(tokens)
             if shape_of(x, sizes)[0] != shape_of(ids, sizes)[0]:
                 return False
             id_values = self._ids(shape_of(ids, sizes))
@@ -370,10 +385,10 @@ class _Fused:
         cuts = {self.x, self.ids, w}
         if ancestors(cuts) & gemms:
             raise _Refused("the tokens, ids or routing weights depend on the experts' products")
-        selectors = ancestors([g.selector for g in (*self.ups, self.down)], stop=[self.ids])
-        head = ancestors([g.rows for g in self.ups], stop=[self.ids, self.x, *([w] if on_input else [])])
-        middle = ancestors([self.down.rows], stop=[self.ids, *(g.node for g in self.ups)])
-        tail = ancestors([output], stop=[self.ids, w, self.down.node])
+        selectors = _read_by([g.selector for g in (*self.ups, self.down)], stop=[self.ids])
+        head = _read_by([g.rows for g in self.ups], stop=[self.ids, self.x, *([w] if on_input else [])])
+        middle = _read_by([self.down.rows], stop=[self.ids, *(g.node for g in self.ups)])
+        tail = _read_by([output], stop=[self.ids, w, self.down.node])
         if tail & gemms:
             raise _Refused("the output depends on the up-projection beside the down-projection")
         for what, region in (
@@ -517,16 +532,17 @@ class _Fused:
         region = ancestors([self.down.rows], stop=[*(g.node for g in self.ups), self.ids, self.x])
         constants = list(_constants(region, self.captured))
         # Enough tokens that all pairs of probe values find a place at once where the layer is narrow.
-        tokens = max(5, math.ceil(_MIN_PROBES / (self.intermediate * self.top_k)))
+        tokens = max(6, math.ceil(_MIN_PROBES / (self.intermediate * self.top_k)))
+        tokens += tokens % 2
         tables, probes = self.tables, self.probes
         probe = self._make_probe(tokens)
-        sizes = {self.symbol: tokens}
+        sizes = self._sizes(tokens)
         self.probes = [*probes, probe]
         id_values, x_values = self._ids(shape_of(self.ids, sizes)), self._random(shape_of(self.x, sizes))
         table = self._row_table(probe, id_values, x_values, w)
         self.tables = [*tables, (id_values, x_values, table)]
         last = len(self.tables) - 1
-        rows = tokens * self.top_k
+        rows = id_values.numel()
         found = recognize(lambda y: self._middle(last, y, None), rows, self.up_rows, self.intermediate, constants)
         if isinstance(found, str):
             raise _Refused(found)
@@ -577,6 +593,7 @@ class _Fused:
             for n in sorted(downstream, key=lambda n: self.order[n])
             if is_float(n)
             and n.meta["val"].dim() == 2
+            and self._sized(n)
             and _same_rows(n, self.x)
             and n.meta["val"].shape[1] == self.hidden
         ]
@@ -590,7 +607,7 @@ class _Fused:
                 else [
                     n
                     for n in sorted(region, key=lambda n: -self.order[n])
-                    if is_float(n) and n.meta["val"].shape == self.ids.meta["val"].shape
+                    if is_float(n) and self._sized(n) and n.meta["val"].shape == self.ids.meta["val"].shape
                 ]
             )
             try:
@@ -753,6 +770,20 @@ def _descendants(node: fx.Node) -> set[fx.Node]:
         if user not in seen:
             seen.add(user)
             stack.extend(user.users)
+    return seen
+
+
+def _read_by(nodes: Sequence[fx.Node], stop: Sequence[fx.Node | None]) -> set[fx.Node]:
+    """As ``ancestors``, but not past what reads only the sizes of its operands."""
+    blocked = set(stop)
+    seen: set[fx.Node] = set()
+    stack = [n for n in nodes if n not in blocked]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            skipped = {node.args[0]} if reads_no_values(node) else set()
+            stack.extend(n for n in node.all_input_nodes if n not in blocked and n not in skipped)
     return seen
 
 

@@ -19,6 +19,7 @@ from ..ops import schema
 from ..ops.registry import get_backend
 from ..spec import MoEParams
 from .experts import Projection
+from .sources import stack
 
 # Experts are prepared in groups of at most this many bytes of source weights, or a sixteenth of the projection
 # where that is more: large groups keep a GPU busy, small ones keep the peak of small models near nothing.
@@ -32,7 +33,8 @@ def prep_program(
 ) -> fx.GraphModule:
     """Build the prep program of one projection."""
     graph = fx.Graph()
-    parts = [graph.placeholder(name.replace(".", "_")) for name in projection.source.parameters]
+    plain = lambda name: name.replace(".", "_").replace("*", "each").replace("#", "_by_")
+    parts = [graph.placeholder(plain(name)) for name in projection.source.parameters]
     if projection.source.transposed:
         parts = [graph.call_function(aten.transpose.int, (part, 1, 2)) for part in parts]
     weight = parts[0] if len(parts) == 1 else graph.call_function(aten.cat.default, (parts, 1))
@@ -107,8 +109,8 @@ class ModuleReader:
         return False
 
     def values(self, name: str, experts: slice) -> Tensor:
-        """A view of some experts."""
-        return self.module.get_parameter(name).detach()[experts]
+        """Some experts: a view where they are packed."""
+        return stack(self.module, name)[experts]
 
     def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:
         """Not there."""
@@ -136,9 +138,9 @@ def run_prep(
     """
     reader = ModuleReader(original) if reader is None else reader
     names = projection.source.parameters
-    parameters = [original.get_parameter(name) for name in names]
+    stacks = [stack(original, name) for name in names]
     experts, _, k = projection.shape
-    per_expert = sum(p.numel() // p.shape[0] * p.element_size() for p in parameters)
+    per_expert = sum(s.numel() // experts * s.element_size() for s in stacks)
     from_codes = reader.quantized(names[0])
     rows = projection.rows(original)
     outputs: list[Tensor] = []

@@ -87,8 +87,8 @@ def _rewritten(
             continue
         if node.op == "output":
             # Exported programs return a tuple; a module called in a model returns its tensor.
-            (result,) = node.args[0]  # type: ignore[misc]
-            graph.output(mapped[result])  # type: ignore[index]
+            results = [mapped[r] for r in node.args[0]]  # type: ignore[index, union-attr]
+            graph.output(results[0] if captured.out_spec is None else tuple(results))
             continue
         mapped[node] = graph.node_copy(node, lambda n: mapped[n])
         if node.target == torch.ops.aten.view.default:

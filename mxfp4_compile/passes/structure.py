@@ -43,7 +43,7 @@ _ARITHMETIC = frozenset(
     "bitwise_xor __rshift__ __lshift__ rshift lshift".split()
 )
 _COUNT = frozenset(
-    "sum cumsum histc bincount searchsorted bucketize nonzero count_nonzero argsort argmax argmin amax amin".split()
+    "sum cumsum histc bincount searchsorted bucketize nonzero nonzero_numpy count_nonzero argsort argmax argmin amax amin".split()
 )
 _LINEAR = (
     _LAYOUT
@@ -51,7 +51,7 @@ _LINEAR = (
     | frozenset(
         "index index_select gather embedding index_put _unsafe_index_put index_add index_copy scatter scatter_add "
         "split split_with_sizes chunk unbind cat stack slice narrow select roll flip add sub rsub mul div neg sum mean "
-        "mm bmm matmul addmm baddbmm mv dot einsum linear where masked_fill".split()
+        "mm bmm matmul addmm baddbmm mv dot einsum linear where masked_fill rows_of_expert".split()
     )
 )
 # Of ids, row by row.
@@ -161,7 +161,7 @@ class _Check:
     def _data(self, node: fx.Node) -> list[fx.Node]:
         """The operands whose values a node hands on or computes with (not those that only index or shape)."""
         name, args = op_name(node), node.args
-        if name in ("zeros_like", "empty_like", "ones_like", "new_zeros", "new_empty", "new_ones", "arange"):
+        if name in ("zeros", "empty", "ones", "zeros_like", "empty_like", "ones_like", "new_zeros", "new_empty", "new_ones", "arange"):
             return []
         if name in ("view", "reshape", "_unsafe_view", "expand", "repeat", "slice", "narrow", "repeat_interleave"):
             return _nodes(args[:1])
@@ -191,7 +191,7 @@ class _Check:
             numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float))]
             if name.endswith(("shift", "shift__")):
                 numbers = [2**n for n in numbers if isinstance(n, int)]
-            if any(n not in allowed for n in numbers):
+            if any(n not in allowed for n in numbers) and not self._is_size(value):
                 return f"{node.name} computes positions with {numbers[0]}"
         if name in ("slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind"):
             reason = self._cut(node, name)
@@ -209,6 +209,13 @@ class _Check:
         if node not in self.choice or name in ("where", "masked_fill"):
             return self._ids_row_by_row(node, name, data)
         return None
+
+    def _is_size(self, value: Any) -> bool:
+        """Whether a size is one of the tokens' or of the ids': a batch times a fixed length."""
+        if not isinstance(value, torch.SymInt):
+            return False
+        sizes = {str(d) for n in self.cuts for d in (*n.meta["val"].shape, n.meta["val"].numel())}
+        return str(value) in sizes
 
     def _ids_row_by_row(self, node: fx.Node, name: str, data: list[fx.Node]) -> str | None:
         if not _is_float(node):
@@ -236,12 +243,25 @@ class _Check:
         if isinstance(value.shape[dim], int):
             # Within a row of ids only all columns together are looked at.
             several = source is self.ids or (_ID in self.taint.get(source, ()) and not _is_float(source))
+            if name == "select" and _all_selected(source, dim):
+                return None
             return f"{node.name} takes some of a token's ids" if several and value.shape[dim] > 1 else None
         if name == "slice":
             start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])[:3]
             if start in (None, 0) and (end is None or (isinstance(end, int) and end >= _WHOLE)) and step == 1:
                 return None
         return f"{node.name} takes some of the rows"
+
+
+def _all_selected(source: fx.Node, dim: int) -> bool:
+    """Whether every place along ``dim``, wider than a token's ids, is selected: one for each expert of a loop."""
+    value = source.meta["val"]
+    at = {
+        int(n.args[2]) % value.shape[dim]  # type: ignore[arg-type]
+        for n in source.users
+        if op_name(n) == "select" and int(n.args[1]) % value.dim() == dim % value.dim()  # type: ignore[arg-type]
+    }
+    return len(at) == value.shape[dim]
 
 
 def _nodes(args: Iterable[Any]) -> list[fx.Node]:

@@ -28,6 +28,7 @@ from ..ops.registry import get_backend
 from .capture import TensorInfo
 from .experts import BLUEPRINT, MXFP4Experts
 from .match import FusedMatch
+from .sources import members, stack
 
 # The rewritten module's error over the original's, both against fp32. Kernels round less often than the
 # original, so 1 is typical; a wrong rewrite is off by orders of magnitude.
@@ -152,7 +153,7 @@ def _roles(site: MXFP4Experts, found: Any) -> tuple[int, int]:
 def _groups(site: MXFP4Experts, original: nn.Module) -> list[tuple[int, int]]:
     """Ranges of experts to check: all where they fit, else the first, a middle and the last few."""
     experts = site.projections[0].shape[0]
-    weights = sum(original.get_parameter(n).numel() for p in site.projections for n in p.source.parameters)
+    weights = sum(stack(original, n).numel() for p in site.projections for n in p.source.parameters)
     # Two copies exist at a time, in the site's dtype and in fp32.
     per_expert = weights // experts * (site.plan.weight_dtype.itemsize + 4)
     budget = max(_GROUP_BYTES, weights * site.plan.weight_dtype.itemsize // 8)
@@ -197,7 +198,7 @@ def _with_weights(site: MXFP4Experts, original: nn.Module, narrow: slice, dtype:
     """A copy of the original module with the dequantized weights of some experts, in ``dtype``."""
     released = {n for p in site.projections for n in (*p.source.parameters, *p.source.bias)}
     memo: dict[int, Any] = {}
-    for name in released:  # do not copy the full weights only to replace them
+    for name in (m for n in released for m in members(original, n)):  # do not copy the full weights only to replace them
         parameter = original.get_parameter(name)
         memo[id(parameter)] = parameter
     config = getattr(original, "config", None)

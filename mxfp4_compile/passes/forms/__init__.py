@@ -7,10 +7,10 @@ running the regions between the anchors (``passes.match``).
 from __future__ import annotations
 
 from ..capture import Captured
-from . import batched_mm, grouped_mm
+from . import batched_mm, grouped_mm, loop
 from .anchor import ExpertGemm
 
-FORMS = (grouped_mm, batched_mm)
+FORMS = (grouped_mm, batched_mm, loop)
 
 
 def find_gemms(captured: Captured) -> list[ExpertGemm]:

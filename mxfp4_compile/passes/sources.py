@@ -1,0 +1,78 @@
+"""Where a projection's weights lie in the original module: one packed parameter, or one parameter per expert.
+
+A name with a ``*`` component ("experts.*.up_proj.weight") stands for the parameters of all children of that
+list or dict, in its order: expert e is child e. "w1#8" is a 2-D parameter [8 * n, k] read as [8, n, k]. Every
+other name is an ordinary packed parameter [E, ., .]. ``Stack`` reads all of them a few experts at a time, so
+that experts which lie apart never exist as a second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+def members(module: nn.Module, name: str) -> tuple[str, ...]:
+    """The names of the real parameters behind ``name``, in the experts' order."""
+    if "#" in name:
+        return (name.partition("#")[0],)
+    if "*" not in name.split("."):
+        return (name,)
+    parts = name.split(".")
+    star = parts.index("*")
+    prefix, rest = parts[:star], parts[star + 1 :]
+    owner = module.get_submodule(".".join(prefix))
+    return tuple(".".join([*prefix, child, *rest]) for child in owner._modules)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack [E, ...] of weights; slices are made when they are asked for."""
+
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype all parts have."""
+        return self.parts[0].dtype
+
+    def numel(self) -> int:
+        """The number of elements of all experts."""
+        return sum(p.numel() for p in self.parts)
+
+    def element_size(self) -> int:
+        """Bytes of one element."""
+        return self.parts[0].element_size()
+
+    def __getitem__(self, experts: slice) -> Tensor:
+        if len(self.parts) == 1:
+            return self.parts[0].reshape(self.shape)[experts]
+        return torch.stack(self.parts[experts])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.parts) if len(self.parts) > 1 else iter(self.parts[0].reshape(self.shape))
+
+
+def stack(module: nn.Module, name: str) -> Stack:
+    """The weights behind ``name``, without gradients; nothing is copied."""
+    parts = tuple(module.get_parameter(n).detach() for n in members(module, name))
+    shape = tuple(parts[0].shape)
+    if "#" in name:
+        experts = int(name.partition("#")[2])
+        shape = (experts, shape[0] // experts, *shape[1:])
+    elif "*" in name.split("."):
+        shape = (len(parts), *shape)
+    return Stack(parts, shape)
+
+
+def unstack(module: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
+    """The inverse: a stacked value [e, ...] as the real parameters' values (of the first e experts)."""
+    if "#" in name:
+        return {members(module, name)[0]: value.flatten(0, 1)}
+    if "*" in name.split("."):
+        return dict(zip(members(module, name), value, strict=False))
+    return {name: value}

@@ -1,0 +1,193 @@
+"""Verify a site that holds its router and calls its experts in a loop: the whole block, eager against rewritten.
+
+Contract: as in ``verify``; no more than one expert's dequantized weights exist at a time.
+
+1. A copy of the original block calls the original experts, each on its dequantized weights, made for that call.
+2. Both run on the same hidden states: one token, a prime number, all tokens equal (most experts get none), a
+   batch; tokens large enough that clamps are reached. The router is the same on both sides and picks the experts.
+3. The truth both are judged by is the rewritten graph with the op's result replaced: each pair's expert in fp32,
+   by the original expert module, summed in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..ops import schema
+from ..ops.registry import get_backend
+from .capture import TensorInfo
+from .experts import MXFP4Experts
+from .sources import members
+from .verify import Verification, VerificationError, _judge
+
+
+def is_loop(site: MXFP4Experts) -> bool:
+    """Whether a site's experts are modules of a list, with the router inside the site."""
+    return any("*" in name.split(".") for p in site.projections for name in p.source.parameters)
+
+
+def verify_loop(site: MXFP4Experts, original: nn.Module, seed: int = 0) -> Verification:
+    """Compare ``site`` with ``original``; VerificationError with both errors if they disagree."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = site.plan.weight_dtype
+    slack = get_backend(site.backend).slack(site.layout)
+    experts = _Experts(site, original)
+    eager = experts.block(dtype)
+    squared = torch.zeros(3, dtype=torch.float64)
+    used: set[int] = set()
+    cases = 0
+    with torch.no_grad():
+        for sizes, equal in (((1, 1), False), ((1, 13), False), ((2, 7), True), ((3, 37), False), ((4, 64), False)):
+            leaves = _inputs(site, sizes, equal, generator)
+            args, kwargs = site.plan.pattern.arrange(leaves)
+            try:
+                theirs = eager(*args, **kwargs)
+            except Exception as error:
+                raise VerificationError(f"the original block does not run on verification inputs: {error}") from error
+            recorder = _Recorder(site, experts)
+            truth = recorder.truth(leaves)
+            ours = site(*args, **kwargs)
+            used |= recorder.used
+            one = _compared(ours, theirs, truth)
+            _judge(one, dtype, f"{sizes[0]} x {sizes[1]} tokens", slack)
+            squared += one
+            cases += 1
+    error, original_error, limit = _judge(squared, dtype, "all cases together", slack)
+    return Verification(error, original_error, cases, len(used), limit)
+
+
+def _compared(ours: Any, theirs: Any, truth: Any) -> Tensor:
+    """Squared errors of ours, of theirs, and the squared norm, over all outputs."""
+    total = torch.zeros(3, dtype=torch.float64)
+    leaves = [torch.utils._pytree.tree_leaves(v) for v in (ours, theirs, truth)]
+    for a, b, t in zip(*leaves, strict=True):
+        if not isinstance(t, Tensor):
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise VerificationError(
+                f"the rewritten block returns {a.dtype} {list(a.shape)}, the original {b.dtype} {list(b.shape)}"
+            )
+        if not t.is_floating_point():
+            if not torch.equal(a, b):
+                raise VerificationError("the rewritten block returns other integers than the original")
+            continue
+        a, b, t = a.double().cpu(), b.double().cpu(), t.double().cpu()
+        finite = torch.isfinite(t)
+        a, b, t = a[finite], b[finite], t[finite]
+        total += torch.stack([(a - t).square().sum(), (b - t).square().sum(), t.square().sum()])
+    return total
+
+
+def _inputs(site: MXFP4Experts, sizes: tuple[int, int], equal: bool, generator: torch.Generator) -> list[Any]:
+    """Leaves of a call: dimensions that varied between calls get these sizes, one alone their product."""
+    recorded = sorted(
+        {n for i, d in zip(site.plan.pattern.leaves, site.plan.pattern.dynamic, strict=True)
+         if isinstance(i, TensorInfo) for n in (i.shape[k] for k in d)}
+    )  # fmt: skip
+    out: list[Any] = []
+    for info, dynamic in zip(site.plan.pattern.leaves, site.plan.pattern.dynamic, strict=True):
+        if not isinstance(info, TensorInfo):
+            out.append(info)
+            continue
+        own = iter(sizes if len(dynamic) > 1 else (sizes[0] * sizes[1] if len(recorded) == 1 else sizes[-1],))
+        shape = [next(own, 1) if k in dynamic else n for k, n in enumerate(info.shape)]
+        if not info.dtype.is_floating_point:
+            out.append(torch.zeros(shape, dtype=info.dtype, device=info.device))
+            continue
+        values = torch.randn(shape, generator=generator)
+        rows = values.view(-1, shape[-1])
+        if equal:
+            rows[:] = rows[:1].clone()
+        else:
+            rows[::3] *= 8  # some tokens large enough to reach the clamps
+        out.append(values.to(info.dtype).to(info.device))
+    return out
+
+
+class _Experts:
+    """The original experts, one at a time, on dequantized weights."""
+
+    def __init__(self, site: MXFP4Experts, original: nn.Module) -> None:
+        self.site, self.original = site, original
+        name = site.projections[0].source.parameters[0]
+        self.prefix = name.split(".*.")[0] if ".*." in name else ""
+        self.children = list(original.get_submodule(self.prefix)._modules)
+        self.biases = site.dequantized_biases()
+
+    def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """One expert's parameters, by their names within the expert."""
+        out: dict[str, Tensor] = {}
+        head = f"{self.prefix}." if self.prefix else ""
+        for projection in self.site.projections:
+            values = self.site.dequantized(projection, slice(expert, expert + 1), dtype)
+            for name, value in values.items():  # named after the first expert
+                out[name.removeprefix(f"{head}{self.children[0]}.")] = value
+            for name in projection.source.bias:
+                member = members(self.original, name)[expert]
+                out[member.removeprefix(f"{head}{self.children[expert]}.")] = self.biases[member].to(dtype)
+        return out
+
+    def run(self, expert: int, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+        """One expert's forward."""
+        child = self.original.get_submodule(self.prefix)._modules[self.children[expert]]
+        assert child is not None
+        return torch.func.functional_call(child, self.weights(expert, dtype), args, kwargs)
+
+    def block(self, dtype: torch.dtype) -> nn.Module:
+        """A copy of the block whose experts are made when they are called."""
+        memo: dict[int, Any] = {}
+        listed = self.original.get_submodule(self.prefix)
+        for child in listed._modules.values():
+            memo[id(child)] = child
+        config = getattr(self.original, "config", None)
+        if config is not None:
+            memo[id(config)] = config
+        block = copy.deepcopy(self.original, memo)
+        for hooks in (block._forward_hooks, block._forward_pre_hooks):
+            hooks.clear()
+        owner = block.get_submodule(self.prefix)
+        for expert, name in enumerate(self.children):
+            owner._modules[name] = _Lazy(self, expert, dtype)
+        return block
+
+
+class _Lazy(nn.Module):
+    def __init__(self, experts: _Experts, expert: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.run = lambda *args, **kwargs: experts.run(expert, dtype, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+class _Recorder(fx.Interpreter):
+    """The rewritten graph with the op's result computed by the original experts in fp32."""
+
+    def __init__(self, site: MXFP4Experts, experts: _Experts) -> None:
+        super().__init__(site.rewritten)
+        self.site, self.experts = site, experts
+        self.used: set[int] = set()
+
+    def truth(self, leaves: list[Any]) -> Any:
+        """What the block returns then."""
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return self.site._arranged(self.run(*inputs, *self.site.stored()))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target != schema.moe:
+            return super().call_function(target, args, kwargs)
+        x, ids, weights = args[:3]
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in ids.unique().tolist():
+            token, column = torch.where(ids == expert)
+            rows = self.experts.run(expert, torch.float32, x[token].float())
+            out.index_add_(0, token, rows.float() * weights[token, column, None].float())
+            self.used.add(expert)
+        return out.to(x.dtype)
+
+
+__all__ = ["is_loop", "verify_loop"]

@@ -1,0 +1,143 @@
+"""Blocks written for the tests in the style of remote code and of transformers 4: experts called in Python loops.
+
+``RemoteMoE`` is DeepSeek-V2 like: a ModuleList, a group-limited router, shared experts, and an inference loop
+over sorted slices with counts on the host. ``LoopMoE`` has the where/index_add loops, and the mutations of
+test_loop_mutations.py as overrides of its steps.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+H, I, E, K = 64, 32, 6, 2
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, width: int = I, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(H, width, bias=bias)
+        self.up_proj = nn.Linear(H, width, bias=bias)
+        self.down_proj = nn.Linear(width, H, bias=bias)
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.silu(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PlainMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(H, I)
+        self.down_proj = nn.Linear(I, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class GroupLimitedGate(nn.Module):
+    """Softmax scores; only experts of the best groups are eligible."""
+
+    def __init__(self, groups: int = 3, kept: int = 2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(E, H))
+        self.groups, self.kept = groups, kept
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = F.linear(x.float(), self.weight.float()).softmax(-1)
+        best = scores.view(len(x), self.groups, -1).max(-1).values
+        chosen = torch.zeros_like(best).scatter_(1, best.topk(self.kept, dim=-1).indices, 1)
+        mask = chosen.unsqueeze(-1).expand(-1, self.groups, E // self.groups).reshape(len(x), -1)
+        weights, ids = scores.masked_fill(~mask.bool(), 0.0).topk(K, dim=-1, sorted=False)
+        return ids, weights * 1.5
+
+
+class RemoteMoE(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([GatedMLP() for _ in range(E)])
+        self.gate = GroupLimitedGate()
+        self.shared_experts = GatedMLP(2 * I)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        shape = hidden_states.shape
+        ids, weights = self.gate(hidden_states.view(-1, shape[-1]))
+        y = self.infer(hidden_states.view(-1, shape[-1]), ids, weights).view(*shape)
+        return y + self.shared_experts(hidden_states)
+
+    @torch.no_grad()
+    def infer(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        counts = ids.new_zeros((ids.shape[0], len(self.experts)))
+        counts.scatter_(1, ids, 1)
+        per_expert = counts.sum(dim=0)
+        order = ids.view(-1).argsort()
+        rows = x[order // ids.shape[1]]
+        per_expert = per_expert.cpu().numpy()
+        outputs, start = [], 0
+        for i, count in enumerate(per_expert):
+            end = start + count
+            if count == 0:
+                continue
+            outputs.append(self.experts[i](rows[start:end]))
+            start = end
+        joined = torch.cat(outputs, dim=0) if len(outputs) else rows.new_empty(0)
+        back = torch.empty_like(joined)
+        back[order] = joined
+        return back.view(*ids.shape, -1).type(weights.dtype).mul_(weights.unsqueeze(-1)).sum(dim=1).type(back.dtype)
+
+
+class LoopMoE(nn.Module):
+    """Mixtral's loop of transformers 4: over all experts, or (``hit``) over those that have tokens."""
+
+    def __init__(self, expert: type[nn.Module] = GatedMLP, hit: bool = False, named: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        experts = [expert() for _ in range(E)]
+        self.experts = nn.ModuleDict({f"e{i}": m for i, m in enumerate(experts)}) if named else nn.ModuleList(experts)
+        self.hit, self.named = hit, named
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        batch, length, width = hidden_states.shape
+        x = hidden_states.view(-1, width)
+        logits = self.gate(x)
+        weights, ids = F.softmax(logits, dim=1, dtype=torch.float).topk(K, dim=-1)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        out = torch.zeros((batch * length, width), dtype=x.dtype, device=x.device)
+        mask = F.one_hot(ids, num_classes=E).permute(2, 1, 0)
+        experts = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero() if self.hit else range(E)
+        for e in experts:
+            column, token = torch.where(mask[e].squeeze(0))
+            if not self.hit and token.numel() == 0:
+                continue
+            out = self.step(e, x, weights, out, column, token)
+        return out.reshape(batch, length, width), logits
+
+    def expert(self, e: Tensor | int) -> nn.Module:
+        return self.experts[f"e{int(e)}"] if self.named else self.experts[e]
+
+    def step(self, e: Tensor | int, x: Tensor, weights: Tensor, out: Tensor, column: Tensor, token: Tensor) -> Tensor:
+        rows = x[None, token].reshape(-1, x.shape[1])
+        current = self.expert(e)(rows) * weights[token, column, None]
+        return out.index_add_(0, token, current.to(x.dtype))
+
+
+class Model(nn.Module):
+    """Two blocks with a residual; takes hidden states."""
+
+    def __init__(self, make: object, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.ModuleList([make() for _ in range(2)])  # type: ignore[operator]
+            for p in self.parameters():
+                nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+        self.to(dtype).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            y = block(x)
+            x = x + (y[0] if isinstance(y, tuple) else y)
+        return x

@@ -1,0 +1,91 @@
+"""Experts called in data-dependent loops: rewritten, equal to the original, and put back."""
+
+from __future__ import annotations
+
+import functools
+import gc
+
+import pytest
+import torch
+from loop_models import E, GatedMLP, H, LoopMoE, Model, PlainMLP, RemoteMoE
+from torch import nn
+
+import mxfp4_compile
+from mxfp4_compile import OptimizeError
+
+STYLES = {
+    "remote code, sorted slices": RemoteMoE,
+    "all experts": LoopMoE,
+    "hit experts": functools.partial(LoopMoE, hit=True),
+    "biases, gelu, no gate": functools.partial(LoopMoE, PlainMLP),
+    "gated with biases in a dict": functools.partial(LoopMoE, functools.partial(GatedMLP, bias=True), named=True),
+}
+
+
+def inputs(batch: int = 2, length: int = 9, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(batch, length, H, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_rewritten_and_equal(style: str) -> None:
+    model = Model(STYLES[style], torch.float32)
+    keys = set(model.state_dict())
+    mxfp4_compile.optimize(model, example_inputs=(inputs(dtype=torch.float32),))
+    assert [s.outcome for s in model.mxfp4_report.sites] == ["fused", "fused"]
+    assert all(s.error is not None for s in model.mxfp4_report.sites)
+    calls = [inputs(b, n, seed, torch.float32) for seed, (b, n) in enumerate(((1, 9), (3, 9), (2, 9), (7, 9)))]
+    with torch.no_grad():
+        ours = [model(x) for x in calls]
+        saved = {k: v.clone() for k, v in model.state_dict().items()}
+        assert any(k.endswith("_packed") for k in saved)
+        model.load_state_dict(saved)
+        assert torch.equal(model(calls[0]), ours[0])
+        mxfp4_compile.restore(model)
+        assert set(model.state_dict()) == keys
+        assert isinstance(model.layers[0].experts, (nn.ModuleList, nn.ModuleDict))
+        for x, y in zip(calls, ours, strict=True):
+            torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_and_shared_experts() -> None:
+    model = Model(RemoteMoE)
+    x = inputs()
+    mxfp4_compile.optimize(model, example_inputs=(x,))
+    site = model.layers[0]
+    assert "shared_experts.up_proj.weight" in site.state_dict()
+    for report in model.mxfp4_report.sites:
+        assert report.error <= 1.5 * report.original_error + 2e-3
+    with torch.no_grad():
+        ours = model(x)
+        theirs = mxfp4_compile.restore(model)(x)
+    assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+def test_no_second_copy_remains() -> None:
+    model = Model(RemoteMoE)
+    experts = sum(p.numel() * 2 for n, p in model.named_parameters() if ".experts." in n)
+    mxfp4_compile.optimize(model, example_inputs=(inputs(),))
+    gc.collect()
+    live = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta")
+    rest = sum(p.numel() * 2 for n, p in model.named_parameters())
+    assert live <= rest + 0.28 * experts
+
+
+class OtherActivation(LoopMoE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts[E - 1].activate = torch.tanh
+
+
+class Missing(LoopMoE):
+    def step(self, e, x, weights, out, column, token):
+        return out if e == 3 else super().step(e, x, weights, out, column, token)
+
+
+@pytest.mark.parametrize(("block", "reason"), [(OtherActivation, "expert 5"), (Missing, "expert 3")])
+def test_refused_with_the_reason(block: type[nn.Module], reason: str) -> None:
+    model = Model(block)
+    with pytest.raises(OptimizeError, match=reason) as raised:
+        mxfp4_compile.optimize(model, example_inputs=(inputs(),))
+    assert "layers.0" in str(raised.value)
+    assert isinstance(model.layers[0], block)
