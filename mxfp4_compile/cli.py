@@ -473,12 +473,12 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _layers(args: argparse.Namespace) -> tuple[str, list[LayerShape]]:
     """What the arguments name, in words, and its MoE layers."""
-    from .ops.synthetic import LayerShape
+    from .ops.synthetic import QWEN3_30B_A3B, LayerShape
 
     if args.shape:
         return "the given sizes", [LayerShape(*args.shape)]
     if not args.model:
-        return "the layer of Qwen3-30B-A3B", [LayerShape(128, 8, 2048, 768)]
+        return "the layer of Qwen3-30B-A3B", [QWEN3_30B_A3B]
     import torch
 
     from .demo import quiet
@@ -494,15 +494,15 @@ def _tune(args: argparse.Namespace) -> int:
 
     try:
         device = device_of(args.device)
-    except Unavailable as error:
-        raise Unavailable(f"tune needs a GPU: {error}") from None
+    except Unavailable:  # its text offers the CPU, on which there is nothing to tune
+        raise Unavailable("tune needs a GPU, and there is none that torch can use") from None
     if device.type != "cuda":
         raise Unavailable(f"tune needs a GPU: the native kernels do not run on {device}")
     what, shapes = _layers(args)
-    from .ops.target import Request, Target
+    from .ops.target import Target
 
     target = Target.of(device)
-    unmet = [str(r) for s in shapes for r in BACKEND.supports(Request(s.params), target) if not r.met]
+    unmet = [str(r) for s in shapes for r in BACKEND.supports(s.request, target) if not r.met]
     if unmet:
         raise Unavailable(f"the native kernels cannot run here: {', '.join(dict.fromkeys(unmet))}")
     import torch

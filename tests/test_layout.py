@@ -18,6 +18,7 @@ LINKS = ("ops", "passes")
 FLOORS = {
     "spec": 0,
     "mx": 0,
+    "timing": 0,
     "ops": 1,
     "report": 1,
     "families": 1,

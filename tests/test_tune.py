@@ -270,6 +270,48 @@ def test_candidates() -> None:
             assert (here.up_regime, here.up) in found and (here.down_regime, here.down) in found
 
 
+# compilation
+
+
+class _FakeDriver:
+    """A Hopper that is not here, as far as compiling for it goes."""
+
+    def get_current_device(self) -> int:
+        return 99  # no real one, whose compiled kernels are remembered under its number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+
+    from mxfp4_compile.ops.triton import tune
+    from mxfp4_compile.ops.triton.launch import Step
+
+    compiled: list[str] = []
+
+    def warm(step: Step, *args: Any) -> None:
+        tune._warm(step, *args)
+        compiled.append(step.kernel.__name__)
+
+    monkeypatch.setattr(Step, "__call__", warm)
+    monkeypatch.setattr(driver, "_active", _FakeDriver())
+    job = tune._Job(LayerShape(4, 2, 128, 64, biased=True), 1, VECTOR, "sm80")
+    assert tune._compile(job) == (job, "")
+    assert compiled == ["vector_up", "vector_down"]
+    scan = Tiles(4, 3, (("BM", 64), ("BT", 24), ("QUADS", 0), ("UNROLL", 1), ("WAIT", 0)))
+    job = tune._Job(LayerShape(4, 2, 128, 64), 4, Choice("scan", scan, "scan", scan), "sm80")
+    _, reason = tune._compile(job)
+    assert "power of 2" in reason
+
+
 # the command
 
 
@@ -282,7 +324,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "tune needs a GPU: there is no GPU that torch can use" in fails(capsys, "tune")
+    assert "tune needs a GPU, and there is none that torch can use" in fails(capsys, "tune")
     assert "tune needs a GPU" in fails(capsys, "tune", "--device", "cpu")
     assert "tune needs a GPU" in fails(capsys, "tune", "--shape", "8,2,64,64", "--tokens", "1", "--budget", "5")
 
@@ -356,13 +398,13 @@ def test_wrong_and_failing_candidates_are_skipped_and_counted(whole: dict[str, A
     # Wrong: one leaves out rows, one changes from run to run. Failing: a size is missing.
     assert counts == {"considered": 10, "timed": 4, "failed": 2, "wrong": 4, "unreached": 0}
     reasons = " ".join(whole["result"]["failures"])
-    assert "not finite" in reasons and "from run to run" in reasons and "KeyError" in reasons
+    assert "not finite" in reasons and "from run to run" in reasons and "constants" in reasons
 
 
 def test_the_result_is_kept_and_used(whole: dict[str, Any]) -> None:
     assert whole["used"] == {"1": True, "2": True, "3": False, "4": False}
     assert whole["files"] == 1
-    assert whole["layer_error"] < 1e-2
+    assert whole["layer_error"] < 2e-2
 
 
 def test_a_range_ends_where_it_would_be_slower(whole: dict[str, Any]) -> None:
@@ -407,8 +449,10 @@ def main() -> None:
         fast = sum(t == good[1] for t in (run.choice.up, run.choice.down))
         return 100.0 - 25.0 * fast if tokens <= limit["tokens"] else 100.0 + 25.0 * fast
 
-    go = lambda tokens, budget=600.0: tune.tune(shape, tokens, budget, CPU, timer=timer, propose=propose)
-    result = go([1, 4])
+    go = lambda tokens, budget=600.0, propose=lambda *_: [good]: tune.tune(
+        shape, tokens, budget, CPU, timer=timer, propose=propose
+    )
+    result = go([1, 4], propose=propose)
     out: dict[str, Any] = {"result": result.to_dict(), "ranges": {}}
     span = lambda r: [r.points[0].entry.min_tokens, r.points[0].entry.max_tokens]
     out["ranges"]["level"] = span(result)

@@ -59,6 +59,11 @@ class LayerShape:
         )
 
     @property
+    def request(self) -> Request:
+        """What such a site asks of a backend."""
+        return Request(self.params, biases=self.biased)
+
+    @property
     def expert_weights(self) -> int:
         """Weights of one expert."""
         return (3 if self.gated else 2) * self.hidden * self.intermediate
@@ -67,6 +72,9 @@ class LayerShape:
         extra = ("" if self.gated else ", not gated") + (", biases" if self.biased else "")
         dtype = str(self.dtype).removeprefix("torch.")
         return f"E={self.num_experts} K={self.top_k} H={self.hidden} I={self.intermediate}, {dtype}{extra}"
+
+
+QWEN3_30B_A3B = LayerShape(128, 8, 2048, 768)
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,7 @@ def random_layer(shape: LayerShape, device: torch.device, seed: int = 0) -> Laye
 def prepare(layer: Layer, backend: Backend, device: torch.device) -> Prepared:
     """The layer in the layout that ``backend`` plans for it, a few experts at a time."""
     params = layer.shape.params
-    layout = backend.plan(Request(params), Target.of(device))
+    layout = backend.plan(layer.shape.request, Target.of(device))
 
     def weight(role: Role, packed: Tensor, scales: Tensor) -> list[Tensor]:
         k = params.shape(role)[2]

@@ -224,9 +224,7 @@ def _entries(path: Path, host: Host) -> tuple[Entry, ...]:
         return ()
 
 
-def lookup(
-    device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int
-) -> Choice | None:
+def lookup(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int) -> Choice | None:
     """The user's tuned kernels for this layer on this device, or None."""
     host = host_of(device)
     path = path_for(host)
