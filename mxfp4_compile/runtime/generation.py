@@ -94,6 +94,8 @@ class Runtime:
             return "the model is an encoder-decoder"
         if model.training:
             return "the model is in training mode"
+        if torch.is_autocast_enabled(device.type):
+            return "autocast is on"
         odd = _odd_attention(model)
         if odd is not None:
             return odd
