@@ -130,9 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[common],
         help="which backends could serve a model's experts, here or on an architecture by name, and why not",
     )
-    backends.add_argument("--arch", metavar="NAME", help="an architecture, such as sm_90, not this one")
+    backends.add_argument("--arch", metavar="NAME", help="an architecture by name, such as sm_90")
     of = backends.add_mutually_exclusive_group()
-    of.add_argument("model", nargs="?", metavar="MODEL", help="a directory or a hub id; without one: availability alone")
+    of.add_argument("model", nargs="?", metavar="MODEL", help="a directory or a hub id; without: availability alone")
     of.add_argument("--family", metavar="NAME", help="a tiny random instance of a transformers family instead")
     backends.set_defaults(run=_backends)
 
@@ -609,6 +609,8 @@ def _matrix_text(found: Matrix) -> str:
         lines.append(f"  -> {row.chosen} (layout {row.layout})" if row.chosen else "  -> none")
         lines += [f"  note: {note}" for note in row.notes]
     return "\n".join(line.rstrip() for line in lines)
+
+
 # bench
 
 

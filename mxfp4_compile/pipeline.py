@@ -453,7 +453,9 @@ def _build(
     module, choice, spec = site.candidate.module, structure.choice, structure.found.spec
     params = structure.found.spec.params if isinstance(structure.found, FusedMatch) else None
     dtype = module.get_parameter(projections_of(spec)[0].source.parameters[0]).dtype
-    plan = SitePlan(spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained)
+    plan = SitePlan(
+        spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained, structure.request
+    )
     weights, biases, errors, warnings = {}, {}, [], []
     by_name: dict[str, dict[str, float]] = {}
     for projection in projections_of(spec):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -525,6 +526,28 @@ def test_score_correction_changes_the_choice_of_experts() -> None:
         gate.e_score_correction_bias[:4] += 100.0
         model(**tiny_inputs(model))
     assert not torch.equal(ids[0], ids[1]) and int(ids[1].max()) < 4
+
+
+def test_split_sites_that_move_keep_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site around a middle of its own never lands at a backend for whole layers."""
+    from mxfp4_compile.passes import experts
+
+    model = tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.experts.act_fn = torch.nn.Tanh()
+    mxfp4_compile.optimize(model, max_capture_size=96)
+    asked = []
+
+    def spy(params, device, requested, request):
+        asked.append((params, request.shapes, request.max_capture_size))
+        raise BackendUnavailable("enough seen")
+
+    monkeypatch.setattr(experts, "choose", spy)
+    site = next(iter(mxfp4_sites(model).values()))
+    with pytest.raises(BackendUnavailable, match="enough seen"):
+        # Another device than the weights', without there being one.
+        site._apply(lambda t: types.SimpleNamespace(dtype=t.dtype, device=torch.device("cuda", 0)))
+    assert asked == [(None, ((8, 64, 64), (8, 64, 32)), 96)]
 
 
 def test_tile_of_tokens() -> None:

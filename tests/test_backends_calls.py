@@ -155,6 +155,26 @@ def test_flashinfer_trtllm(monkeypatch: pytest.MonkeyPatch, activation: Activati
     assert len(recorder.calls) == 1
 
 
+def test_tile_of_tokens_is_handed_to_builds_that_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def older(topk_ids, hidden_states, tile_tokens_dim, **rest):
+        seen.append(tile_tokens_dim)
+        return [torch.zeros_like(hidden_states)]
+
+    module(monkeypatch, "flashinfer.fused_moe", trtllm_fp4_block_scale_routed_moe=older)
+    p = params(SILU)
+    for tokens in (9, 40):
+        x, ids, weights, packed, _, _ = make_inputs(p, tokens, 2, bias=False)
+        prepared = [
+            flashinfer.TRTLLM.prepare(*w, k=p.shape(r)[2], role=r, params=p, layout="bf16-64")
+            for r, w in zip(("up", "down"), packed, strict=True)
+        ]
+        flashinfer.TRTLLM.moe(x, ids, weights, *prepared, None, None, p, "bf16-64")
+    # 9 tokens of 2 among 5 experts: 4.7 with the imbalance; 40: 20.8.
+    assert seen == [8, 32]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", [SILU, GPT_OSS], ids=str)
 def test_flashinfer_cutlass(monkeypatch: pytest.MonkeyPatch, activation: Activation, bias: bool) -> None:

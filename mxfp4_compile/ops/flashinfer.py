@@ -13,9 +13,12 @@ Neither was run on hardware by this project. Prepared weights:
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, float8_e4m3fn
 
@@ -64,10 +67,15 @@ def _library(entry: str) -> list[Requirement]:
 def tile_tokens(tokens: int, top_k: int, num_experts: int) -> int:
     """The tile of tokens of trtllm-gen kernels: the mean of an expert with 1.3 times imbalance, next power of two.
 
-    Clamped to 8..64. For library versions that take it; from 0.7 on they choose it themselves.
+    Clamped to 8..64. For builds whose entry point takes it (``tile_tokens_dim``); 0.7.2 chooses it by itself.
     """
     mean = max(int(tokens * top_k / num_experts * 1.3), 1)
     return min(max(1 << (mean - 1).bit_length(), 8), 64)
+
+
+@lru_cache(maxsize=8)
+def _takes(function: Any, parameter: str) -> bool:
+    return parameter in inspect.signature(function).parameters
 
 
 class TrtllmBackend(FusedLayerBackend):
@@ -140,6 +148,9 @@ class TrtllmBackend(FusedLayerBackend):
             x, scale = mxfp8_quantize(x, False)
             scale = scale.view(float8_e4m3fn).reshape(tokens, -1)
         constants = swiglu_constants(params, x.device)
+        tile = {}
+        if _takes(trtllm_fp4_block_scale_routed_moe, "tile_tokens_dim"):
+            tile = {"tile_tokens_dim": tile_tokens(ids.shape[0], ids.shape[1], params.num_experts)}
         out = trtllm_fp4_block_scale_routed_moe(
             topk_ids=(ids, weights),
             routing_bias=None,
@@ -169,6 +180,7 @@ class TrtllmBackend(FusedLayerBackend):
             routing_method_type=1,
             do_finalize=True,
             tune_max_num_tokens=int(largest),
+            **tile,
         )
         result: Tensor = out[0] if isinstance(out, (list, tuple)) else out
         return result

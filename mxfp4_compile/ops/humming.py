@@ -79,7 +79,11 @@ class HummingBackend(Backend):
         p = request.params
         if p is not None:
             requirements.append(
-                Requirement("dtype", p.round_dtype == torch.bfloat16, f"{p.round_dtype}; offered for bf16")
+                Requirement(
+                    "dtype",
+                    p.round_dtype == torch.bfloat16,
+                    f"{p.round_dtype}; offered for bf16, since its fp16 layout cannot hold every scale",
+                )
             )
         return requirements
 

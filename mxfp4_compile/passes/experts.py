@@ -7,7 +7,7 @@ bit, where it is needed: ``state_dict``, another device, ``restore``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .. import mx
 from ..ops.backend import BackendError
 from ..ops.registry import get_backend
 from ..ops.selection import Choice, choose
+from ..ops.target import PLAIN, Request
 from ..spec import MoEParams, MoESpec, Role, SplitSpec, WeightSource
 from .capture import CallPattern, TensorInfo
 
@@ -59,6 +60,7 @@ class SitePlan:
     weight_dtype: torch.dtype
     pattern: CallPattern
     retained: tuple[str, ...]
+    request: Request = PLAIN
 
     @property
     def params(self) -> MoEParams | None:
@@ -315,7 +317,10 @@ class MXFP4Experts(nn.Module):
         if moved.device == probe.device:
             super()._apply(fn, recurse)
             return self
-        self.prepare_for(moved.device, choose(self.plan.params, moved.device, None))
+        # What the site asks for, on another device; a backend asked for by name was asked for on the first one.
+        shapes = tuple(p.shape for p in self.projections)
+        request = replace(self.plan.request, params=self.plan.params, shapes=shapes)
+        self.prepare_for(moved.device, choose(self.plan.params, moved.device, None, request))
         for name in {n.split(".")[0] for n in self.plan.retained}:
             child = self._modules.get(name)
             if child is not None:

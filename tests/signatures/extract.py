@@ -112,8 +112,11 @@ def _wheel(directory: Path, prefix: str) -> Path:
 
 
 def _hash(path: Path) -> str:
+    result = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            result.update(block)
+    return result.hexdigest()
 
 
 def _parameters(tree: ast.Module, name: str) -> list[list[Any]]:
