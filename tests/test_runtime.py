@@ -118,9 +118,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_options(trained: nn.Module, options: dict[str, Any], batch: int) -> None:
-    expected, got, recorder = both(trained, prompts(batch), **options)
+def test_options(trained: nn.Module, options: dict[str, Any]) -> None:
+    expected, got, recorder = both(trained, prompts(3), **options)
     assert torch.equal(got, expected)
     assert recorder.replayed > 1 or "max_new_tokens" in options
 
@@ -219,6 +218,16 @@ def test_inputs_embeds_and_prefill_chunks(trained: nn.Module) -> None:
     assert recorder.replayed > 10
 
 
+def test_assisted_decoding_and_autocast_are_left_alone(trained: nn.Module) -> None:
+    expected, got, recorder = both(trained, prompts(1), prompt_lookup_num_tokens=3)
+    assert torch.equal(got, expected)
+    assert recorder.recorded == 0
+    recorder = recorded(trained)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="dtype it runs in"):
+        trained.generate(**prompts(2), max_new_tokens=5)
+    assert recorder.recorded == 0
+
+
 def test_what_the_user_decides_is_left_to_transformers(trained: nn.Module) -> None:
     inputs = prompts(2, mixed=False)
     for options in ({"use_cache": False}, {"cache_implementation": "static"}, {"disable_compile": True}):
@@ -240,7 +249,7 @@ def test_captured_once_for_all_lengths_and_batches_of_a_size(trained: nn.Module)
     assert recorder.recorded == 1
     trained.generate(**prompts(5), **options)
     assert recorder.recorded == 2
-    trained.generate(**prompts(3, 24), **(options | {"max_new_tokens": 700}))
+    trained.generate(**prompts(3, 520), **options)
     assert recorder.recorded == 3  # a longer cache
     trained.generate(**prompts(3, 24), **options)
     assert recorder.recorded == 3
@@ -358,7 +367,14 @@ def wide(family: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "deepseek_v3", "qwen3_moe", "gemma4", "cohere2_moe"])
+QUICK = ["gpt_oss", "mixtral", "deepseek_v3"]
+OTHERS = [
+    "afmoe", "aria", "cohere2_moe", "ernie4_5_vl_moe", "gemma4", "glm4_moe", "granitemoe_swa", "laguna", "minimax_m2",
+    "muse_spark", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
 def test_families(family: str) -> None:
     model = mxfp4_compile.optimize(wide(family), verify=False)
     ids = torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -370,11 +386,14 @@ def test_families(family: str) -> None:
         )
         assert torch.equal(got, expected)
         assert recorder.recorded == 1
-        assert recorder.replayed > 30
+        if family.endswith("vl_moe"):  # positions of several kinds: said, and run without
+            assert "position_ids of several kinds" in str(model.mxfp4_report)
+        else:
+            assert recorder.replayed > 30
 
 
-@pytest.mark.parametrize("window", [2, 5, 8, 700])
-@pytest.mark.parametrize("prompt", [1, 4, 5, 6, 13])
+@pytest.mark.parametrize("window", [2, 5, 700])
+@pytest.mark.parametrize("prompt", [1, 5, 13])
 def test_windows(window: int, prompt: int) -> None:
     """gpt-oss before, at and past its window; 700 is longer than the cache."""
     model = tiny_model("gpt_oss")
@@ -390,7 +409,7 @@ def test_windows(window: int, prompt: int) -> None:
     assert runtime_of(model).report.captures[0].error < 1e-5
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "jamba", "deepseek_v32", "lfm2_moe"])
+@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v32"])
 def test_caches_of_other_kinds_are_named_and_run_without(family: str) -> None:
     model = mxfp4_compile.optimize(tiny_model(family), verify=False)
     ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(1))

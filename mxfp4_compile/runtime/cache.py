@@ -123,11 +123,12 @@ class StaticKV(Cache):  # type: ignore[misc]
             lead = (rows, shape.heads, shape.slots(length))
             keys = arena.take(i, "keys", (*lead, shape.key_dim), shape.dtype, device)
             values = arena.take(i, "values", (*lead, shape.value_dim), shape.dtype, device)
-            if shape.window is None:
-                for tensor in (keys, values):
-                    torch._dynamo.maybe_mark_dynamic(tensor, 2)
             slot = self.position if shape.window is None else self.ring_slot
             self.views.append(StaticLayerView(keys, values, slot))
+
+    def full_views(self) -> list[StaticLayerView]:
+        """The layers without a window."""
+        return [v for s, v in zip(self.shapes, self.views, strict=True) if s.window is None]
 
     # what a model's forward may ask of a cache in a decode step
 

@@ -59,7 +59,7 @@ class Runtime:
         self.lock = threading.Lock()
         self.steps: dict[Any, Any] = {}
         self.refused: dict[Any, str] = {}
-        self.layers: dict[int, Any] = {}
+        self.layers: dict[tuple[int, int], Any] = {}
         self.arena: Any = None
         self.fingerprint: int | None = None
 
@@ -94,6 +94,8 @@ class Runtime:
             return "the model is an encoder-decoder"
         if model.training:
             return "the model is in training mode"
+        if torch.is_autocast_enabled(device.type):
+            return "autocast is on"
         odd = _odd_attention(model)
         if odd is not None:
             return odd
@@ -145,22 +147,16 @@ class Runtime:
             if free is not None and need + _RESERVE_BYTES > free:
                 text = f"{key}: not captured, its cache takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
                 return self._refuse(key, text)
-            attempts = [(c, a) for c in (True, False) for a in (True, False)]
-            attempts = [
-                (c, a)
-                for c, a in attempts
-                if (not c or (self.compile_layers and self.recorder.compiles)) and (not a or self.use_attention)
-            ]
-            for compile_layers, use_attention in attempts:
-                made = f"{'compiled' if compile_layers else 'eager'} layers, " + (
-                    "own attention" if use_attention else "the model's attention"
-                )
+            for layers, use_attention in self._attempts():
+                made = f"{layers} layers, {'own attention' if use_attention else 'the attention of the model'}"
                 try:
-                    if compile_layers and key.rows not in self.layers:
-                        self.layers[key.rows] = compiled_layer(key.rows)
+                    function = None
+                    if layers != "eager":
+                        which = (key.rows, 0 if layers == "compiled" else key.length)
+                        function = self.layers.setdefault(which, compiled_layer(key.rows))
                     step = DecodeStep(
                         self.model, key, shapes, probe.position_shape, self.recorder, self.arena,
-                        layer=self.layers[key.rows] if compile_layers else None, use_attention=use_attention,
+                        layer=function, any_length=layers == "compiled", use_attention=use_attention,
                     )  # fmt: skip
                     difference = probe.error_of(step)
                 except torch.OutOfMemoryError:
@@ -179,6 +175,13 @@ class Runtime:
                     return step
                 self.report.note(f"{key} with {made}: not used, logits differ from the eager ones by {difference:.2g}")
             return self._refuse("model", "no recorded step agrees with the eager one: generate runs without graphs")
+
+    def _attempts(self) -> list[tuple[str, bool]]:
+        """Ways to make a step, best first: how layers run, and whether attention.py stands in for attention."""
+        assert self.recorder is not None
+        compiled = self.compile_layers and self.recorder.compiles
+        ways = ["compiled", "compiled for this length:", "eager"] if compiled else ["eager"]
+        return [(way, own) for own in (True, False) if own <= self.use_attention for way in ways]
 
     def _refuse(self, what: Any, reason: str) -> None:
         self.refused[what] = reason
@@ -432,7 +435,9 @@ class _Session:
         return step.output_class(logits=step.logits[:batch, None].clone(), past_key_values=self.cache)
 
     def _recordable(self, inputs: dict[str, Any]) -> bool:
-        if self.step is None or inputs.get("past_key_values") is not self.cache:
+        cache: Any = self.cache
+        known = cache is not None and id(inputs.get("past_key_values")) == id(cache)
+        if self.step is None or not known:
             return False
         ids: Any = inputs.get("input_ids")
         mask: Any = inputs.get("attention_mask")
@@ -448,8 +453,8 @@ class _Session:
         return (
             not extra
             and (mask is None or mask.dim() == 2)
-            and (self.cache.static is not None or self.cache.get_seq_length() > 0)
-            and self.cache.get_seq_length() < self.step.key.length
+            and (cache.static is not None or cache.get_seq_length() > 0)
+            and cache.get_seq_length() < self.step.key.length
         )
 
     def enter(self, attention_mask: Tensor | None) -> None:

@@ -52,13 +52,19 @@ class DecodeStep:
         arena: Arena,
         *,
         layer: LayerFunction | None,
+        any_length: bool = False,
         use_attention: bool,
     ) -> None:
-        """``layer``: what ``compiled_layer`` returned for as many rows, or None to record layers as they are."""
+        """``layer``: what ``compiled_layer`` returned for as many rows, or None to record layers as they are.
+        ``any_length``: it is to be compiled for caches of every length."""
         started = time.perf_counter()
         device = next(model.parameters()).device
         self.key = key
         self.kv = StaticKV(shapes, key.rows, key.length, device, arena)
+        self._any_length = any_length
+        for view in self.kv.full_views() if any_length else ():
+            torch._dynamo.maybe_mark_dynamic(view.keys, 2)
+            torch._dynamo.maybe_mark_dynamic(view.values, 2)
         self.tokens = torch.zeros(key.rows, 1, dtype=torch.int64, device=device)
         self.position_ids = torch.zeros(position_shape, dtype=torch.int64, device=device)
         self.logits = torch.empty(0)
@@ -79,8 +85,8 @@ class DecodeStep:
 
     def _run(self) -> None:
         masks = self.kv.masks()
-        # One compilation for caches of every length; windows are fixed.
-        torch._dynamo.maybe_mark_dynamic(masks["full_attention"], 3)
+        if self._any_length:
+            torch._dynamo.maybe_mark_dynamic(masks["full_attention"], 3)
         mask: Any = {name: masks[name] for name in self._names} if self._names else masks["full_attention"]
         if not self._names and self.kv.window is not None:
             mask = masks["sliding_attention"]
