@@ -4,6 +4,8 @@
 >>> print(model.mxfp4_report)
 >>> model.save_pretrained("model-mxfp4")
 >>> model = mxfp4_compile.load("model-mxfp4")
+
+or, for a model that stays as it is, ``torch.compile(model, backend="mxfp4_compile")``.
 """
 
 from typing import Any
@@ -12,6 +14,7 @@ __version__ = "0.1.0"
 
 from .checkpoint import CheckpointError
 from .checkpoint.registration import register as _register
+from .compile_backend import compile_reports, register_where_needed
 from .pipeline import OptimizeError, optimize, restore
 from .report import Report, SiteReport
 from .runtime import capture
@@ -24,6 +27,7 @@ __all__ = [
     "SiteReport",
     "__version__",
     "capture",
+    "compile_reports",
     "load",
     "optimize",
     "restore",
@@ -31,6 +35,7 @@ __all__ = [
 ]
 
 _register()
+register_where_needed()
 
 
 def __getattr__(name: str) -> Any:
