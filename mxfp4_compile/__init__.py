@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 from .checkpoint import CheckpointError
 from .checkpoint.registration import register as _register
 from .compile_backend import compile_reports, register_where_needed
+from .inspection import inspect
 from .pipeline import OptimizeError, optimize, restore
 from .report import Report, SiteReport
 from .runtime import capture
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "capture",
     "compile_reports",
+    "inspect",
     "load",
     "optimize",
     "restore",

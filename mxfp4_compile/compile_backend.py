@@ -30,6 +30,7 @@ from .ops.selection import BackendUnavailable, requested_backend
 from .passes.discover import Candidate
 from .passes.experts import projections_of, source_names
 from .passes.match import FusedMatch, NoMatch
+from .passes.observe import observe
 from .passes.prep import prep_program, prepare_bias, run_prep
 from .passes.regions import Region, RegionError, cut, find_sites, source_path, splice
 from .passes.rewrite import RewriteError, rewrite
@@ -255,6 +256,7 @@ def mxfp4_backend(
     Sites that do not match, or fail verification, keep their precision; ``compile_reports()`` says why.
     """
     started = time.perf_counter()
+    observe("captured", gm.graph)
     chosen, rest = _options(options)
     requested = requested_backend(chosen.backend)
     report = Report(chosen.scale_rule, "bf16", 0, chosen.verify, versions={"torch": torch.__version__})
@@ -284,6 +286,8 @@ def mxfp4_backend(
     if proven:
         report.notes.append(_STAY)
     inner_inputs, sites, constants = _splice_all(gm, list(example_inputs), proven)
+    if proven:
+        observe("rewritten", gm.graph)
     report.seconds = time.perf_counter() - started
     _tell(report)
     inner = _compile_inner(gm, inner_inputs, chosen.inner, mode, rest)
@@ -388,11 +392,15 @@ def _compile_inner(
     gm: fx.GraphModule, inputs: list[Any], inner: str, mode: str | None, rest: dict[str, Any]
 ) -> Callable[..., Any]:
     if inner == "inductor":
+        import torch._inductor.config as inductor_config
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **rest}
-        return compile_fx(gm, inputs, config_patches=patches or None)
+        from .passes.lower import HOOK, with_lowering
+
+        lowered = {HOOK: with_lowering(rest.get(HOOK, getattr(inductor_config, HOOK)))}
+        patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **rest, **lowered}
+        return compile_fx(gm, inputs, config_patches=patches)
     if inner == NAME:
         raise ValueError(f"{NAME!r} cannot be its own inner backend")
     if mode and mode != "default":

@@ -43,6 +43,7 @@ from .passes.experts import (
     source_names,
 )
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
+from .passes.observe import observe
 from .passes.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
 from .passes.rewrite import RewriteError, retained_names, rewrite
 from .passes.verify import Verification, VerificationError, check_weights, verify
@@ -167,6 +168,10 @@ def optimize(
                 attach(model, max_capture_size, report)
                 model.mxfp4_report = report  # type: ignore[assignment]
     model.mxfp4_report = report  # type: ignore[assignment]
+    if report.rewritten:
+        from .passes import lower  # imports Inductor, which takes seconds: not before it is needed
+
+        lower.install(model)
     failures = [s for s in report.sites if s.outcome == "failed"]
     if failures and strict:
         changed = [n for s in report.rewritten for n in s.names]
@@ -477,6 +482,8 @@ def _build(
     key = tuple(counts.values())
     if key not in structure.graphs:
         structure.graphs[key] = rewrite(structure.captured, structure.found, counts, choice.backend, choice.layout)
+        observe("site_captured", structure.captured.graph)
+        observe("site_rewritten", structure.graphs[key].graph)
     built = MXFP4Experts(plan, structure.graphs[key], module, weights, biases)
     built.weight_errors = by_name
     return built, torch.cat(errors), warnings
@@ -720,6 +727,9 @@ def restore(model: nn.Module) -> Any:
     if quantizer is not None:  # the model was loaded with ours
         quantizer.remove_quantization_config(model)
     detach(model)
+    from .passes import lower
+
+    lower.uninstall(model)
     return model
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import mx
 from ..spec import MoEParams, Role, moe_params
+from . import route as _route
 from .backend import BackendError
 from .registry import get_backend
 
@@ -42,6 +43,9 @@ _LIB.define(
     "grouped_linear(Tensor x, Tensor offsets, Tensor[] weight, int n, ScalarType round_dtype, str backend, "
     "str layout) -> Tensor",
     tags=_TAGS,
+)
+_LIB.define(
+    "route(Tensor logits, int k, str before, str after, float eps, ScalarType dtype) -> (Tensor, Tensor)", tags=_TAGS
 )
 
 
@@ -217,6 +221,7 @@ for _name, _impl, _fake in (
     ("prepare_linear", _prepare_linear, _prepare_linear),
     ("moe", _moe, _moe_fake),
     ("grouped_linear", _grouped_linear, _grouped_linear_fake),
+    ("route", _route.route, _route.fake),
 ):
     _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mxfp4::{_name}", _fake, lib=_LIB)
@@ -228,3 +233,4 @@ prepare_moe = torch.ops.mxfp4.prepare_moe.default
 prepare_linear = torch.ops.mxfp4.prepare_linear.default
 moe = torch.ops.mxfp4.moe.default
 grouped_linear = torch.ops.mxfp4.grouped_linear.default
+route = torch.ops.mxfp4.route.default
