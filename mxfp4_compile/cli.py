@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     which = explain.add_mutually_exclusive_group(required=True)
     which.add_argument("model", nargs="?", metavar="MODEL", help="a directory or a hub id; its weights are loaded")
     which.add_argument("--family", metavar="NAME", help="a tiny random instance of a transformers family instead")
+    explain.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write a page; quantizes one module of each kind to measure it"
+    )
     explain.set_defaults(run=_explain)
 
     optimize = commands.add_parser(
@@ -307,7 +310,12 @@ def _explain(args: argparse.Namespace) -> int:
     what = f"a tiny random {args.family}" if args.family else args.model
     from .explain import explain_model
 
-    explanation = explain_model(model, f"{type(model).__name__} ({what})", inputs)
+    explanation = explain_model(model, f"{type(model).__name__} ({what})", inputs, measure=args.html is not None)
+    if args.html:
+        from .explain_html import page
+
+        args.html.write_text(page(explanation), encoding="utf-8")
+        print(f"{PROGRAM}: wrote {args.html}", file=sys.stderr)
     if args.json:
         _print_json(explanation.to_dict())
     else:

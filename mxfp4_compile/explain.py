@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from . import mx, pipeline
+from .inspection import readable
 from .ops.registry import known_backends
 from .ops.selection import requested_backend, requirements
 from .ops.target import Target
@@ -17,7 +18,8 @@ from .passes.discover import experts_implementation, find_candidates
 from .passes.experts import Projection, projections_of
 from .passes.match import FusedMatch
 from .passes.prep import prep_program
-from .passes.rewrite import rewrite
+from .passes.rewrite import RewriteError, rewrite
+from .passes.verify import VerificationError
 from .pipeline import Site, Structure
 from .report import Report
 from .spec import MoESpec, SplitSpec
@@ -41,12 +43,32 @@ class WeightExplanation:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """One module, quantized and verified: bytes of its weights then, and errors as in ``SiteReport``.
+
+    ``failure``: why verification failed, or empty.
+    """
+
+    name: str
+    bytes_after: int = 0
+    weight_error_mean: float = 0.0
+    weight_error_max: float = 0.0
+    error: float = 0.0
+    original_error: float = 0.0
+    limit: float = 0.0
+    failure: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class SiteExplanation:
     """MoE modules of equal structure (``names``): what they are and what they would become.
 
     ``others``: each backend that would not be chosen, and why. ``prep``: for each projection the program
     from parameters to prepared weights; ``rewritten``: the graph that would take the module's place; both
-    as Python code. Where there is no match ``reason`` says why, and the rest is empty.
+    as Python code; ``captured``: the graph as it is, one node a line. ``bytes_before``: its expert weights now;
+    ``measured``: what one of the modules came to where it was quantized for this (and dropped again).
+    Where there is no match ``reason`` says why, and the rest is empty.
     """
 
     names: tuple[str, ...]
@@ -63,6 +85,9 @@ class SiteExplanation:
     others: tuple[tuple[str, str], ...] = ()
     prep: tuple[tuple[str, str], ...] = ()
     rewritten: str = ""
+    captured: str = ""
+    bytes_before: int = 0
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +102,12 @@ class Explanation:
         return asdict(self)
 
 
-def explain_model(model: nn.Module, name: str = "", example_inputs: Any = None) -> Explanation:
-    """What ``optimize(model)`` would do, found by the same steps, without quantizing or changing anything.
+def explain_model(
+    model: nn.Module, name: str = "", example_inputs: Any = None, measure: bool = False
+) -> Explanation:
+    """What ``optimize(model)`` would do, found by the same steps, without changing anything.
 
+    ``measure``: also quantize and verify one module of each structure, and drop it again.
     Raises OptimizeError for a model without a mixture of experts or one that optimize() refuses, and
     DiscoveryError if its forward does not run.
     """
@@ -93,10 +121,10 @@ def explain_model(model: nn.Module, name: str = "", example_inputs: Any = None) 
     for site in sites:
         key = id(site.structure) if site.structure else (site.outcome, site.reason, type(site.candidate.module))
         groups.setdefault(key, []).append(site)
-    return Explanation(name or type(model).__name__, tuple(_explain_group(group) for group in groups.values()))
+    return Explanation(name or type(model).__name__, tuple(_explain_group(group, model if measure else None) for group in groups.values()))
 
 
-def _explain_group(group: list[Site]) -> SiteExplanation:
+def _explain_group(group: list[Site], model: nn.Module | None) -> SiteExplanation:
     module, structure = group[0].candidate.module, group[0].structure
     names = tuple(name for site in group for name in site.candidate.names)
     if structure is None:
@@ -119,6 +147,33 @@ def _explain_group(group: list[Site]) -> SiteExplanation:
         _others(structure, device),
         prep,
         _rewritten(structure, counts),
+        readable(structure.captured.graph),
+        sum(
+            module.get_parameter(n).numel() * module.get_parameter(n).element_size()
+            for projection in _projections(structure)
+            for n in projection.source.parameters
+        ),
+        None if model is None else _measure(group[0], model),
+    )
+
+
+def _measure(site: Site, model: nn.Module) -> Measured:
+    """Quantize and verify one site as ``optimize`` does; nothing is installed."""
+    try:
+        built, errors, messages = pipeline._build(site, mx.DEFAULT_SCALE_RULE, lambda _: None)
+        with experts_implementation(model, "eager"):
+            result = pipeline.verify_site(built, site)
+    except (VerificationError, RewriteError) as error:
+        return Measured(site.name, failure=str(error))
+    return Measured(
+        site.name,
+        built.expert_bytes(),
+        float(errors.mean()),
+        float(errors.max()),
+        result.error,
+        result.original_error,
+        result.limit,
+        warnings=tuple(messages),
     )
 
 

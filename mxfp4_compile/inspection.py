@@ -180,11 +180,13 @@ def _inductor(inspection: Inspection) -> Iterator[None]:
 
     from .passes.lower import chained
 
-    saved = GraphLowering.save_output_code
+    saved = GraphLowering.__dict__["save_output_code"]
+    before: Callable[[str], None] | None = GraphLowering.save_output_code
 
     def save(code: str) -> None:
         inspection.write("kernels", code)
-        saved(code)
+        if before is not None:
+            before(code)
 
     captured = chained(inductor.pre_grad_custom_pass, lambda g: inspection.graph("captured", g))
     final = chained(inductor.post_grad_custom_post_pass, lambda g: inspection.graph("final", g))
@@ -199,7 +201,7 @@ def _inductor(inspection: Inspection) -> Iterator[None]:
         try:
             yield
         finally:
-            GraphLowering.save_output_code = staticmethod(saved)  # type: ignore[method-assign,assignment]
+            GraphLowering.save_output_code = saved
 
 
 __all__ = ["Inspection", "inspect"]

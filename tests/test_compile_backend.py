@@ -19,13 +19,15 @@ from mxfp4_compile.compile_backend import _store, compile_reports
 from mxfp4_compile.families import decorated_families, tiny_inputs, tiny_model
 
 QUICK = ("qwen3_moe", "gpt_oss", "aria", "nemotron_h")
-# Their own default loops over experts in Python, which breaks the graph there: nothing is found, and nothing said to be.
+# Its own default loops over experts in Python, which breaks the graph there: nothing is found.
+LATENT = {"axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "mistral4"}
 EAGER_LOOP = {"openai_privacy_filter"}
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Any:
     torch._dynamo.reset()
+    gc.collect()
     yield
     torch._dynamo.reset()
 
@@ -49,9 +51,9 @@ def _sites(start: int) -> list[Any]:
 
 
 def _check(family: str, layers: int = 1) -> None:
-    model = tiny_model(family, dtype=torch.float32, layers=layers)
-    if family == "axk1":  # its tiny configuration does not trace with sdpa, under any backend
-        model.config._attn_implementation = "eager"
+    # With latent attention these need as many key as query heads to trace, under any backend.
+    heads = {"num_key_value_heads": 4} if family in LATENT else {}
+    model = tiny_model(family, dtype=torch.float32, layers=layers, **heads)
     inputs = tiny_inputs(model)
     before = {name: p._version for name, p in model.named_parameters()}
     reference = mxfp4_compile.optimize(copy.deepcopy(model))
@@ -60,7 +62,9 @@ def _check(family: str, layers: int = 1) -> None:
     assert _relative(got, _out(reference, inputs)) <= 1e-5
     sites = _sites(start)
     assert sites and all(s.rewritten for s in sites), [s.reason for s in sites]
-    assert [s.form for s in sites] == [s.form for s in reference.mxfp4_report.rewritten for _ in s.names]
+    # All of them, but for experts that this forward does not reach (of a vision tower).
+    assert {s.form for s in sites} == {s.form for s in reference.mxfp4_report.rewritten}
+    assert len(sites) == sum(len(s.names) for s in reference.mxfp4_report.rewritten) or family == "ernie4_5_vl_moe"
     assert all(s.error is not None for s in sites)
     assert {name: p._version for name, p in model.named_parameters()} == before  # the model is not touched
 

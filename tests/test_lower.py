@@ -23,7 +23,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture
-def _hook() -> Any:
+def clean_hook() -> Any:
     before = getattr(inductor, HOOK)
     torch._dynamo.reset()
     yield
@@ -188,7 +188,7 @@ def test_lookalikes_keep_what_they_compute(function: Any) -> None:
 # in compiled models
 
 
-def test_compiled_models_with_fused_routers(_hook: Any) -> None:
+def test_compiled_models_with_fused_routers(clean_hook: None) -> None:
     for family, form in (("qwen3_moe", "softmax, top-2"), ("gpt_oss", "none, top-2, softmax")):
         model = mxfp4_compile.optimize(tiny_model(family, dtype=F32, layers=1))
         inputs = tiny_inputs(model)
@@ -202,7 +202,7 @@ def test_compiled_models_with_fused_routers(_hook: Any) -> None:
         mxfp4_compile.restore(model)
 
 
-def test_installed_beside_a_users_pass_and_undone(_hook: Any) -> None:
+def test_installed_beside_a_users_pass_and_undone(clean_hook: None) -> None:
     def own(graph: fx.Graph) -> None:
         pass
 
@@ -222,7 +222,7 @@ def test_installed_beside_a_users_pass_and_undone(_hook: Any) -> None:
     assert getattr(inductor, HOOK) is None
 
 
-def test_other_graphs_are_not_touched(_hook: Any) -> None:
+def test_other_graphs_are_not_touched(clean_hook: None) -> None:
     graph = _graph(qwen, F32)
     before = str(graph)
     LowerPass(("cpu",))(graph)

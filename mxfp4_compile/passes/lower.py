@@ -393,4 +393,17 @@ def uninstall(model: nn.Module) -> None:
     _installed = None
 
 
-__all__ = ["HOOK", "Chain", "Decision", "LowerPass", "Router", "chained", "decisions", "install", "match_router", "uninstall"]
+__all__ = [
+    "HOOK",
+    "Chain",
+    "Decision",
+    "LowerPass",
+    "Router",
+    "chained",
+    "decisions",
+    "install",
+    "match_router",
+    "replace_router",
+    "uninstall",
+    "with_lowering",
+]
