@@ -227,7 +227,9 @@ def test_an_installed_package_registers_without_dynamo() -> None:
     code = (
         "import importlib.metadata as m, sys, types\n"
         "e = m.EntryPoint('mxfp4_compile', 'mxfp4_compile.compile_backend:mxfp4_backend', 'torch_dynamo_backends')\n"
-        "m.distribution = lambda name: types.SimpleNamespace(entry_points=[e])\n"
+        "real = m.distribution\n"
+        "ours = types.SimpleNamespace(entry_points=[e])\n"
+        "m.distribution = lambda name: ours if name == 'mxfp4_compile' else real(name)\n"
         "import mxfp4_compile\n"
         "assert 'torch._dynamo' not in sys.modules\n"
         "assert e.load() is sys.modules['mxfp4_compile.compile_backend'].mxfp4_backend\n"
