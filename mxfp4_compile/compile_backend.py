@@ -266,7 +266,7 @@ def mxfp4_backend(
     proven: list[tuple[Region, _Proven]] = []
     for site in find_sites(gm.graph, parameters):
         path = source_path(site[0].weight).rpartition(".")[0]
-        outcome = _refusal(site, parameters)
+        outcome: _Proven | str | None = _refusal(site, parameters)
         if outcome is None:
             try:
                 region = cut(gm.graph, site, parameters)
@@ -276,8 +276,8 @@ def mxfp4_backend(
                 outcome = _structures[key]
             except RegionError as error:
                 outcome = str(error)
-        if isinstance(outcome, str):
-            report.sites.append(SiteReport((path,), "region", "unmatched", reason=outcome))
+        if not isinstance(outcome, _Proven):
+            report.sites.append(SiteReport((path,), "region", "unmatched", reason=str(outcome)))
         else:
             proven.append((region, outcome))
             report.sites.append(_describe(path, region, outcome))
@@ -400,7 +400,8 @@ def _compile_inner(
 
         lowered = {HOOK: with_lowering(rest.get(HOOK, getattr(inductor_config, HOOK)))}
         patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **rest, **lowered}
-        return compile_fx(gm, inputs, config_patches=patches)
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches)
+        return compiled  # type: ignore[no-any-return]
     if inner == NAME:
         raise ValueError(f"{NAME!r} cannot be its own inner backend")
     if mode and mode != "default":

@@ -122,7 +122,8 @@ def explain_model(
     for site in sites:
         key = id(site.structure) if site.structure else (site.outcome, site.reason, type(site.candidate.module))
         groups.setdefault(key, []).append(site)
-    return Explanation(name or type(model).__name__, tuple(_explain_group(group, model if measure else None) for group in groups.values()))
+    explained = tuple(_explain_group(group, model if measure else None) for group in groups.values())
+    return Explanation(name or type(model).__name__, explained)
 
 
 def _explain_group(group: list[Site], model: nn.Module | None) -> SiteExplanation:

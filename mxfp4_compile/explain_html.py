@@ -28,10 +28,12 @@ code { overflow-wrap: anywhere; }
 pre { background: var(--box); border: 1px solid var(--line); border-radius: .4rem; padding: .7rem .8rem; margin: 0;
   overflow: auto; max-height: 34rem; tab-size: 2; }
 mark { background: var(--new); color: inherit; display: inline-block; min-width: 100%; }
+pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
+td:first-child { min-width: 11rem; } .pair + details { margin-top: 1rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); gap: 1rem; }
 .pair > div { min-width: 0; } .pair h4 { margin: 0 0 .3rem; font-size: .9rem; color: var(--soft); }
-.badge { display: inline-block; border: 1px solid currentColor; border-radius: 1rem; padding: 0 .6rem; font-size: .85rem;
-  font-weight: 600; } summary { cursor: pointer; padding: .2rem 0; } a { color: inherit; }
+.badge { display: inline-block; border: 1px solid currentColor; border-radius: 1rem; padding: 0 .6rem;
+  font-size: .85rem; font-weight: 600; } summary { cursor: pointer; padding: .2rem 0; } a { color: inherit; }
 pre:focus-visible, summary:focus-visible, a:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
 """
 
@@ -109,7 +111,8 @@ def _site(index: int, site: SiteExplanation) -> str:
     parts.append(
         f'<h3>Graph</h3><div class="pair"><div><h4 id="b{index}">before: as captured</h4>'
         f"{_code(site.captured, f'b{index}')}</div>"
-        f'<div><h4 id="a{index}">after: what takes its place</h4>{_code(site.rewritten, f"a{index}")}</div></div>'
+        f'<div><h4 id="a{index}">after: what takes its place</h4>'
+        f"{_code(site.rewritten, f'a{index}', wrap=True)}</div></div>"
     )
     for slot, code in site.prep:
         label = f"p{index}{escape(slot)}"
@@ -131,19 +134,21 @@ def _measured(site: SiteExplanation) -> str:
     warnings = "".join(f'<p class="bad">{escape(w)}</p>' for w in m.warnings)
     return (
         f"<ul><li>Weights: {before} now, {_size(m.bytes_after)} in MXFP4: {ratio:.2f} times smaller.</li>"
-        f"<li>Quantization: relative squared error {m.weight_error_mean:.3g} on average, {m.weight_error_max:.3g} for the "
-        f"worst expert.</li><li>Verified on <code>{escape(m.name)}</code>: relative error {m.error:.2g} against the original "
-        f"module on the same dequantized weights in fp32; the original in its own dtype is at {m.original_error:.2g}, and "
-        f"{m.limit:.2g} is allowed.</li></ul>{warnings}"
+        f"<li>Quantization: relative squared error {m.weight_error_mean:.3g} on average, {m.weight_error_max:.3g} for "
+        f"the worst expert.</li><li>Verified on <code>{escape(m.name)}</code>: relative error {m.error:.2g} against "
+        "the original module on the same dequantized weights in fp32; the original in its own dtype is at "
+        f"{m.original_error:.2g}, and {m.limit:.2g} is allowed.</li></ul>{warnings}"
     )
 
 
-def _code(text: str, label: str) -> str:
+def _code(text: str, label: str, wrap: bool = False) -> str:
     lines = []
     for line in text.splitlines():
         shown = escape(line) or " "
         lines.append(f"<mark>{shown}</mark>" if "mxfp4." in line else shown)
-    return f'<pre tabindex="0" role="region" aria-labelledby="{label}"><code>' + "\n".join(lines) + "</code></pre>"
+    kind = ' class="wrap"' if wrap else ""
+    body = "\n".join(lines)
+    return f'<pre{kind} tabindex="0" role="region" aria-labelledby="{label}"><code>{body}</code></pre>'
 
 
 def _size(count: float) -> str:

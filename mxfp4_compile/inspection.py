@@ -41,6 +41,8 @@ _DEPYF = (
     (r"full_code_for_", "depyf: the whole compiled function, as readable Python with its guards"),
     (r"__transformed_code_", "depyf: the decompiled bytecode that Dynamo made of a function"),
     (r"__compiled_fn_.*Captured[_ ]graph", "depyf: the captured graph"),
+    (r"__compiled_fn_.*exported_program", "depyf: experts while torch.export traced them"),
+    (r"__compiled_fn_\d+\.__compiled_fn_", "depyf: the captured graph"),
     (r"__compiled_fn_.*BEFORE_PRE_GRAD", "depyf: before Inductor's pre-grad passes"),
     (r"__compiled_fn_.*AFTER_PRE_GRAD", "depyf: after Inductor's pre-grad passes"),
     (r"__compiled_fn_.*Forward[_ ]graph", "depyf: the forward graph from AOTAutograd"),
@@ -176,6 +178,7 @@ def _observing(inspection: Inspection) -> Iterator[None]:
 def _inductor(inspection: Inspection) -> Iterator[None]:
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
+    from torch._inductor.custom_graph_pass import CustomGraphPass
     from torch._inductor.graph import GraphLowering
 
     from .passes.lower import chained
@@ -188,8 +191,18 @@ def _inductor(inspection: Inspection) -> Iterator[None]:
         if before is not None:
             before(code)
 
-    captured = chained(inductor.pre_grad_custom_pass, lambda g: inspection.graph("captured", g))
-    final = chained(inductor.post_grad_custom_post_pass, lambda g: inspection.graph("final", g))
+    class Dump(CustomGraphPass):
+        def __init__(self, stage: str) -> None:
+            self.stage = stage
+
+        def __call__(self, graph: fx.Graph) -> None:
+            inspection.graph(self.stage, graph)
+
+        def uuid(self) -> str:
+            return f"mxfp4_compile.inspect:{self.stage}"
+
+    captured = chained(inductor.pre_grad_custom_pass, Dump("captured"))
+    final = chained(inductor.post_grad_custom_post_pass, Dump("final"))
     patches: dict[str, Any] = {
         "force_disable_caches": True,
         "fx_graph_cache": False,

@@ -18,7 +18,7 @@ from mxfp4_compile import compile_backend
 from mxfp4_compile.compile_backend import _store, compile_reports
 from mxfp4_compile.families import decorated_families, tiny_inputs, tiny_model
 
-QUICK = ("qwen3_moe", "gpt_oss", "aria", "nemotron_h")
+QUICK = ("qwen3_moe", "gpt_oss", "nemotron_h")
 # Its own default loops over experts in Python, which breaks the graph there: nothing is found.
 LATENT = {"axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "mistral4"}
 EAGER_LOOP = {"openai_privacy_filter"}
@@ -84,9 +84,9 @@ def test_sizes_weights_and_recompilations() -> None:
     model = tiny_model("mixtral", dtype=torch.float32, layers=2)
     compiled = _compiled(model)
     start, held = len(compile_reports()), len(_store)
+    reference = mxfp4_compile.optimize(copy.deepcopy(model))
     for batch, length in ((1, 1), (2, 9), (3, 5), (1, 12)):
         inputs = tiny_inputs(model, batch, length)
-        reference = mxfp4_compile.optimize(copy.deepcopy(model))
         assert _relative(_out(compiled, inputs), _out(reference, inputs)) <= 1e-5
     assert len(compile_reports()) - start > 1
     assert all(s.rewritten for s in _sites(start)), [s.reason for s in _sites(start)]
@@ -137,6 +137,7 @@ def test_batched_mm_and_dynamic_sizes() -> None:
     assert all(s.rewritten for s in _sites(start)), [s.reason for s in _sites(start)]
 
 
+@pytest.mark.slow
 def test_a_decode_step_with_a_static_cache_through_inductor() -> None:
     from transformers import StaticCache
 
@@ -226,7 +227,9 @@ def test_an_installed_package_registers_without_dynamo() -> None:
     code = (
         "import importlib.metadata as m, sys, types\n"
         "e = m.EntryPoint('mxfp4_compile', 'mxfp4_compile.compile_backend:mxfp4_backend', 'torch_dynamo_backends')\n"
-        "m.distribution = lambda name: types.SimpleNamespace(entry_points=[e])\n"
+        "real = m.distribution\n"
+        "ours = types.SimpleNamespace(entry_points=[e])\n"
+        "m.distribution = lambda name: ours if name == 'mxfp4_compile' else real(name)\n"
         "import mxfp4_compile\n"
         "assert 'torch._dynamo' not in sys.modules\n"
         "assert e.load() is sys.modules['mxfp4_compile.compile_backend'].mxfp4_backend\n"

@@ -36,12 +36,12 @@ def test_every_stage_of_both_ways(tmp_path: Path) -> None:
         assert fused in _text(seen.files[stage]) and grouped not in _text(seen.files[stage]), stage
     assert grouped in _text(seen.files["site_captured"])
     names = {p.name for p in seen.directory.iterdir()}
-    for part in ("__transformed_code_", "full_code_for_", "Captured", "AFTER_POST_GRAD", "kernel"):
+    for part in ("__transformed_code_", "full_code_for_", "BEFORE_PRE_GRAD", "AFTER_POST_GRAD", "kernel"):
         assert any(part in n for n in names), part
     index = (seen.directory / INDEX).read_text()
     for name in names - {INDEX}:
         assert f"`{name}`" in index, name
-    assert "other" not in index
+    assert "depyf: other" not in index
 
 
 def test_without_depyf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 from torch import Tensor, fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mxfp4_compile
 from mxfp4_compile.families import tiny_inputs, tiny_model
@@ -72,9 +74,6 @@ def test_ties_take_the_lowest_expert_and_nan_stays_in_range() -> None:
 
 
 def _graph(function: Any, dtype: torch.dtype, experts: int = 16) -> fx.Graph:
-    from torch._inductor.decomposition import select_decomp_table
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     gm = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(
         torch.randn(5, experts, dtype=dtype)
     )
@@ -188,6 +187,7 @@ def test_lookalikes_keep_what_they_compute(function: Any) -> None:
 # in compiled models
 
 
+@pytest.mark.slow
 def test_compiled_models_with_fused_routers(clean_hook: None) -> None:
     for family, form in (("qwen3_moe", "softmax, top-2"), ("gpt_oss", "none, top-2, softmax")):
         model = mxfp4_compile.optimize(tiny_model(family, dtype=F32, layers=1))
@@ -220,6 +220,28 @@ def test_installed_beside_a_users_pass_and_undone(clean_hook: None) -> None:
     setattr(inductor, HOOK, None)  # configured over ours: not undone
     mxfp4_compile.restore(third)
     assert getattr(inductor, HOOK) is None
+
+
+def test_the_pass_on_a_graph_with_our_op(clean_hook: None) -> None:
+    model = mxfp4_compile.optimize(tiny_model("qwen3_moe", dtype=F32, layers=1))
+    seen: list[tuple[fx.GraphModule, Any]] = []
+
+    def keep(gm: fx.GraphModule, inputs: Any) -> Any:
+        seen.append((gm, inputs))
+        return gm.forward
+
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        torch.compile(model, backend=keep, fullgraph=True)(**inputs)
+        ((gm, example),) = seen
+        graph = make_fx(gm, decomposition_table=select_decomp_table())(*example).graph
+    lower.decisions.clear()
+    LowerPass()(graph)  # on GPUs only, by default
+    assert [(d.fused, d.reason) for d in lower.decisions] == [(False, "routers are not fused on cpu")]
+    LowerPass(("cpu",))(graph)
+    assert lower.decisions[-1].fused and lower.decisions[-1].reason.startswith("softmax, top-2")
+    targets = [n.target for n in graph.nodes]
+    assert targets.count(schema.route) == targets.count(schema.moe) == 1 and torch.ops.aten.topk.default not in targets
 
 
 def test_other_graphs_are_not_touched(clean_hook: None) -> None:
