@@ -54,7 +54,6 @@ from .files import CheckpointError, Weights
 from .formats import OWN, Scheme, scheme_of
 from .plan import expert_parameters, plan_sites, planned, stand_in
 from .sources import ExpertSource, Names
-from .writing import Saver
 
 _PLACEHOLDER = "mxfp4_bytes"
 
@@ -122,11 +121,11 @@ class _SiteReader(ExpertReader):
 
     def values(self, name: str, experts: slice) -> Tensor:
         full = f"{self.site.name}.{name}"
-        values = self.source.values(full, experts)
+        values = self.source.values(full, experts).to(self.device)
         if not bool(values.isfinite().all()):
             bad = int((~values.isfinite().flatten(1).all(1)).nonzero()[0])
             raise CheckpointError(f"{self.source.where(full)}: {full} holds NaN or Inf in expert {experts.start + bad}")
-        return values.to(self.device)
+        return values
 
     def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:
         packed, scales = self.source.codes(f"{self.site.name}.{name}", experts, n, k)
@@ -145,6 +144,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         self.device_map: Any = None
         self.sites: list[Site] = []
         self.held: dict[str, Any] = {}
+        self.other_parameters: dict[str, Any] = {}
         self.model: nn.Module | None = None
 
     # what transformers asks
@@ -241,12 +241,13 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in [n for n in tied if n in self.held]:
             del tied[name]  # the plan made these one already
         model._keys_to_ignore_on_load_unexpected = ignored
-        if self._others:
-            missing = set(model._keys_to_ignore_on_load_missing or ())
-            model._keys_to_ignore_on_load_missing = missing | {re.escape(name) for name in self._others}
-            model._keys_to_ignore_on_load_unexpected |= {
-                re.escape(name.removesuffix(".weight")) + r"\.weight_(packed|scale)" for name in self._others
-            }
+        for name in self._others:
+            owner, _, leaf = name.rpartition(".")
+            holder = model.get_submodule(owner)
+            parameter = holder._parameters.pop(leaf)
+            holder.__dict__[leaf] = parameter.detach()
+            self.other_parameters[name] = parameter
+            model._keys_to_ignore_on_load_unexpected.add(re.escape(owner) + r"\.")
 
     def _drop_placeholders(self) -> None:
         for site in planned(self.sites):
@@ -295,7 +296,8 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         wanted = expert_parameters(self.sites)
         with Weights(self.files) as weights, progress_bar(todo, config.progress) as advance:
             source = ExpertSource(model, wanted, weights, self.scheme)
-            _load_others(model, self._others, weights)
+            for name, (codes, scales) in self._others.items():
+                self._load_other(model, name, codes, scales, weights)
 
             def reader_of(site: Site) -> ExpertReader:
                 return _SiteReader(source, site, self.device_of(site.name))
@@ -319,7 +321,6 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         report.seconds = time.perf_counter() - self.started
         if report.rewritten:
             put_guard(model)
-            model.save_pretrained = Saver(model)
             attach(model, DEFAULT_CAPTURE_SIZE, report)
         model.mxfp4_report = report
         self.held.clear()
@@ -327,6 +328,21 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         self.model = None
         config.example_inputs = config.source = None
         return model
+
+    def _load_other(self, model: nn.Module, name: str, codes: str, scales: str, weights: Weights) -> None:
+        """Dequantize a layer that is no expert."""
+        parameter = self.other_parameters.pop(name)
+        exponents, packed = weights.read(scales).view(torch.uint8), weights.read(codes).view(torch.uint8)
+        if bool((exponents == 255).any()):
+            raise CheckpointError(f"{weights[scales]} has scale bytes of 255 (NaN)")
+        try:
+            value = mx.dequantize(packed, exponents, parameter.shape[-1], parameter.dtype).view(parameter.shape)
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{weights[codes]} does not fit {name} {list(parameter.shape)}: {error}") from error
+        owner, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(owner)
+        holder.__dict__.pop(leaf, None)
+        holder._parameters[leaf] = nn.Parameter(value.to(self.device_of(owner)), requires_grad=False)
 
     def _replan(self, model: nn.Module) -> None:
         """Capture again what turned out to run on another device than the one planned for."""
@@ -388,21 +404,6 @@ def _other_codes(
         if len(pair) != 2:
             raise CheckpointError(f"{weights[next(iter(pair.values()))]} lacks its codes or its scales")
     return {name: (pair["codes"], pair["scales"]) for name, pair in found.items()}
-
-
-def _load_others(model: nn.Module, others: Mapping[str, tuple[str, str]], weights: Weights) -> None:
-    for name, (codes, scales) in others.items():
-        parameter = model.get_parameter(name)
-        exponents = weights.read(scales).view(torch.uint8)
-        if bool((exponents == 255).any()):
-            raise CheckpointError(f"{weights[scales]} has scale bytes of 255 (NaN)")
-        packed = weights.read(codes).view(torch.uint8)
-        try:
-            value = mx.dequantize(packed, exponents, parameter.shape[-1], parameter.dtype)
-            with torch.no_grad():
-                parameter.copy_(value.view_as(parameter))
-        except (ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{weights[codes]} does not fit {name} {list(parameter.shape)}: {error}") from error
 
 
 # offloading
