@@ -12,7 +12,7 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import cli, mx
-from mxfp4_compile.compare import SiteError, compare, suggest_skip
+from mxfp4_compile.compare import Comparison, SiteError, compare, plot, suggest_skip
 
 DEMO = Path(mxfp4_compile.__file__).parent / "demo_model"
 TEXT = DEMO / "heldout.txt"
@@ -63,6 +63,7 @@ def test_figures_against_our_own(tmp_path: Path) -> None:
     assert result.sites[0].error == pytest.approx(noise / power, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_against_a_checkpoint_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mxfp4_compile.optimize(_model(), scale_rule="floor").save_pretrained(tmp_path / "m")
     command = ["compare", str(DEMO), "--text", str(TEXT), "--tokens", "256", "--window", "64", "--json"]
@@ -77,8 +78,12 @@ def test_against_a_checkpoint_and_the_command(tmp_path: Path, capsys: pytest.Cap
 
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    command = ["compare", str(DEMO), "--text", str(TEXT), "--tokens", "64", "--bound", "9", "--plot"]
-    assert cli.main([*command, str(tmp_path / "x.png")]) == 0
+    sites = (SiteError("a", 0.01), SiteError("b", 0.03))
+    numbers = dict(tokens=4, window=4, perplexity=3.0, perplexity_mxfp4=3.1, kl_mean=0.2, kl_median=0.1)
+    numbers |= dict(kl_p99=0.5, kl_max=0.5, top1_agreement=0.75)
+    result = Comparison("m", "n", "t", sites=sites, kl=(0.0, 0.1, 0.5), bound=0.1, suggested_skip=("b",), **numbers)
+    assert "by estimate: skip=['b']" in str(result) and "+3.33%" in str(result)
+    plot(result, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 

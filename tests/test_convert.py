@@ -32,7 +32,7 @@ def _listing(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_same_bits_as_optimize_and_save(family: str, tmp_path: Path) -> None:
     optimized = mxfp4_compile.optimize(loaded(family))
     form = {"qwen3_moe": "compressed_tensors", "gpt_oss": "gpt_oss"}[family]

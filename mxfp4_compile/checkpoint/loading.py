@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import mx
 from ..ops.selection import requested_backend
+from ..ops.target import ACTIVATION_DTYPES, Request
 from ..passes.capture import TensorInfo
 from ..passes.discover import experts_implementation
 from ..passes.experts import MXFP4Experts
@@ -68,7 +69,7 @@ class _Method(str, Enum):
 class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` makes a model's experts MXFP4: the arguments of ``optimize`` that apply while loading.
 
-    backend, scale_rule, skip, strict, verify, example_inputs, progress: as for ``optimize``. ``checkpoint`` is
+    backend, scale_rule, skip, strict, verify, activation_dtype, example_inputs, progress: as for ``optimize``. ``checkpoint`` is
     what a saved checkpoint says about itself. Raises ValueError for a bad scale rule or backend.
     """
 
@@ -79,6 +80,7 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         skip: Sequence[str] = (),
         strict: bool = True,
         verify: bool = True,
+        activation_dtype: str = "bf16",
         example_inputs: Any = None,
         progress: bool | None = None,
         source: Mapping[str, Any] | None = None,
@@ -86,6 +88,11 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         mx.check_scale_rule(scale_rule)
         requested_backend(backend)
+        if activation_dtype not in ACTIVATION_DTYPES:
+            raise ValueError(
+                f"activation_dtype {activation_dtype!r} is not known; known: {', '.join(ACTIVATION_DTYPES)}"
+            )
+        self.activation_dtype = activation_dtype
         self.quant_method = _Method.OWN
         self.backend = backend
         self.scale_rule = scale_rule
@@ -187,7 +194,11 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         declared = config.source if config.source is not None else (config.to_dict() if self.pre_quantized else None)
         self.scheme, notes = scheme_of(declared, str(self.files[0].parent / "config.json"))
         self.report = Report(
-            str(config.scale_rule), "bf16", DEFAULT_CAPTURE_SIZE, bool(config.verify), versions=versions_used()
+            str(config.scale_rule),
+            config.activation_dtype,
+            DEFAULT_CAPTURE_SIZE,
+            bool(config.verify),
+            versions=versions_used(),
         )
         self.report.notes += notes
         with Weights(self.files) as weights:  # a bad file is found before any work
@@ -196,6 +207,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             model,
             self.report,
             requested=requested_backend(config.backend),
+            terms=self.terms,
             skip=config.skip,
             strict=config.strict,
             example_inputs=config.example_inputs,
@@ -207,6 +219,12 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             self._others = _other_codes(model, wanted, weights, self.scheme)
         self._hold(model)
         return model
+
+    @property
+    def terms(self) -> Request:
+        """What every site asks of its backend."""
+        activations: Any = self.quantization_config.activation_dtype
+        return Request(activation_dtype=activations, max_capture_size=DEFAULT_CAPTURE_SIZE)
 
     def _refuse_names(self, weights: Weights) -> None:
         if not weights.tensors:
@@ -304,6 +322,8 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
 
             if config.verify:
                 verify_structures(todo, config.scale_rule, model, reader_of)
+            notes = [n for site in todo if site.structure is not None for n in site.structure.choice.notes]
+            report.notes += dict.fromkeys(notes)
             prepared: dict[tuple[int, ...], MXFP4Experts] = {}
             for site in self.sites:
                 if site.structure is None:
@@ -361,7 +381,8 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             if key not in known:
                 module = stand_in(site.candidate.module, pattern)
                 with experts_implementation(model, "grouped_mm"):
-                    known[key] = match_structure(module, pattern, requested_backend(self.quantization_config.backend))
+                    requested = requested_backend(self.quantization_config.backend)
+                    known[key] = match_structure(module, pattern, requested, self.terms)
             if isinstance(known[key], NoMatch):
                 raise OptimizeError(f"{site.name} has no match on {device}: {known[key].reason}")
             site.structure = known[key]
