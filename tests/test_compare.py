@@ -79,8 +79,8 @@ def test_against_a_checkpoint_and_the_command(tmp_path: Path, capsys: pytest.Cap
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     sites = (SiteError("a", 0.01), SiteError("b", 0.03))
-    numbers = dict(tokens=4, window=4, perplexity=3.0, perplexity_mxfp4=3.1, kl_mean=0.2, kl_median=0.1)
-    numbers |= dict(kl_p99=0.5, kl_max=0.5, top1_agreement=0.75)
+    numbers = {"tokens": 4, "window": 4, "perplexity": 3.0, "perplexity_mxfp4": 3.1, "kl_mean": 0.2}
+    numbers |= {"kl_median": 0.1, "kl_p99": 0.5, "kl_max": 0.5, "top1_agreement": 0.75}
     result = Comparison("m", "n", "t", sites=sites, kl=(0.0, 0.1, 0.5), bound=0.1, suggested_skip=("b",), **numbers)
     assert "by estimate: skip=['b']" in str(result) and "+3.33%" in str(result)
     plot(result, tmp_path / "x.png")

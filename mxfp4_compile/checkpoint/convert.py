@@ -113,6 +113,7 @@ def convert(
         model, scheme, said = skeleton(origin, weights, model_class)
         report = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False, versions=versions_used())
         sites = plan_sites(model, report, requested=None, skip=skip, strict=strict, example_inputs=example_inputs)
+        ExpertSource(model, expert_parameters(sites), weights, scheme).leave_unquantized(sites)
         report.sites = [left_alone(s) for s in sites if s.structure is None]
         wanted = expert_parameters(sites)
         if not wanted:

@@ -51,7 +51,7 @@ from ..pipeline import (
 )
 from ..report import Report
 from ..runtime import attach
-from .files import CheckpointError, Weights
+from .files import CheckpointError, Weights, weight_files
 from .formats import OWN, Scheme, scheme_of
 from .plan import expert_parameters, plan_sites, planned, stand_in
 from .sources import ExpertSource, Names
@@ -69,8 +69,8 @@ class _Method(str, Enum):
 class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` makes a model's experts MXFP4: the arguments of ``optimize`` that apply while loading.
 
-    backend, scale_rule, skip, strict, verify, activation_dtype, example_inputs, progress: as for ``optimize``. ``checkpoint`` is
-    what a saved checkpoint says about itself. Raises ValueError for a bad scale rule or backend.
+    backend, scale_rule, skip, strict, verify, activation_dtype, example_inputs, progress: as for ``optimize``.
+    ``checkpoint`` is what a saved checkpoint says about itself. Raises ValueError for a bad scale rule or backend.
     """
 
     def __init__(
@@ -214,8 +214,9 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             device_of=self.device_of,
         )
         with Weights(self.files) as weights:
+            source = ExpertSource(model, expert_parameters(self.sites), weights, self.scheme)
+            source.leave_unquantized(self.sites)
             wanted = expert_parameters(self.sites)
-            ExpertSource(model, wanted, weights, self.scheme)
             self._others = _other_codes(model, wanted, weights, self.scheme)
         self._hold(model)
         return model
@@ -531,6 +532,9 @@ def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: An
         checkpoint = {k: said[k] for k in ("versions", "weight_errors") if k in said}
         own.setdefault("scale_rule", said.get("scale_rule", mx.DEFAULT_SCALE_RULE))
         own.setdefault("skip", said.get("skip", ()))
+    if Path(path).is_dir() and not {"subfolder", "variant", "gguf_file"} & options.keys():
+        with Weights(weight_files(Path(path))):
+            pass  # a bad file is named here; transformers' own errors do not name it
     if model_class is None:
         model_class = getattr(transformers, (config.architectures or [""])[0], None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
