@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -128,6 +129,27 @@ def test_a_half_of_another_conversion_is_not_continued(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no interrupted conversion"):
         convert(saved("qwen3_moe"), tmp_path / "n")
     assert (tmp_path / "n.partial" / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "m"
+    convert(saved("qwen3_moe"), target, scale_rule="floor")
+    before = _listing(target)
+    taken = 0
+
+    def fallocate(descriptor: int, offset: int, size: int) -> None:
+        nonlocal taken
+        taken += size
+        if taken > 3 * SHARD:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fallocate)
+        with pytest.raises(CheckpointError, match=r"m\.partial/model-.*cannot be written: the disk is full"):
+            convert(saved("qwen3_moe"), target, max_shard_bytes=SHARD)
+    assert _listing(target) == before
+    assert convert(saved("qwen3_moe"), target, max_shard_bytes=SHARD).resumed >= 1
+    assert _listing(target) != before
 
 
 def test_other_files_come_along_and_skipped_modules_stay(tmp_path: Path) -> None:

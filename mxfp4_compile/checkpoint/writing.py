@@ -235,7 +235,10 @@ def per_expert_linears(model: nn.Module, weight: ExpertWeight) -> list[Linear]:
             model.__dict__["_weight_conversions"] = conversions
             found = revert_weight_conversion(model, {weight.name: tensor})
         except Exception as error:
-            raise CheckpointError(f"{weight.name}: transformers cannot say how it is saved: {error}") from error
+            raise CheckpointError(
+                f"{weight.name}: transformers cannot say which layers it is saved as ({error}), so the "
+                f"{COMPRESSED_TENSORS} form cannot express it; the form {OWN} can. Nothing was written."
+            ) from error
         finally:
             model.__dict__.pop("_weight_conversions", None)
             if kept is not None:

@@ -116,16 +116,12 @@ class _Plan:
             if choice.down_regime == "scan":
                 self.down = _step(scan_matmul, choice.down, X_BY_TOKEN=False, **scan, **down)
             else:
-                self.down = _step(
-                    sorted_matmul, choice.down, GATHER_X=False, SCATTER_OUT=True, **ragged, **down
-                )
+                self.down = _step(sorted_matmul, choice.down, GATHER_X=False, SCATTER_OUT=True, **ragged, **down)
             self.combine_block = min(_power_of_two(h), 1024)
             self.combine_tiles = -(-h // self.combine_block)
             self.combine = Step(combine, {"E": e, "TOP_K": top_k, "N": h, "BLOCK": self.combine_block}, 4, 1)
         if choice.up_regime == "sorted":
-            self.route = Step(
-                sort_pairs, {"E": e, "BLOCK": pairs_class}, max(min(pairs_class // 512, 16), 4), 1
-            )
+            self.route = Step(sort_pairs, {"E": e, "BLOCK": pairs_class}, max(min(pairs_class // 512, 16), 4), 1)
 
 
 @lru_cache(maxsize=4096)
@@ -170,11 +166,7 @@ def moe(
     per_token = top_k * (params.hidden + params.intermediate) * params.round_dtype.itemsize
     # Row numbers times widths are 64-bit in the kernels; row numbers and tile numbers are 32-bit.
     chunk = max(min(_MAX_INTERMEDIATE // per_token, (1 << 24) // top_k), 1)
-    with (
-        torch.cuda.device(x.device)
-        if x.is_cuda and x.device.index != torch.cuda.current_device()
-        else _NOTHING
-    ):
+    with torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else _NOTHING:
         for at in range(0, tokens, chunk):
             if chunk >= tokens:
                 _chunk(x, topk_ids, topk_weights, up, down, up_bias, down_bias, out, params, layout, choice)
@@ -274,9 +266,7 @@ def pairs_class(choice: Choice, pairs: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _linear_step(
-    e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, twiddled: bool, tiles: Tiles
-) -> Step:
+def _linear_step(e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, twiddled: bool, tiles: Tiles) -> Step:
     return _step(
         sorted_matmul,
         tiles,
