@@ -449,6 +449,11 @@ def _compare(args: argparse.Namespace) -> int:
     from .compare import compare, plot
     from .demo import quiet
 
+    if args.plot:
+        try:
+            import matplotlib  # noqa: F401  (before the work, not after it)
+        except ImportError as error:
+            raise ValueError('--plot needs matplotlib: pip install "mxfp4_compile[bench]"') from error
     with quiet():
         result = compare(
             _directory(args.model),

@@ -208,8 +208,9 @@ def _encode(path: Path, model: nn.Module, content: str) -> list[int]:
 def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
     """[T-1, V] fp32: of the next token, after each but the last."""
     with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    return torch.log_softmax(logits.float(), -1)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    out: Tensor = torch.log_softmax(logits.float(), -1)
+    return out
 
 
 class _Scratch:
@@ -229,7 +230,7 @@ class _Scratch:
     def get(self, i: int) -> Tensor:
         from safetensors.torch import load_file
 
-        values = load_file(str(self._file(i)))["p"]
+        values: Tensor = load_file(str(self._file(i)))["p"]
         self._file(i).unlink()
         return values
 

@@ -54,7 +54,11 @@ OPTIONAL_PARTS = (
     OptionalPart(
         "test",
         "the tests",
-        (*_HF, ("pytest", ""), ("pytest-xdist", ""), ("hypothesis", ""), ("numpy", ""), ("triton", "")),
+        (
+            *_HF,
+            *((name, "") for name in ("pytest", "pytest-xdist", "hypothesis", "numpy", "triton")),
+            *((name, "") for name in ("accelerate", "compressed-tensors")),
+        ),
     ),
 )
 

@@ -167,7 +167,6 @@ def optimize(
             report.seconds = time.perf_counter() - started
             if report.rewritten:
                 put_guard(model)
-                _put_saver(model)
                 attach(model, max_capture_size, report)
                 model.mxfp4_report = report  # type: ignore[assignment]
     model.mxfp4_report = report  # type: ignore[assignment]
@@ -719,14 +718,6 @@ def put_guard(model: nn.Module) -> None:
     model._modules.update(children)
 
 
-def _put_saver(model: nn.Module) -> None:
-    """Have ``save_pretrained`` of a transformers model write MXFP4."""
-    if hasattr(model, "save_pretrained"):
-        from .checkpoint.writing import Saver
-
-        model.save_pretrained = Saver(model)  # type: ignore[assignment]
-
-
 def restore(model: nn.Module) -> Any:
     """Undo optimize(), in place: ordinary experts with dequantized weights, every hook undone; returns the model.
 
@@ -745,7 +736,6 @@ def restore(model: nn.Module) -> Any:
         if name in parameters:
             parameters[name].requires_grad_(True)
     model.__dict__.pop(REPORT, None)
-    model.__dict__.pop("save_pretrained", None)
     quantizer = model.__dict__.get("hf_quantizer")
     if quantizer is not None:  # the model was loaded with ours
         quantizer.remove_quantization_config(model)

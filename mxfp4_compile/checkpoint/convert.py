@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,7 @@ def convert(
         model, scheme, said = skeleton(origin, weights, model_class)
         report = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False, versions=versions_used())
         sites = plan_sites(model, report, requested=None, skip=skip, strict=strict, example_inputs=example_inputs)
+        ExpertSource(model, expert_parameters(sites), weights, scheme).leave_unquantized(sites)
         report.sites = [left_alone(s) for s in sites if s.structure is None]
         wanted = expert_parameters(sites)
         if not wanted:
@@ -182,14 +183,14 @@ def skeleton(origin: Path, weights: Weights, model_class: Any = None) -> tuple[A
         declared = declared if isinstance(declared, dict) else declared.to_dict()
         said = declared if declared.get("quant_method") == OWN else (getattr(config, NOTE, None) or {})
         del config.quantization_config
-    cls = model_class or getattr(transformers, (config.architectures or [""])[0], None)
+    cls: Any = model_class or getattr(transformers, (config.architectures or [""])[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CheckpointError(
             f"{origin / 'config.json'} names {config.architectures}, which this transformers does not have"
         )
     dtype = getattr(config, "dtype", None) or _most_common_float(weights)
     with torch.device("meta"):
-        model = cls._from_config(config, dtype=dtype)
+        model = cast(Any, cls)._from_config(config, dtype=dtype)
     return model.eval(), scheme, said
 
 

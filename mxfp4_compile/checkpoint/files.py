@@ -256,7 +256,7 @@ def write_shard(path: Path, units: Sequence[Unit], advance: Callable[[int], None
                 if piece.dtype != dtypes[name]:
                     raise CheckpointError(f"{path}: tensor {name!r} came as {piece.dtype}, not {dtypes[name]}")
                 raw = piece.detach().cpu().contiguous().view(-1)
-                data = memoryview(raw.view(torch.uint8).numpy()) if raw.numel() else memoryview(b"")
+                data = memoryview(raw.view(torch.uint8).numpy() if raw.numel() else b"")  # type: ignore[arg-type]
                 if start[name] + len(data) > end[name]:
                     raise CheckpointError(f"{path}: tensor {name!r} got more values than its shape has")
                 file.seek(base + start[name])

@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import mx
 from ..ops.selection import requested_backend
+from ..ops.target import ACTIVATION_DTYPES, Request
 from ..passes.capture import TensorInfo
 from ..passes.discover import experts_implementation
 from ..passes.experts import MXFP4Experts
@@ -50,11 +51,10 @@ from ..pipeline import (
 )
 from ..report import Report
 from ..runtime import attach
-from .files import CheckpointError, Weights
+from .files import CheckpointError, Weights, weight_files
 from .formats import OWN, Scheme, scheme_of
 from .plan import expert_parameters, plan_sites, planned, stand_in
 from .sources import ExpertSource, Names
-from .writing import Saver
 
 _PLACEHOLDER = "mxfp4_bytes"
 
@@ -69,8 +69,8 @@ class _Method(str, Enum):
 class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` makes a model's experts MXFP4: the arguments of ``optimize`` that apply while loading.
 
-    backend, scale_rule, skip, strict, verify, example_inputs, progress: as for ``optimize``. ``checkpoint`` is
-    what a saved checkpoint says about itself. Raises ValueError for a bad scale rule or backend.
+    backend, scale_rule, skip, strict, verify, activation_dtype, example_inputs, progress: as for ``optimize``.
+    ``checkpoint`` is what a saved checkpoint says about itself. Raises ValueError for a bad scale rule or backend.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         skip: Sequence[str] = (),
         strict: bool = True,
         verify: bool = True,
+        activation_dtype: str = "bf16",
         example_inputs: Any = None,
         progress: bool | None = None,
         source: Mapping[str, Any] | None = None,
@@ -87,6 +88,11 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         mx.check_scale_rule(scale_rule)
         requested_backend(backend)
+        if activation_dtype not in ACTIVATION_DTYPES:
+            raise ValueError(
+                f"activation_dtype {activation_dtype!r} is not known; known: {', '.join(ACTIVATION_DTYPES)}"
+            )
+        self.activation_dtype = activation_dtype
         self.quant_method = _Method.OWN
         self.backend = backend
         self.scale_rule = scale_rule
@@ -122,11 +128,11 @@ class _SiteReader(ExpertReader):
 
     def values(self, name: str, experts: slice) -> Tensor:
         full = f"{self.site.name}.{name}"
-        values = self.source.values(full, experts)
+        values = self.source.values(full, experts).to(self.device)
         if not bool(values.isfinite().all()):
             bad = int((~values.isfinite().flatten(1).all(1)).nonzero()[0])
             raise CheckpointError(f"{self.source.where(full)}: {full} holds NaN or Inf in expert {experts.start + bad}")
-        return values.to(self.device)
+        return values
 
     def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:
         packed, scales = self.source.codes(f"{self.site.name}.{name}", experts, n, k)
@@ -145,6 +151,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         self.device_map: Any = None
         self.sites: list[Site] = []
         self.held: dict[str, Any] = {}
+        self.other_parameters: dict[str, Any] = {}
         self.model: nn.Module | None = None
 
     # what transformers asks
@@ -187,7 +194,11 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         declared = config.source if config.source is not None else (config.to_dict() if self.pre_quantized else None)
         self.scheme, notes = scheme_of(declared, str(self.files[0].parent / "config.json"))
         self.report = Report(
-            str(config.scale_rule), "bf16", DEFAULT_CAPTURE_SIZE, bool(config.verify), versions=versions_used()
+            str(config.scale_rule),
+            config.activation_dtype,
+            DEFAULT_CAPTURE_SIZE,
+            bool(config.verify),
+            versions=versions_used(),
         )
         self.report.notes += notes
         with Weights(self.files) as weights:  # a bad file is found before any work
@@ -196,17 +207,25 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             model,
             self.report,
             requested=requested_backend(config.backend),
+            terms=self.terms,
             skip=config.skip,
             strict=config.strict,
             example_inputs=config.example_inputs,
             device_of=self.device_of,
         )
         with Weights(self.files) as weights:
+            source = ExpertSource(model, expert_parameters(self.sites), weights, self.scheme)
+            source.leave_unquantized(self.sites)
             wanted = expert_parameters(self.sites)
-            ExpertSource(model, wanted, weights, self.scheme)
             self._others = _other_codes(model, wanted, weights, self.scheme)
         self._hold(model)
         return model
+
+    @property
+    def terms(self) -> Request:
+        """What every site asks of its backend."""
+        activations: Any = self.quantization_config.activation_dtype
+        return Request(activation_dtype=activations, max_capture_size=DEFAULT_CAPTURE_SIZE)
 
     def _refuse_names(self, weights: Weights) -> None:
         if not weights.tensors:
@@ -241,12 +260,13 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in [n for n in tied if n in self.held]:
             del tied[name]  # the plan made these one already
         model._keys_to_ignore_on_load_unexpected = ignored
-        if self._others:
-            missing = set(model._keys_to_ignore_on_load_missing or ())
-            model._keys_to_ignore_on_load_missing = missing | {re.escape(name) for name in self._others}
-            model._keys_to_ignore_on_load_unexpected |= {
-                re.escape(name.removesuffix(".weight")) + r"\.weight_(packed|scale)" for name in self._others
-            }
+        for name in self._others:
+            owner, _, leaf = name.rpartition(".")
+            holder = model.get_submodule(owner)
+            parameter = holder._parameters.pop(leaf)
+            holder.__dict__[leaf] = parameter.detach()
+            self.other_parameters[name] = parameter
+            model._keys_to_ignore_on_load_unexpected.add(re.escape(owner) + r"\.")
 
     def _drop_placeholders(self) -> None:
         for site in planned(self.sites):
@@ -295,13 +315,16 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         wanted = expert_parameters(self.sites)
         with Weights(self.files) as weights, progress_bar(todo, config.progress) as advance:
             source = ExpertSource(model, wanted, weights, self.scheme)
-            _load_others(model, self._others, weights)
+            for name, (codes, scales) in self._others.items():
+                self._load_other(model, name, codes, scales, weights)
 
             def reader_of(site: Site) -> ExpertReader:
                 return _SiteReader(source, site, self.device_of(site.name))
 
             if config.verify:
                 verify_structures(todo, config.scale_rule, model, reader_of)
+            notes = [n for site in todo if site.structure is not None for n in site.structure.choice.notes]
+            report.notes += dict.fromkeys(notes)
             prepared: dict[tuple[int, ...], MXFP4Experts] = {}
             for site in self.sites:
                 if site.structure is None:
@@ -319,7 +342,6 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         report.seconds = time.perf_counter() - self.started
         if report.rewritten:
             put_guard(model)
-            model.save_pretrained = Saver(model)
             attach(model, DEFAULT_CAPTURE_SIZE, report)
         model.mxfp4_report = report
         self.held.clear()
@@ -327,6 +349,21 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         self.model = None
         config.example_inputs = config.source = None
         return model
+
+    def _load_other(self, model: nn.Module, name: str, codes: str, scales: str, weights: Weights) -> None:
+        """Dequantize a layer that is no expert."""
+        parameter = self.other_parameters.pop(name)
+        exponents, packed = weights.read(scales).view(torch.uint8), weights.read(codes).view(torch.uint8)
+        if bool((exponents == 255).any()):
+            raise CheckpointError(f"{weights[scales]} has scale bytes of 255 (NaN)")
+        try:
+            value = mx.dequantize(packed, exponents, parameter.shape[-1], parameter.dtype).view(parameter.shape)
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{weights[codes]} does not fit {name} {list(parameter.shape)}: {error}") from error
+        owner, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(owner)
+        holder.__dict__.pop(leaf, None)
+        holder._parameters[leaf] = nn.Parameter(value.to(self.device_of(owner)), requires_grad=False)
 
     def _replan(self, model: nn.Module) -> None:
         """Capture again what turned out to run on another device than the one planned for."""
@@ -345,7 +382,8 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             if key not in known:
                 module = stand_in(site.candidate.module, pattern)
                 with experts_implementation(model, "grouped_mm"):
-                    known[key] = match_structure(module, pattern, requested_backend(self.quantization_config.backend))
+                    requested = requested_backend(self.quantization_config.backend)
+                    known[key] = match_structure(module, pattern, requested, self.terms)
             if isinstance(known[key], NoMatch):
                 raise OptimizeError(f"{site.name} has no match on {device}: {known[key].reason}")
             site.structure = known[key]
@@ -388,21 +426,6 @@ def _other_codes(
         if len(pair) != 2:
             raise CheckpointError(f"{weights[next(iter(pair.values()))]} lacks its codes or its scales")
     return {name: (pair["codes"], pair["scales"]) for name, pair in found.items()}
-
-
-def _load_others(model: nn.Module, others: Mapping[str, tuple[str, str]], weights: Weights) -> None:
-    for name, (codes, scales) in others.items():
-        parameter = model.get_parameter(name)
-        exponents = weights.read(scales).view(torch.uint8)
-        if bool((exponents == 255).any()):
-            raise CheckpointError(f"{weights[scales]} has scale bytes of 255 (NaN)")
-        packed = weights.read(codes).view(torch.uint8)
-        try:
-            value = mx.dequantize(packed, exponents, parameter.shape[-1], parameter.dtype)
-            with torch.no_grad():
-                parameter.copy_(value.view_as(parameter))
-        except (ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{weights[codes]} does not fit {name} {list(parameter.shape)}: {error}") from error
 
 
 # offloading
@@ -509,6 +532,9 @@ def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: An
         checkpoint = {k: said[k] for k in ("versions", "weight_errors") if k in said}
         own.setdefault("scale_rule", said.get("scale_rule", mx.DEFAULT_SCALE_RULE))
         own.setdefault("skip", said.get("skip", ()))
+    if Path(path).is_dir() and not {"subfolder", "variant", "gguf_file"} & options.keys():
+        with Weights(weight_files(Path(path))):
+            pass  # a bad file is named here; transformers' own errors do not name it
     if model_class is None:
         model_class = getattr(transformers, (config.architectures or [""])[0], None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):

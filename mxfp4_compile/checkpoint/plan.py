@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.target import Request
 from ..passes.capture import Call, CallPattern, TensorInfo
 from ..passes.discover import Candidate, DiscoveryError, experts_implementation, find_candidates, forward_runs
 from ..passes.discover import record_calls as record_real_calls
@@ -25,6 +26,7 @@ from ..pipeline import Site, apply_skip, check_matches, check_model, match_all, 
 from ..report import Report
 
 DeviceOf = Callable[[str], torch.device]
+_PLAIN = Request()
 
 
 def plan_sites(
@@ -32,6 +34,7 @@ def plan_sites(
     report: Report,
     *,
     requested: str | None,
+    terms: Request = _PLAIN,
     skip: Sequence[str] = (),
     strict: bool = True,
     example_inputs: Any = None,
@@ -39,10 +42,11 @@ def plan_sites(
 ) -> list[Site]:
     """Every MoE-looking module of a model on the meta device, each with its structure or the reason why not.
 
-    ``device_of``: where a module of that name will run. Raises OptimizeError as ``optimize`` does.
+    ``terms``: what every site asks of its backend; ``device_of``: where a module of that name will run.
+    Raises OptimizeError as ``optimize`` does.
     """
     with _plain_defaults():
-        return _plan(model, report, requested, skip, strict, example_inputs, device_of)
+        return _plan(model, report, requested, terms, skip, strict, example_inputs, device_of)
 
 
 @contextmanager
@@ -61,6 +65,7 @@ def _plan(
     model: nn.Module,
     report: Report,
     requested: str | None,
+    terms: Request,
     skip: Sequence[str],
     strict: bool,
     example_inputs: Any,
@@ -78,7 +83,7 @@ def _plan(
             candidate.calls[:] = [_moved(call, device) for call in candidate.calls]
 
     with experts_implementation(model, "grouped_mm"):
-        match_all(model, sites, example_inputs, requested, record=record, stand_in=stand_in)
+        match_all(model, sites, example_inputs, requested, terms, record=record, stand_in=stand_in)
     gc.collect()  # exported programs are cyclic garbage that keeps the stand-ins' weights alive
     check_matches(sites, report, strict)
     for site in sites:

@@ -1,4 +1,4 @@
-"""Make transformers know our quantizer as soon as transformers is there, without importing it.
+"""Make transformers know our quantizer and our ``save_pretrained`` as soon as it is there, without importing it.
 
 A plain ``from_pretrained`` of a saved model needs nothing but ``import mxfp4_compile``, in whatever order the two
 packages are imported; and whoever never uses transformers never pays for it.
@@ -14,15 +14,21 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_TARGET = "transformers.quantizers.auto"
 
-
-def _register() -> None:
+def _quantizer(module: ModuleType) -> None:
     importlib.import_module(f"{__package__}.loading")
 
 
+def _save_pretrained(module: ModuleType) -> None:
+    importlib.import_module(f"{__package__}.writing").wrap_save_pretrained(module)
+
+
+# What is done once a module of transformers is imported. Each importing the other, neither can be done at the other's.
+_AFTER = {"transformers.quantizers.auto": _quantizer, "transformers.modeling_utils": _save_pretrained}
+
+
 class _Loader(importlib.abc.Loader):
-    """The module's own loader, and our registration after it."""
+    """The module's own loader, and our part after it."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
@@ -32,18 +38,21 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _register()
+        _AFTER[module.__name__](module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Sees one import, that of transformers' quantizers, and leaves the list of finders."""
+    """Sees the import of some modules, each once."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _TARGET:
+        if name not in self.names:
             return None
-        sys.meta_path.remove(self)
+        self.names.remove(name)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
@@ -51,8 +60,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def register() -> None:
-    """Register now if transformers' quantizers are imported, else when they are."""
-    if _TARGET in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Do each part now if its module is imported, else when it is."""
+    later = set()
+    for name, part in _AFTER.items():
+        module = sys.modules.get(name)
+        if module is None or getattr(getattr(module, "__spec__", None), "_initializing", False):
+            later.add(name)
+        else:
+            part(module)
+    if later:
+        sys.meta_path.insert(0, _Finder(later))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import mx
+from ..passes.experts import projections_of
+from ..pipeline import Site
 from .files import CheckpointError, Weights
 from .formats import GPT_OSS, Scheme
 
@@ -139,6 +141,14 @@ class ExpertSource:
     def quantized(self, name: str) -> bool:
         """Whether the checkpoint holds this parameter in MXFP4."""
         return self.parts[name].quantized
+
+    def leave_unquantized(self, sites: Sequence[Site]) -> None:
+        """In an MXFP4 checkpoint, sites whose weights are not in MXFP4 were left so by whoever made it, and stay."""
+        for site in sites if self.scheme is not None else ():
+            if site.structure is not None:
+                names = {n for p in projections_of(site.structure.found.spec) for n in p.source.parameters}
+                if not any(self.quantized(f"{site.name}.{n}") for n in names):
+                    site.structure, site.outcome, site.reason = None, "skipped", "not in MXFP4 in the checkpoint"
 
     def bytes(self, name: str) -> int:
         """Bytes the checkpoint has for this parameter."""

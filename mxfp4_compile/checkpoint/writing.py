@@ -7,6 +7,7 @@ is a few experts.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import shutil
 import sys
@@ -234,7 +235,10 @@ def per_expert_linears(model: nn.Module, weight: ExpertWeight) -> list[Linear]:
             model.__dict__["_weight_conversions"] = conversions
             found = revert_weight_conversion(model, {weight.name: tensor})
         except Exception as error:
-            raise CheckpointError(f"{weight.name}: transformers cannot say how it is saved: {error}") from error
+            raise CheckpointError(
+                f"{weight.name}: transformers cannot say which layers it is saved as ({error}), so the "
+                f"{COMPRESSED_TENSORS} form cannot express it; the form {OWN} can. Nothing was written."
+            ) from error
         finally:
             model.__dict__.pop("_weight_conversions", None)
             if kept is not None:
@@ -340,34 +344,43 @@ def write_config(model: nn.Module, directory: Path, format: str, note: Mapping[s
         generation.save_pretrained(directory)
 
 
-class Saver:
-    """``save_pretrained`` of an optimized model: an attribute of the model that is copied and pickled with it."""
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Any = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = DEFAULT_SHARD_BYTES,
+    format: str = OWN,
+    **kwargs: Any,
+) -> None:
+    """``save_pretrained`` of an optimized model; see ``save``. ``max_shard_size``: bytes, or "5GB" and the like."""
+    if state_dict is not None or push_to_hub:
+        what = "state_dict" if state_dict is not None else "push_to_hub"
+        raise ValueError(f"save_pretrained of an optimized model takes no {what}: save it, then upload the directory")
+    if kwargs.pop("safe_serialization", True) is False:
+        raise ValueError("an optimized model is saved as safetensors only")
+    if kwargs:
+        raise TypeError(f"save_pretrained of an optimized model does not know {', '.join(sorted(kwargs))}")
+    if is_main_process:
+        save(model, save_directory, format, max_shard_bytes=parse_size(max_shard_size))
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
 
-    def __call__(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Any = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = DEFAULT_SHARD_BYTES,
-        format: str = OWN,
-        **kwargs: Any,
-    ) -> None:
-        """Write the model in MXFP4; see ``mxfp4_compile.save``. ``max_shard_size``: bytes, or "5GB" and the like."""
-        if state_dict is not None or push_to_hub:
-            what = "state_dict" if state_dict is not None else "push_to_hub"
-            raise ValueError(
-                f"save_pretrained of an optimized model takes no {what}: save it, then upload the directory"
-            )
-        if kwargs.pop("safe_serialization", True) is False:
-            raise ValueError("an optimized model is saved as safetensors only")
-        if kwargs:
-            raise TypeError(f"save_pretrained of an optimized model does not know {', '.join(sorted(kwargs))}")
-        if is_main_process:
-            save(self.model, save_directory, format, max_shard_bytes=parse_size(max_shard_size))
+def wrap_save_pretrained(modeling_utils: Any) -> None:
+    """Have transformers' ``save_pretrained`` hand models with MXFP4 experts to ours, and all others to its own.
+
+    On the class, since an attribute of the model that knows the model would be a cycle: the weights would
+    outlive ``del model`` until the next garbage collection.
+    """
+    original = modeling_utils.PreTrainedModel.save_pretrained
+
+    @functools.wraps(original)
+    def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if mxfp4_sites(self):
+            return save_pretrained(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    modeling_utils.PreTrainedModel.save_pretrained = dispatch
 
 
 def parse_size(size: int | str) -> int:
