@@ -48,9 +48,9 @@ class GroupLimitedGate(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = F.linear(x.float(), self.weight.float()).softmax(-1)
-        best = scores.view(len(x), self.groups, -1).max(-1).values
+        best = scores.view(x.shape[0], self.groups, -1).max(-1).values
         chosen = torch.zeros_like(best).scatter_(1, best.topk(self.kept, dim=-1).indices, 1)
-        mask = chosen.unsqueeze(-1).expand(-1, self.groups, E // self.groups).reshape(len(x), -1)
+        mask = chosen.unsqueeze(-1).expand(-1, self.groups, E // self.groups).reshape(x.shape[0], -1)
         weights, ids = scores.masked_fill(~mask.bool(), 0.0).topk(K, dim=-1, sorted=False)
         return ids, weights * 1.5
 
