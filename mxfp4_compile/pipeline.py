@@ -214,7 +214,16 @@ def check_model(model: nn.Module, candidates: list[Candidate]) -> None:
             if _is_dtensor(parameter):
                 raise OptimizeError(f"{path} is a DTensor: tensor- or expert-parallel experts are not supported yet")
             if parameter.device.type == "meta":
-                raise OptimizeError(f"{path} is on the meta device: load the model's weights first")
+                hook = _offload_hook(candidate.weights, model)
+                raise OptimizeError(
+                    f"{path} is on the meta device: "
+                    + (
+                        f"accelerate's {hook} keeps it on the CPU or disk and loads it for each call. Offloaded experts "
+                        "are not supported: load the model with a device_map that keeps the experts on a device"
+                        if hook
+                        else "load the model's weights first"
+                    )
+                )
             if parameter.is_floating_point() and parameter.dtype not in _WEIGHT_DTYPES:
                 raise OptimizeError(
                     f"{path} is {parameter.dtype}: quantized already; optimize() takes bf16, fp16 or fp32 experts"
@@ -223,6 +232,16 @@ def check_model(model: nn.Module, candidates: list[Candidate]) -> None:
             raise OptimizeError(f"{candidate.name} is expert-parallel, which is not supported yet")
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise OptimizeError("this model is tensor-parallel (tp_plan), which is not supported yet")
+
+
+def _offload_hook(module: nn.Module, model: nn.Module) -> str | None:
+    """The name of the accelerate hook that offloads weights of ``module``, or None."""
+    for part in (*module.modules(), *model.modules()):
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", None) or [hook]:
+            if getattr(one, "offload", False):
+                return type(one).__name__
+    return None
 
 
 def _is_dtensor(parameter: torch.Tensor) -> bool:

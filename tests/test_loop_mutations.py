@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from loop_models import E, H, K, GatedMLP, LoopMoE, Model
+from loop_models import E, GatedMLP, H, K, LoopMoE, Model
 from torch import nn
 
 import mxfp4_compile

@@ -140,7 +140,7 @@ class _AllInUse(TorchFunctionMode):
             torch._check(length >= 2)
             torch._check(index.stop <= tensor.shape[0])
             self.sliced = tensor.shape[0]
-            return tensor.index_select(0, torch.arange(length, device=tensor.device) + start)
+            return tensor.index_select(0, torch.arange(length, device=tensor.device) + start)  # type: ignore[call-overload]
         result = Tensor.__getitem__(tensor, index)
         known = self._number(tensor)
         return result if known is None else self._know(result, known)
@@ -615,4 +615,4 @@ class _Collapse:
         return experts
 
 
-__all__ = ["capture_loop", "holds_list", "expert_products", "expert_products_transposed", "rows_of_expert"]
+__all__ = ["capture_loop", "expert_products", "expert_products_transposed", "holds_list", "rows_of_expert"]

@@ -261,7 +261,7 @@ def _all_selected(source: fx.Node, dim: int) -> bool:
         for n in source.users
         if op_name(n) == "select" and int(n.args[1]) % value.dim() == dim % value.dim()  # type: ignore[arg-type]
     }
-    return len(at) == value.shape[dim]
+    return bool(len(at) == value.shape[dim])
 
 
 def _nodes(args: Iterable[Any]) -> list[fx.Node]:

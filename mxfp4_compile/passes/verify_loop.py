@@ -56,8 +56,8 @@ def verify_loop(site: MXFP4Experts, original: nn.Module, seed: int = 0) -> Verif
             _judge(one, dtype, f"{sizes[0]} x {sizes[1]} tokens", slack)
             squared += one
             cases += 1
-    error, original_error, limit = _judge(squared, dtype, "all cases together", slack)
-    return Verification(error, original_error, cases, len(used), limit)
+    ours_off, theirs_off, limit = _judge(squared, dtype, "all cases together", slack)
+    return Verification(ours_off, theirs_off, cases, len(used), limit)
 
 
 def _compared(ours: Any, theirs: Any, truth: Any) -> Tensor:
