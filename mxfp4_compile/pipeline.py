@@ -218,8 +218,8 @@ def check_model(model: nn.Module, candidates: list[Candidate]) -> None:
                 raise OptimizeError(
                     f"{path} is on the meta device: "
                     + (
-                        f"accelerate's {hook} keeps it on the CPU or disk and loads it for each call. Offloaded experts "
-                        "are not supported: load the model with a device_map that keeps the experts on a device"
+                        f"accelerate's {hook} keeps it on the CPU or disk and loads it for each call. Offloaded "
+                        "experts are not supported: load the model with a device_map that keeps the experts on a device"
                         if hook
                         else "load the model's weights first"
                     )
@@ -443,7 +443,10 @@ def _build(site: Site, scale_rule: str, advance: Callable[[int], None]) -> tuple
     module, choice, spec = site.candidate.module, structure.choice, structure.found.spec
     params = structure.found.spec.params if isinstance(structure.found, FusedMatch) else None
     dtype = stack(module, projections_of(spec)[0].source.parameters[0]).dtype
-    plan = SitePlan(spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained, structure.captured.out_spec)
+    plan = SitePlan(
+        spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained,
+        structure.captured.out_spec,
+    )  # fmt: skip
     weights, biases, errors, warnings = {}, {}, [], []
     for projection in projections_of(spec):
         program = prep_program(projection, params, scale_rule, choice.backend, choice.layout)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-H, I, E, K = 64, 32, 6, 2
+H, MI, E, K = 64, 32, 6, 2
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, width: int = I, bias: bool = False) -> None:
+    def __init__(self, width: int = MI, bias: bool = False) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(H, width, bias=bias)
         self.up_proj = nn.Linear(H, width, bias=bias)
@@ -31,8 +31,8 @@ class GatedMLP(nn.Module):
 class PlainMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(H, I)
-        self.down_proj = nn.Linear(I, H)
+        self.up_proj = nn.Linear(H, MI)
+        self.down_proj = nn.Linear(MI, H)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x)))
@@ -60,7 +60,7 @@ class RemoteMoE(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList([GatedMLP() for _ in range(E)])
         self.gate = GroupLimitedGate()
-        self.shared_experts = GatedMLP(2 * I)
+        self.shared_experts = GatedMLP(2 * MI)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         shape = hidden_states.shape

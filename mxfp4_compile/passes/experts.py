@@ -282,7 +282,8 @@ class MXFP4Experts(nn.Module):
             scales = torch.cat([self._restacked(given, n, "_scales", projection.shape[0]) for n in names], dim=1)
             self._write(projection, packed, scales)
             if projection.source.bias and f"{projection.slot}_bias" in self._buffers:
-                bias = torch.cat([self._restacked(given, n, "", projection.shape[0]) for n in projection.source.bias], dim=1)
+                parts = [self._restacked(given, n, "", projection.shape[0]) for n in projection.source.bias]
+                bias = torch.cat(parts, dim=1)
                 target = self._buffers[f"{projection.slot}_bias"]
                 assert target is not None
                 target.copy_(

@@ -171,6 +171,9 @@ _OF_KNOWN: dict[Any, Any] = {
 _SAME_NUMBER = {Tensor.squeeze, Tensor.view, Tensor.reshape, Tensor.cpu, Tensor.to, Tensor.long, Tensor.int}
 
 
+_TURNED = (aten.t.default, aten.transpose.int, aten.permute.default)
+
+
 class _Caller(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -331,7 +334,7 @@ class _Collapse:
             return None
         if not free_unbacked_symbols(value.shape[0]):
             return None
-        while isinstance(weight, fx.Node) and weight.target in (aten.t.default, aten.transpose.int, aten.permute.default):
+        while isinstance(weight, fx.Node) and weight.target in _TURNED:
             if weight.meta["val"].dim() != 2:
                 break
             flip = not flip

@@ -32,7 +32,8 @@ def prep_program(
 ) -> fx.GraphModule:
     """Build the prep program of one projection."""
     graph = fx.Graph()
-    parts = [graph.placeholder(name.replace(".", "_").replace("*", "each").replace("#", "_by_")) for name in projection.source.parameters]
+    labels = str.maketrans({".": "_", "*": "each", "#": "_by_"})
+    parts = [graph.placeholder(name.translate(labels)) for name in projection.source.parameters]
     if projection.source.transposed:
         parts = [graph.call_function(aten.transpose.int, (part, 1, 2)) for part in parts]
     weight = parts[0] if len(parts) == 1 else graph.call_function(aten.cat.default, (parts, 1))
