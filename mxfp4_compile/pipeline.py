@@ -278,6 +278,10 @@ def match_all(
     for site in sites:
         if site.outcome:
             continue
+        if site.candidate.kind == "list" and not site.candidate.calls:
+            site.outcome = "unmatched"
+            site.reason = "a list of experts that the model itself calls; only a module within the model can be replaced"
+            continue
         _match_site(site, known, patterns, requested, terms)
     # Modules that no forward reached are matched by the calls of an equal module, if there is one.
     for site in sites:
