@@ -1,101 +1,144 @@
-"""Time from bf16 experts to prepared MXFP4 weights on one GPU, and to the first output of each kernel.
+"""How long a model's experts take to become MXFP4: quantize (rule mse), lay out, measure the error.
 
-    python benchmarks/prepare.py [--layers 48] [--out FILE]
+    python benchmarks/prepare.py [--layers 48] [--shape 128,8,2048,768] [--device cuda] [--profile]
 
-Qwen3-30B-A3B's experts (E 128, H 2048, I 768), random bf16, one layer at a time: what optimize() does to a site
-once it is planned (prep programs of both projections with scale rule mse, error of every expert included), without
-verification. Then, with an empty kernel cache, the first call for each of several numbers of tokens: what a user
-waits for compilation.
+Random bf16 weights of Qwen3-30B-A3B's shape by default, through the same prep program that optimize()
+runs. Prints seconds per layer and for all layers, peak memory beyond the weights, and what each part
+costs (--profile). Writes JSON with --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
-
-# Before triton is imported: its cache of this process starts empty.
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+from typing import Any
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mxfp4_compile.ops.triton import BACKEND
+from mxfp4_compile import mx
+from mxfp4_compile.benchmark import Shape, parse_shape
+from mxfp4_compile.ops.registry import get_backend
 from mxfp4_compile.passes.experts import Projection
 from mxfp4_compile.passes.prep import prep_program, run_prep
-from mxfp4_compile.spec import Activation, MoEParams, WeightSource
+from mxfp4_compile.spec import WeightSource
 
-E, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
-TOKENS = (1, 8, 64, 512, 4096)
+
+def projections(shape: Shape) -> list[Projection]:
+    """The two packed projections of a transformers experts module."""
+    out = []
+    for role, name in (("up", "gate_up_proj"), ("down", "down_proj")):
+        source = WeightSource((name,), transposed=False)
+        out.append(Projection(role, source, shape.params.shape(role), role))  # type: ignore[arg-type]
+    return out
+
+
+def weights(shape: Shape, device: torch.device) -> nn.Module:
+    """Random bf16 weights."""
+    module = nn.Module()
+    for p in projections(shape):
+        w = torch.randn(p.shape, device=device, dtype=torch.bfloat16).mul_(0.02)
+        module.register_parameter(p.source.parameters[0], nn.Parameter(w, requires_grad=False))
+    return module
+
+
+def seconds(run: Any, device: torch.device) -> float:
+    """Wall time of ``run``, the GPU's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def parts(shape: Shape, module: nn.Module, backend: str, layout: str, device: torch.device) -> dict[str, float]:
+    """Seconds of quantize, of the layout and of the error for one layer, each by itself."""
+    out = {"quantize": 0.0, "layout": 0.0, "error": 0.0}
+    for p in projections(shape):
+        w = module.get_parameter(p.source.parameters[0])
+        group = max(shape.experts // 16, 1)
+        for i in range(0, shape.experts, group):
+            some = w[i : i + group]
+            out["quantize"] += seconds(lambda some=some: mx.quantize(some), device)
+            packed, scales = mx.quantize(some)
+            prepare = lambda p=p, packed=packed, scales=scales: get_backend(backend).prepare(
+                packed, scales, k=p.shape[2], role=p.role, params=shape.params, layout=layout
+            )
+            out["layout"] += seconds(prepare, device)
+            error = lambda some=some, packed=packed, scales=scales: mx.relative_error(some, packed, scales)
+            out["error"] += seconds(error, device)
+    return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="128,8,2048,768")
     parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="", help="default: triton on a GPU, cpu elsewhere")
+    parser.add_argument("--profile", action="store_true", help="also time each part of one layer")
+    parser.add_argument("--chunks", default="", help="also time quantize with these chunk exponents, 20,22,24")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    params = MoEParams(E, HIDDEN, INNER, Activation("silu"), "halves", 0, False, torch.bfloat16, torch.bfloat16)
-    experts = nn.Module()
-    experts.up = nn.Parameter(torch.empty(E, 2 * INNER, HIDDEN, device="cuda", dtype=torch.bfloat16), False)
-    experts.down = nn.Parameter(torch.empty(E, HIDDEN, INNER, device="cuda", dtype=torch.bfloat16), False)
-    layout = BACKEND.plan(params, torch.device("cuda"))
-    seconds, peak, prepared = [], 0, {}
-    for _ in range(args.layers):
-        for weight in experts.parameters():
-            weight.normal_(std=0.02)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+    shape, device = parse_shape(args.shape), torch.device(args.device)
+    gpu = device.type == "cuda"
+    backend = args.backend or ("triton" if gpu else "cpu")
+    layout = get_backend(backend).plan(shape.params, device)
+    module = weights(shape, device)
+    programs = [(prep_program(p, shape.params, "mse", backend, layout), p) for p in projections(shape)]
+    if gpu:
         torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        for role in ("up", "down"):
-            projection = Projection(role, WeightSource((role,), False), params.shape(role), role)  # type: ignore[arg-type]
-            program = prep_program(projection, params, "mse", BACKEND.name, layout)
-            prepared[role] = run_prep(program, projection, experts).tensors
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        peak = max(peak, torch.cuda.max_memory_allocated() - before)
-
-    first = {}
-    for tokens in TOKENS:
-        x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
-        weights, ids = torch.rand(tokens, E, device="cuda").topk(TOP_K, -1)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        BACKEND.moe(x, ids, weights, prepared["up"], prepared["down"], None, None, params, layout)
-        torch.cuda.synchronize()
-        first[tokens] = time.perf_counter() - start
-
-    source = sum(w.numel() * w.element_size() for w in experts.parameters())
-    result = {
-        "gpu": torch.cuda.get_device_name(),
+    before = torch.cuda.memory_allocated() if gpu else 0
+    times = []
+    for i in range(args.layers):
+        times.append(seconds(lambda: [run_prep(program, p, module) for program, p in programs], device))
+        if i in (0, 1):
+            print(f"layer {i}: {times[-1]:.3f} s", flush=True)
+    peak = torch.cuda.max_memory_allocated() - before if gpu else None
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
         "torch": torch.__version__,
+        "shape": str(shape),
+        "backend": backend,
         "layers": args.layers,
-        "seconds": sum(seconds),
-        "seconds_per_layer_median": statistics.median(seconds),
-        "seconds_first_layer": seconds[0],
-        "bytes_per_layer": source,
-        "peak_beyond_source_bytes": peak,
-        "first_call_seconds": first,
-        "first_calls_seconds": sum(first.values()),
+        "seconds": sum(times),
+        "per_layer": times,
+        "median_layer": statistics.median(times),
+        "peak_bytes_beyond_weights": peak,
     }
+    total, median = sum(times), statistics.median(times)
+    print(f"{shape}, {args.layers} layers: {total:.2f} s, median layer {median:.3f} s", flush=True)
+    if peak is not None:
+        print(f"peak beyond the weights: {peak / 2**20:.0f} MiB (prepared weights included)")
+    if args.profile:
+        parts(shape, module, backend, layout, device)
+        result["parts"] = parts(shape, module, backend, layout, device)
+        print("one layer by parts:", {k: f"{v:.3f} s" for k, v in result["parts"].items()}, flush=True)
+    if args.chunks:
+        result["quantize_by_chunk"] = {}
+        w = module.get_parameter("gate_up_proj")[: max(shape.experts // 16, 1)]
+        want = mx.quantize(w)
+        default = mx._CHUNK_DEVICE
+        for exponent in map(int, args.chunks.split(",")):
+            mx._CHUNK_DEVICE = 1 << exponent
+            got = mx.quantize(w)
+            assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+            took = min(seconds(lambda: mx.quantize(w), device) for _ in range(3))
+            error = min(seconds(lambda: mx.relative_error(w, *want), device) for _ in range(3))
+            result["quantize_by_chunk"][exponent] = [took, error]
+            print(f"{w.numel() / 1e6:.0f} M weights, chunks of 2^{exponent}:", end=" ")
+            print(f"quantize {took * 1e3:.2f} ms, error {error * 1e3:.2f} ms", flush=True)
+        mx._CHUNK_DEVICE = default
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1))
-    print(f"{result['gpu']}, torch {result['torch']}")
-    print(
-        f"{args.layers} layers quantized and prepared in {result['seconds']:.1f} s "
-        f"(median {result['seconds_per_layer_median']:.3f}, first {seconds[0]:.2f}), "
-        f"peak {peak / 2**30:.2f} GiB beyond the source's {source / 2**30:.2f}"
-    )
-    calls = ", ".join(f"T={t} {s:.1f} s" for t, s in first.items())
-    print(f"first call: {calls}; together {sum(first.values()):.1f} s")
 
 
 if __name__ == "__main__":

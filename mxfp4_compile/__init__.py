@@ -2,11 +2,45 @@
 
 >>> model = mxfp4_compile.optimize(model)
 >>> print(model.mxfp4_report)
+>>> model.save_pretrained("model-mxfp4")
+>>> model = mxfp4_compile.load("model-mxfp4")
 """
 
-from .pipeline import OptimizeError, optimize, restore
-from .report import Report, SiteReport
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["OptimizeError", "Report", "SiteReport", "__version__", "optimize", "restore"]
+from .checkpoint import CheckpointError
+from .checkpoint.registration import register as _register
+from .pipeline import OptimizeError, optimize, restore
+from .report import Report, SiteReport
+from .runtime import capture
+
+__all__ = [
+    "CheckpointError",
+    "Mxfp4CompileConfig",
+    "OptimizeError",
+    "Report",
+    "SiteReport",
+    "__version__",
+    "capture",
+    "load",
+    "optimize",
+    "restore",
+    "save",
+]
+
+_register()
+
+
+def __getattr__(name: str) -> Any:
+    # These need transformers, which is imported when they are asked for.
+    if name in ("Mxfp4CompileConfig", "load"):
+        from .checkpoint import loading
+
+        return getattr(loading, name)
+    if name == "save":
+        from .checkpoint.writing import save
+
+        return save
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,6 +22,7 @@ from .ops.library import numbers as _numbers
 from .ops.registry import known_backends
 from .ops.selection import requirements
 from .ops.target import Request, Target
+from .ops.triton import tuned
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "depyf")
 
@@ -93,6 +94,16 @@ class BackendStatus:
 
 
 @dataclass(frozen=True)
+class TunedStatus:
+    """Whether tuned data of the user are in use on a GPU: ``state`` in words, ``path`` of the file or ""."""
+
+    device: str
+    in_use: bool
+    state: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Environment:
     """Everything ``mxfp4-compile env`` prints; a version is None where the package is not installed."""
 
@@ -100,6 +111,7 @@ class Environment:
     hardware: Hardware
     backends: tuple[BackendStatus, ...]
     optional: tuple[OptionalPart, ...]
+    tuned: tuple[TunedStatus, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -111,13 +123,15 @@ class Environment:
                 {"extra": p.extra, "purpose": p.purpose, "missing": list(p.missing()), "install": p.install}
                 for p in self.optional
             ],
+            "tuned": [asdict(t) for t in self.tuned],
         }
 
 
 def environment() -> Environment:
     """Look at this machine; takes no GPU memory beyond what asking a driver takes."""
     statuses = tuple(_status(name, device) for name in known_backends() for device in devices())
-    return Environment(versions(), hardware(), statuses, OPTIONAL_PARTS)
+    tuned_statuses = tuple(_tuned_status(device) for device in devices() if device.type == "cuda")
+    return Environment(versions(), hardware(), statuses, OPTIONAL_PARTS, tuned_statuses)
 
 
 def versions() -> dict[str, str | None]:
@@ -159,6 +173,21 @@ def devices() -> list[torch.device]:
 def _status(name: str, device: torch.device) -> BackendStatus:
     found = requirements(name, Request(), Target.of(device))
     return BackendStatus(name, str(device), found, next((r.install for r in found if not r.met and r.install), ""))
+
+
+def _tuned_status(device: torch.device) -> TunedStatus:
+    host = tuned.host_of(device)
+    path = tuned.path_for(host)
+    if path is None:
+        return TunedStatus(str(device), False, f"switched off by {tuned.ENVIRONMENT_VARIABLE}", "")
+    try:
+        entries = tuned.read(path, host)
+    except tuned.TunedDataError as error:
+        return TunedStatus(str(device), False, f"{path} is ignored: {error}", str(path))
+    if not entries:
+        return TunedStatus(str(device), False, "none; the shipped rules are used (mxfp4-compile tune)", str(path))
+    shapes = ", ".join(dict.fromkeys(f"E,K,H,I={','.join(map(str, e.shape))} {e.dtype}" for e in entries))
+    return TunedStatus(str(device), True, f"in use for {shapes}, from {path}", str(path))
 
 
 def _lack(package: str, least: str) -> str:

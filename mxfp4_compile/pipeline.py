@@ -24,7 +24,7 @@ from . import mx
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.backend import BackendError
 from .ops.selection import BackendUnavailable, Choice, choose, requested_backend
-from .ops.target import ACTIVATION_DTYPES, Request
+from .ops.target import ACTIVATION_DTYPES, PLAIN, Request
 from .passes.capture import CallPattern, Captured, CaptureError, call_pattern, capture
 from .passes.discover import (
     Candidate,
@@ -44,12 +44,13 @@ from .passes.experts import (
 )
 from .passes.loops import capture_loop, holds_list
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
-from .passes.prep import prep_program, prepare_bias, run_prep
+from .passes.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
 from .passes.rewrite import RewriteError, retained_names, rewrite
 from .passes.sources import members, stack
 from .passes.verify import Verification, VerificationError, check_weights, verify
 from .passes.verify_loop import is_loop, verify_loop
 from .report import Report, SiteReport
+from .runtime import attach, detach
 
 GUARD = "mxfp4_guard"
 REPORT = "mxfp4_report"
@@ -74,7 +75,7 @@ class Structure:
     found: FusedMatch | SplitMatch
     choice: Choice
     retained: tuple[str, ...]
-    request: Request = Request()
+    request: Request = field(default_factory=Request)
     requested: str | None = None
     graphs: dict[tuple[int, ...], torch.fx.GraphModule] = field(default_factory=dict)
     verified: bool = False
@@ -119,8 +120,8 @@ def optimize(
     kernel knows), verified against the original, and replaced. ``model.mxfp4_report`` says what happened.
 
     backend: "auto", or a name that must then serve every site. activation_dtype: "bf16" (the model's own
-    dtype) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch, in tokens, for CUDA graphs;
-    recorded only, none are captured yet. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
+    dtype) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch that ``generate``
+    decodes with CUDA graphs, 0 for none. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
     (fnmatch) to leave alone. strict: raise when nothing is found or something MoE-looking has no match.
     verify: check each site numerically. example_inputs: dict or tuple for one forward, where token ids alone
     will not do. progress: None shows a bar on a terminal only.
@@ -134,12 +135,10 @@ def optimize(
     if mxfp4_sites(model):
         print("mxfp4_compile: this model is optimized already; nothing to do", file=sys.stderr)
         return model
-    report = Report(scale_rule, activation_dtype, max_capture_size, verify, versions=_versions())
-    if max_capture_size != DEFAULT_CAPTURE_SIZE:
-        report.notes.append(f"max_capture_size={max_capture_size} has no effect yet: no CUDA graphs are captured")
+    report = Report(scale_rule, activation_dtype, max_capture_size, verify, versions=versions_used())
 
     candidates = find_candidates(model)
-    sites = _apply_skip([Site(c) for c in candidates], skip, report)
+    sites = apply_skip([Site(c) for c in candidates], skip, report)
     check_model(model, [s.candidate for s in sites if not s.outcome])
     terms = Request(activation_dtype=activation_dtype, max_capture_size=max_capture_size)  # type: ignore[arg-type]
     with experts_implementation(model, "grouped_mm"):
@@ -148,25 +147,27 @@ def optimize(
     check_matches(sites, report, strict)
     todo = [s for s in sites if s.structure is not None]
     for site in todo:
-        site.tied = _weight_ids(site)
+        site.tied = weight_ids(site)
     _scan_finite(todo)
 
-    with _progress(todo, progress) as advance:
+    with progress_bar(todo, progress) as advance:
         if verify:
-            _verify_structures(todo, scale_rule, model)
+            verify_structures(todo, scale_rule, model)
         report.notes += dict.fromkeys(n for s in todo if s.structure is not None for n in s.structure.choice.notes)
         prepared: dict[tuple[int, ...], MXFP4Experts] = {}
         try:
             for site in sites:
                 if site.structure is None:
-                    report.sites.append(_left(site))
+                    report.sites.append(left_alone(site))
                 else:
-                    report.sites.append(_install(model, site, scale_rule, verify, advance, prepared))
+                    report.sites.append(install_site(model, site, scale_rule, verify, advance, prepared))
         finally:
             # Also where memory runs out half-way: what was changed so far is told and guarded.
             report.seconds = time.perf_counter() - started
             if report.rewritten:
-                _put_guard(model)
+                put_guard(model)
+                _put_saver(model)
+                attach(model, max_capture_size, report)
                 model.mxfp4_report = report  # type: ignore[assignment]
     model.mxfp4_report = report  # type: ignore[assignment]
     failures = [s for s in report.sites if s.outcome == "failed"]
@@ -202,10 +203,13 @@ def _check_arguments(
     return requested
 
 
-def check_model(model: nn.Module, candidates: list[Candidate]) -> None:
-    """OptimizeError if the candidates' weights are such that they cannot be quantized; names the first."""
+def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool = True) -> None:
+    """OptimizeError if the candidates' weights are such that they cannot be quantized; names the first.
+
+    ``loaded``: False for a model on the meta device, whose checkpoint is still to be read.
+    """
     quantization = getattr(getattr(model, "config", None), "quantization_config", None)
-    if quantization is not None:
+    if loaded and quantization is not None:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method")
         raise OptimizeError(f"this model is quantized already ({method}); optimize() takes bf16, fp16 or fp32 experts")
     for candidate in candidates:
@@ -213,7 +217,7 @@ def check_model(model: nn.Module, candidates: list[Candidate]) -> None:
             path = f"{candidate.name}.{name}"
             if _is_dtensor(parameter):
                 raise OptimizeError(f"{path} is a DTensor: tensor- or expert-parallel experts are not supported yet")
-            if parameter.device.type == "meta":
+            if loaded and parameter.device.type == "meta":
                 hook = _offload_hook(candidate.weights, model)
                 raise OptimizeError(
                     f"{path} is on the meta device: "
@@ -228,8 +232,9 @@ def check_model(model: nn.Module, candidates: list[Candidate]) -> None:
                 raise OptimizeError(
                     f"{path} is {parameter.dtype}: quantized already; optimize() takes bf16, fp16 or fp32 experts"
                 )
-        if getattr(candidate.module, "_is_expert_parallel", False):
-            raise OptimizeError(f"{candidate.name} is expert-parallel, which is not supported yet")
+        sharding = _sharding(candidate.module)
+        if sharding:
+            raise OptimizeError(f"{candidate.name} {sharding}, which is not supported yet")
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise OptimizeError("this model is tensor-parallel (tp_plan), which is not supported yet")
 
@@ -244,11 +249,34 @@ def _offload_hook(module: nn.Module, model: nn.Module) -> str | None:
     return None
 
 
+# Attributes by which experts modules say that they hold a part of the experts, or more than one copy of some.
+_SHARDED = (
+    ("_is_expert_parallel", "is expert-parallel"),
+    ("expert_map", "maps global experts to local ones (expert parallelism)"),
+    ("_expert_map", "maps global experts to local ones (expert parallelism)"),
+    ("enable_eplb", "balances redundant experts (EPLB)"),
+    ("num_redundant_experts", "balances redundant experts (EPLB)"),
+    ("logical_to_physical_map", "balances redundant experts (EPLB)"),
+)
+
+
+def _sharding(module: nn.Module) -> str:
+    """How a module's experts are sharded or duplicated, "" if they are not."""
+    for attribute, words in _SHARDED:
+        value = getattr(module, attribute, None)
+        if isinstance(value, torch.Tensor) or (isinstance(value, (bool, int)) and value):
+            return words
+    if (getattr(module, "ep_size", None) or 1) > 1 or (getattr(module, "tp_size", None) or 1) > 1:
+        return "holds a shard of its experts (ep_size or tp_size above 1)"
+    return ""
+
+
 def _is_dtensor(parameter: torch.Tensor) -> bool:
     return type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor"
 
 
-def _apply_skip(sites: list[Site], skip: Sequence[str], report: Report) -> list[Site]:
+def apply_skip(sites: list[Site], skip: Sequence[str], report: Report) -> list[Site]:
+    """Mark the sites that ``skip`` names; a pattern that names none is noted."""
     for pattern in skip:
         hit = [s for s in sites if any(fnmatch.fnmatch(n, pattern) for n in s.candidate.names)]
         if not hit:
@@ -261,16 +289,27 @@ def _apply_skip(sites: list[Site], skip: Sequence[str], report: Report) -> list[
 # 2. discover, capture, match, plan
 
 
+StandIn = Callable[[nn.Module, CallPattern], nn.Module]
+
+
 def match_all(
-    model: nn.Module, sites: list[Site], example_inputs: Any, requested: str | None, terms: Request = Request()
+    model: nn.Module,
+    sites: list[Site],
+    example_inputs: Any,
+    requested: str | None,
+    terms: Request = PLAIN,
+    *,
+    record: Callable[[nn.Module, list[Candidate], Any], None] = record_calls,
+    stand_in: StandIn = lambda module, pattern: module,
 ) -> None:
     """Give each site its structure, or its outcome and the reason; drops lists that turn out to be no experts.
 
-    ``terms``: what every site asks of its backend besides what the site itself says.
+    ``terms``: what every site asks of its backend besides what the site itself says. ``record`` and ``stand_in``
+    are how a model without weights is run and captured.
     """
     waiting = [s for s in sites if not s.outcome]
     candidates = [s.candidate for s in waiting]
-    record_calls(model, candidates, example_inputs)
+    record(model, candidates, example_inputs)
     kept = {id(c) for c in candidates}
     sites[:] = [s for s in sites if s.outcome or id(s.candidate) in kept]
     known: dict[Any, Structure | NoMatch] = {}
@@ -280,15 +319,15 @@ def match_all(
             continue
         if site.candidate.kind == "list" and not site.candidate.calls:
             site.outcome = "unmatched"
-            site.reason = "a list of experts that the model itself calls; only a module within the model can be replaced"
+            site.reason = "a list of experts that the model itself calls; only modules within a model are replaced"
             continue
-        _match_site(site, known, patterns, requested, terms)
+        _match_site(site, known, patterns, requested, terms, stand_in)
     # Modules that no forward reached are matched by the calls of an equal module, if there is one.
     for site in sites:
         if site.outcome == "unreached":
             shape = _shape_key(site.candidate.module)
             if shape in patterns:
-                _match_pattern(site, patterns[shape], known, requested, terms)
+                _match_pattern(site, patterns[shape], known, requested, terms, stand_in)
             else:
                 site.outcome, site.reason = "unmatched", "no forward with these inputs reached it (pass example_inputs)"
 
@@ -299,6 +338,7 @@ def _match_site(
     patterns: dict[Any, CallPattern],
     requested: str | None,
     terms: Request,
+    stand_in: StandIn,
 ) -> None:
     calls = site.candidate.calls
     if not calls:
@@ -310,16 +350,21 @@ def _match_site(
         site.outcome, site.reason = "unmatched", str(error)
         return
     patterns.setdefault(_shape_key(site.candidate.module), pattern)
-    _match_pattern(site, pattern, known, requested, terms)
+    _match_pattern(site, pattern, known, requested, terms, stand_in)
 
 
 def _match_pattern(
-    site: Site, pattern: CallPattern, known: dict[Any, Structure | NoMatch], requested: str | None, terms: Request
+    site: Site,
+    pattern: CallPattern,
+    known: dict[Any, Structure | NoMatch],
+    requested: str | None,
+    terms: Request,
+    stand_in: StandIn,
 ) -> None:
     module = site.candidate.module
     key = (structure_key(module), pattern)
     if key not in known:
-        known[key] = match_structure(module, pattern, requested, terms)
+        known[key] = match_structure(stand_in(module, pattern), pattern, requested, terms)
     result = known[key]
     if isinstance(result, NoMatch):
         site.outcome = "dense" if result.dense else "unmatched"
@@ -348,7 +393,7 @@ def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, 
 
 
 def match_structure(
-    module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = Request()
+    module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = PLAIN
 ) -> Structure | NoMatch:
     """Capture, match and plan one module; NoMatch with the reason, or BackendUnavailable for ``requested``."""
     try:
@@ -400,7 +445,7 @@ def check_matches(sites: list[Site], report: Report, strict: bool) -> None:
     if not strict:
         return
     if unmatched:
-        report.sites = [_left(s) for s in sites if s.structure is None]
+        report.sites = [left_alone(s) for s in sites if s.structure is None]
         raise OptimizeError(
             f"{len(unmatched)} modules look like mixtures of experts but have no match: "
             + "; ".join(f"{s.name} [{type(s.candidate.module).__name__}]: {s.reason}" for s in unmatched[:8])
@@ -408,7 +453,7 @@ def check_matches(sites: list[Site], report: Report, strict: bool) -> None:
             report,
         )
     if not matched and not any(s.outcome == "skipped" for s in sites):
-        report.sites = [_left(s) for s in sites]
+        report.sites = [left_alone(s) for s in sites]
         found = "; ".join(f"{s.name}: {s.reason}" for s in sites)
         raise OptimizeError(
             "no mixture of experts was found. Looked for: modules with two or more floating 3-D parameters of equal "
@@ -440,7 +485,9 @@ def _scan_finite(sites: list[Site]) -> None:
 # 3. prepare, verify, install
 
 
-def _build(site: Site, scale_rule: str, advance: Callable[[int], None]) -> tuple[MXFP4Experts, torch.Tensor, list[str]]:
+def _build(
+    site: Site, scale_rule: str, advance: Callable[[int], None], reader: ExpertReader | None = None
+) -> tuple[MXFP4Experts, torch.Tensor, list[str]]:
     """Quantize and prepare a site's weights; the module that would take its place, errors, warnings."""
     structure = site.structure
     assert structure is not None
@@ -449,27 +496,40 @@ def _build(site: Site, scale_rule: str, advance: Callable[[int], None]) -> tuple
     dtype = stack(module, projections_of(spec)[0].source.parameters[0]).dtype
     plan = SitePlan(
         spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained,
-        structure.captured.out_spec,
+        structure.request, structure.captured.out_spec,
     )  # fmt: skip
     weights, biases, errors, warnings = {}, {}, [], []
+    by_name: dict[str, dict[str, float]] = {}
     for projection in projections_of(spec):
-        program = prep_program(projection, params, scale_rule, choice.backend, choice.layout)
-        prepared = run_prep(program, projection, module, advance)
+        if reader is not None and reader.quantized(projection.source.parameters[0]):
+            program = codes_program(projection, params, choice.backend, choice.layout)
+        else:
+            program = prep_program(projection, params, scale_rule, choice.backend, choice.layout)
+        prepared = run_prep(program, projection, module, advance, reader)
         weights[projection.slot] = prepared.tensors
-        bias = prepare_bias(projection, module, params, choice.backend, choice.layout)
+        bias = prepare_bias(projection, module, params, choice.backend, choice.layout, reader)
         if bias is not None:
             biases[projection.slot] = bias
         errors.append(prepared.errors)
+        if prepared.errors.numel():
+            both = {"mean": float(prepared.errors.mean()), "max": float(prepared.errors.max())}
+            by_name.update(dict.fromkeys(projection.source.parameters, both))
         warnings += check_weights(prepared.errors, scale_rule, projection.source.parameters)
     counts = {slot: len(tensors) for slot, tensors in weights.items()}
     key = tuple(counts.values())
     if key not in structure.graphs:
         structure.graphs[key] = rewrite(structure.captured, structure.found, counts, choice.backend, choice.layout)
     built = MXFP4Experts(plan, structure.graphs[key], module, weights, biases)
+    built.weight_errors = by_name
     return built, torch.cat(errors), warnings
 
 
-def _verify_structures(sites: list[Site], scale_rule: str, model: nn.Module) -> None:
+def verify_structures(
+    sites: list[Site],
+    scale_rule: str,
+    model: nn.Module,
+    reader_of: Callable[[Site], ExpertReader | None] = lambda _: None,
+) -> None:
     """Build and verify one site of each structure, and drop it again: nothing is released yet."""
     for site in sites:
         structure = site.structure
@@ -477,9 +537,9 @@ def _verify_structures(sites: list[Site], scale_rule: str, model: nn.Module) -> 
         if structure.verified:
             continue
         try:
-            result = _trial_of_backends(site, scale_rule, model)
+            result = _trial_of_backends(site, scale_rule, model, reader_of(site))
             if result.error > _FINER_ABOVE * result.original_error and _can_round_finer(structure):
-                _try_finer(site, scale_rule, model, result)
+                _try_finer(site, scale_rule, model, result, reader_of(site))
         except (VerificationError, RewriteError) as error:
             raise OptimizeError(
                 f"{site.name} was matched but failed verification: {error}. Nothing was changed."
@@ -487,7 +547,7 @@ def _verify_structures(sites: list[Site], scale_rule: str, model: nn.Module) -> 
         structure.verified = True
 
 
-def _trial_of_backends(site: Site, scale_rule: str, model: nn.Module) -> Verification:
+def _trial_of_backends(site: Site, scale_rule: str, model: nn.Module, reader: ExpertReader | None) -> Verification:
     """Try the chosen backend; under "auto" one whose kernels fail gives way to the next.
 
     OptimizeError, naming the site, where the one asked for fails, or the last.
@@ -497,7 +557,7 @@ def _trial_of_backends(site: Site, scale_rule: str, model: nn.Module) -> Verific
     failed: dict[str, str] = {}
     while True:
         try:
-            return _trial(site, scale_rule, model)
+            return _trial(site, scale_rule, model, reader)
         except BackendError as error:
             message = f"{site.name}: {error}. Nothing was changed."
             if structure.requested is not None:
@@ -517,8 +577,8 @@ def _trial_of_backends(site: Site, scale_rule: str, model: nn.Module) -> Verific
 _FINER_ABOVE = 1.25
 
 
-def _trial(site: Site, scale_rule: str, model: nn.Module) -> Verification:
-    built, _, _ = _build(site, scale_rule, lambda _: None)
+def _trial(site: Site, scale_rule: str, model: nn.Module, reader: ExpertReader | None) -> Verification:
+    built, _, _ = _build(site, scale_rule, lambda _: None, reader)
     with experts_implementation(model, "eager"):
         return verify_site(built, site)
 
@@ -527,7 +587,9 @@ def _can_round_finer(structure: Structure) -> bool:
     return isinstance(structure.found, FusedMatch) and structure.found.spec.params.round_dtype.itemsize < 4
 
 
-def _try_finer(site: Site, scale_rule: str, model: nn.Module, before: Verification) -> None:
+def _try_finer(
+    site: Site, scale_rule: str, model: nn.Module, before: Verification, reader: ExpertReader | None
+) -> None:
     """Keep the stages in fp32 for sites whose original does, if that brings the site closer to it."""
     structure = site.structure
     assert structure is not None and isinstance(structure.found, FusedMatch)
@@ -535,7 +597,7 @@ def _try_finer(site: Site, scale_rule: str, model: nn.Module, before: Verificati
     params = replace(spec.params, round_dtype=torch.float32, accum_dtype=torch.float32)
     structure.found = replace(coarse, spec=replace(spec, params=params))
     structure.graphs.clear()
-    if _trial(site, scale_rule, model).error >= before.error:
+    if _trial(site, scale_rule, model, reader).error >= before.error:
         structure.found = coarse
         structure.graphs.clear()
 
@@ -548,14 +610,16 @@ def verify_site(built: MXFP4Experts, site: Site) -> Verification:
     return verify(built, site.candidate.module, site.structure.found)
 
 
-def _install(
+def install_site(
     model: nn.Module,
     site: Site,
     scale_rule: str,
     check: bool,
     advance: Callable[[int], None],
     prepared: dict[tuple[int, ...], MXFP4Experts],
+    reader: ExpertReader | None = None,
 ) -> SiteReport:
+    """Put the rewritten module in a site's place; ``reader``: where its weights are, if not in the module."""
     structure = site.structure
     assert structure is not None
     module, spec = site.candidate.module, structure.found.spec
@@ -580,7 +644,7 @@ def _install(
     )
     verification = None
     try:
-        built, errors, warnings = _build(site, scale_rule, advance)
+        built, errors, warnings = _build(site, scale_rule, advance, reader)
         _share_tensors(built, prepared.setdefault(site.tied, built))
         if check:
             with experts_implementation(model, "eager"):
@@ -602,8 +666,8 @@ def _install(
     return replace(
         base,
         bytes_after=built.expert_bytes(),
-        weight_error_mean=float(errors.mean()),
-        weight_error_max=float(errors.max()),
+        weight_error_mean=float(errors.mean()) if errors.numel() else None,
+        weight_error_max=float(errors.max()) if errors.numel() else None,
         error=None if verification is None else verification.error,
         original_error=None if verification is None else verification.original_error,
         warnings=tuple(warnings),
@@ -617,7 +681,8 @@ def _share_tensors(built: MXFP4Experts, first: MXFP4Experts) -> None:
             built._buffers[name] = first._buffers[name]
 
 
-def _weight_ids(site: Site) -> tuple[int, ...]:
+def weight_ids(site: Site) -> tuple[int, ...]:
+    """Identities of a site's weights: sites with equal ones share them."""
     assert site.structure is not None
     names = source_names(projections_of(site.structure.found.spec))
     return tuple(
@@ -625,7 +690,8 @@ def _weight_ids(site: Site) -> tuple[int, ...]:
     )
 
 
-def _left(site: Site) -> SiteReport:
+def left_alone(site: Site) -> SiteReport:
+    """The report of a site that stays as it was."""
     return SiteReport(
         names=site.candidate.names,
         module_class=type(site.candidate.module).__name__,
@@ -658,7 +724,8 @@ class DtypeGuard(nn.Module):
         raise RuntimeError("the guard is never called")
 
 
-def _put_guard(model: nn.Module) -> None:
+def put_guard(model: nn.Module) -> None:
+    """Freeze a rewritten model and have it refuse a change of dtype."""
     dtype = next(iter(mxfp4_sites(model).values())).plan.weight_dtype
     trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     model.requires_grad_(False)
@@ -666,6 +733,14 @@ def _put_guard(model: nn.Module) -> None:
     model._modules.clear()
     model._modules[GUARD] = DtypeGuard(dtype, trainable)
     model._modules.update(children)
+
+
+def _put_saver(model: nn.Module) -> None:
+    """Have ``save_pretrained`` of a transformers model write MXFP4."""
+    if hasattr(model, "save_pretrained"):
+        from .checkpoint.writing import Saver
+
+        model.save_pretrained = Saver(model)  # type: ignore[assignment]
 
 
 def restore(model: nn.Module) -> Any:
@@ -686,6 +761,11 @@ def restore(model: nn.Module) -> Any:
         if name in parameters:
             parameters[name].requires_grad_(True)
     model.__dict__.pop(REPORT, None)
+    model.__dict__.pop("save_pretrained", None)
+    quantizer = model.__dict__.get("hf_quantizer")
+    if quantizer is not None:  # the model was loaded with ours
+        quantizer.remove_quantization_config(model)
+    detach(model)
     return model
 
 
@@ -704,7 +784,8 @@ def _restored(site: MXFP4Experts) -> nn.Module:
 
 
 @contextmanager
-def _progress(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[int], None]]:
+def progress_bar(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[int], None]]:
+    """A bar over the bytes of the sites' weights, with the time left; None: on a terminal, for long work."""
     total = sum(p.numel() * p.element_size() for s in sites for p in _weights_of(s.candidate))
     if wanted is None:
         # Short work needs no bar: a gigabyte takes seconds.
@@ -727,7 +808,8 @@ def _weights_of(candidate: Candidate) -> list[nn.Parameter]:
     return list(packed_parameters(candidate.module).values())
 
 
-def _versions() -> dict[str, str]:
+def versions_used() -> dict[str, str]:
+    """Versions of what a result depends on."""
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
     transformers = sys.modules.get("transformers")
     if transformers is not None:

@@ -41,6 +41,52 @@ class SiteReport:
         return self.outcome in ("fused", "split")
 
 
+@dataclass(frozen=True)
+class CaptureReport:
+    """One recorded decode step: rows, tokens its cache holds, how it is replayed and how it was made.
+
+    ``cache_bytes``: its keys and values, in memory that all steps share. ``graph_bytes``: what recording it
+    added to the pool that all graphs share. ``error``: relative error of its logits against an eager step.
+    """
+
+    batch: int
+    length: int
+    replay: str
+    made: str
+    seconds: float
+    cache_bytes: int
+    graph_bytes: int
+    error: float
+
+
+@dataclass
+class RuntimeReport:
+    """What ``generate`` runs on; grows as it is used. Copies start without captures, as models' copies do."""
+
+    captures: list[CaptureReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Say something, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"captures": [], "notes": []}
+
+    def lines(self) -> list[str]:
+        """A readable account."""
+        out = [
+            f"decode step: batch {c.batch}, {c.length} tokens, {c.replay}, {c.made}: {c.seconds:.1f} s, cache "
+            f"{_size(c.cache_bytes)}, graph {_size(c.graph_bytes)}, error {c.error:.1e} against eager"
+            for c in self.captures
+        ]
+        return out + [f"generate: {note}" for note in self.notes]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
 @dataclass
 class Report:
     """The report of one ``optimize`` call; ``str()`` is a readable account, ``to_json()`` for machines."""
@@ -53,6 +99,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    runtime: RuntimeReport = field(default_factory=RuntimeReport)
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -94,6 +141,7 @@ class Report:
         for group in _groups(self.sites):
             lines += _describe(group)
         lines += [f"note: {note}" for note in self.notes]
+        lines += self.runtime.lines()
         if done and not self.verified:
             lines.append("note: verify=False, nothing above was checked against the original module")
         return "\n".join(lines)

@@ -1,9 +1,19 @@
 """The ops (``torch.ops.mxfp4.*``) and their backends. Imports nothing of ``passes``."""
 
-from . import cpu, humming, reference, triton, triton_kernels
+from . import aiter, cpu, flashinfer, humming, marlin, reference, triton, triton_kernels
 from .registry import register_backend
 
-for _backend in (reference.BACKEND, cpu.BACKEND, triton.BACKEND, triton_kernels.BACKEND, humming.BACKEND):
+for _backend in (
+    reference.BACKEND,
+    cpu.BACKEND,
+    triton.BACKEND,
+    triton_kernels.BACKEND,
+    humming.BACKEND,
+    flashinfer.TRTLLM,
+    flashinfer.CUTLASS,
+    marlin.BACKEND,
+    aiter.BACKEND,
+):
     register_backend(_backend)
 
 from . import schema  # noqa: E402  (registers the ops; backends come first, as its fakes may ask for them)

@@ -131,9 +131,8 @@ class Backend(ABC):
 def check_parallel(request: Request) -> Requirement:
     """Sharded experts, which no backend serves yet."""
     p = request.parallel
-    return Requirement(
-        "parallel", p.single, f"experts in one process; asked for tensor-parallel {p.tensor}, expert-parallel {p.expert}"
-    )
+    asked = f"tensor-parallel {p.tensor}, expert-parallel {p.expert}"
+    return Requirement("parallel", p.single, f"serves experts that lie whole in one process; asked for {asked}")
 
 
 def check_activation_dtype(request: Request, *known: str) -> Requirement:

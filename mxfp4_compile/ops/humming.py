@@ -29,7 +29,18 @@ from ..spec import Activation, MoEParams, Role
 from .backend import Backend, Requirement, check_activation_dtype, check_parallel
 from .library import find
 from .ragged import combine, sort_pairs
-from .refold import arrange_rows, bytes_of, codes, fold, pad, recover_rows, round_up, unfold
+from .refold import (
+    arrange_rows,
+    bias_of_marlin,
+    fold,
+    marlin_bias,
+    marlin_codes,
+    packed_of_marlin,
+    pad,
+    recover_rows,
+    round_up,
+    unfold,
+)
 from .target import Request, Target
 
 INSTALL = "pip install humming-kernels"
@@ -68,7 +79,11 @@ class HummingBackend(Backend):
         p = request.params
         if p is not None:
             requirements.append(
-                Requirement("dtype", p.round_dtype == torch.bfloat16, f"{p.round_dtype}; offered for bf16")
+                Requirement(
+                    "dtype",
+                    p.round_dtype == torch.bfloat16,
+                    f"{p.round_dtype}; offered for bf16, since its fp16 layout cannot hold every scale",
+                )
             )
         return requirements
 
@@ -88,7 +103,7 @@ class HummingBackend(Backend):
         n, k = round_up(packed.shape[1], _PAD_N), round_up(round_up(k, _MULTIPLE), _PAD_K)
         packed = pad(pad(packed, 1, n), 2, k // 2)
         scales = pad(pad(scales, 1, n, _ONE), 2, k // 32, _ONE)
-        return [_swizzle_codes(packed, _known(layout)), _swizzle_scales(scales)]
+        return [marlin_codes(packed, native=_known(layout) == "native"), _swizzle_scales(scales)]
 
     def recover(
         self, tensors: Sequence[Tensor], *, n: int, k: int, role: Role | None, params: MoEParams | None, layout: str
@@ -96,7 +111,8 @@ class HummingBackend(Backend):
         """Prepared -> canonical, bit for bit."""
         rows = _rows(n, role, params)
         n_full, k_full = round_up(rows, _PAD_N), round_up(round_up(k, _MULTIPLE), _PAD_K)
-        packed = _unswizzle_codes(tensors[0], n_full, k_full, _known(layout))[:, :rows, : (k + 1) // 2]
+        packed = packed_of_marlin(tensors[0], n_full, k_full, native=_known(layout) == "native")
+        packed = packed[:, :rows, : (k + 1) // 2]
         scales = _unswizzle_scales(tensors[1], n_full, k_full)[:, :rows, : -(-k // 32)]
         back = {"layout": "halves", "activated": 0}
         return (
@@ -108,11 +124,11 @@ class HummingBackend(Backend):
         """[e, N] -> [e, N filled up], permuted in blocks of 32."""
         bias = arrange_rows(bias, role, params, layout="halves", activated=0, multiple=_MULTIPLE)
         bias = pad(bias, 1, round_up(bias.shape[1], _PAD_N))
-        return fold(bias, *_bias_fold(bias.shape[1])).view_as(bias)
+        return marlin_bias(bias)
 
     def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
         """Inverse of ``prepare_bias``."""
-        plain = unfold(bias, *_bias_fold(bias.shape[1])).view_as(bias)
+        plain = bias_of_marlin(bias)
         return recover_rows(plain[:, : _rows(n, role, params)], n, role, params, layout="halves", activated=0)
 
     def moe(
@@ -184,24 +200,6 @@ def _rows(n: int, role: Role | None, params: MoEParams | None) -> int:
 # permutations
 
 
-def _code_fold(n: int, k: int, layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes and order of codes [n, k]: n is (block of 64, i3 4, i4 2, row 8), k is (block of 16, i5 2, quarter 4, i6 2)."""
-    word = (7, 2, 5) if layout == "interleaved" else (2, 5, 7)
-    return (n // 64, 4, 2, 8, k // 16, 2, 4, 2), (4, 0, 3, 6, 1, *word)
-
-
-def _swizzle_codes(packed: Tensor, layout: str) -> Tensor:
-    e, n, k2 = packed.shape
-    code = fold(codes(packed), *_code_fold(n, 2 * k2, layout)).view(e, k2 // 8, 16 * n)
-    return bytes_of(code).contiguous().view(torch.int32)
-
-
-def _unswizzle_codes(words: Tensor, n: int, k: int, layout: str) -> Tensor:
-    e = words.shape[0]
-    code = codes(words.contiguous().view(torch.uint8))
-    return bytes_of(unfold(code, *_code_fold(n, k, layout)).view(e, n, k))
-
-
 def _swizzle_scales(scales: Tensor) -> Tensor:
     e, n, groups = scales.shape
     return fold(scales, (n // 64, 8, 8, groups), (3, 0, 2, 1)).view(e, groups, n)
@@ -209,10 +207,6 @@ def _swizzle_scales(scales: Tensor) -> Tensor:
 
 def _unswizzle_scales(scales: Tensor, n: int, k: int) -> Tensor:
     return unfold(scales, (n // 64, 8, 8, k // 32), (3, 0, 2, 1)).view(scales.shape[0], n, k // 32)
-
-
-def _bias_fold(n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return (n // 32, 4, 4, 2), (0, 2, 1, 3)
 
 
 # the library

@@ -6,7 +6,6 @@ are exact, run on any device, and the way back is the same permutation the other
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -50,7 +49,7 @@ def codes(packed: Tensor) -> Tensor:
 
 def bytes_of(code: Tensor) -> Tensor:
     """Inverse of ``codes``."""
-    pairs = code.unflatten(-1, (code.shape[-1] // 2, 2))
+    pairs: Tensor = code.unflatten(-1, (code.shape[-1] // 2, 2))
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
@@ -92,7 +91,7 @@ def recover_rows(
         return x[:, :n].contiguous()
     assert params is not None
     shape = (2, x.shape[1] // 2) if layout == "halves" else (x.shape[1] // 2, 2)
-    halves = x.unflatten(1, shape)
+    halves: Tensor = x.unflatten(1, shape)
     if layout != "halves":
         halves = halves.transpose(1, 2)
     if activated == 1:
@@ -106,12 +105,83 @@ def recover_rows(
 def _halves(x: Tensor, params: MoEParams) -> Tensor:
     n = x.shape[1]
     if params.gate_layout == "halves":
-        halves = x.unflatten(1, (2, n // 2))
+        halves: Tensor = x.unflatten(1, (2, n // 2))
     else:
         halves = x.unflatten(1, (n // 2, 2)).transpose(1, 2)
     return halves.flip(1) if params.activated_half == 1 else halves
 
 
-def numel(sizes: Sequence[int]) -> int:
-    """Product of ``sizes``."""
-    return math.prod(sizes)
+def twiddle(x: Tensor) -> Tensor:
+    """[..., 4m] bytes -> the same number: of each four, the bits where Hopper's decoding masks expect them.
+
+    triton_kernels and FlashInfer's CUTLASS kernels share this order.
+    """
+    x = x.unflatten(-1, (x.shape[-1] // 4, 4)).to(torch.int64)
+
+    def spread(byte: Tensor) -> Tensor:
+        halves = [((c & 8) << 12) | ((c & 7) << 6) for c in (byte & 15, byte >> 4)]
+        return halves[0] | (halves[1] << 16)
+
+    def spread_fourth(byte: Tensor) -> Tensor:
+        halves = [((c & 8) << 11) | ((c & 6) << 9) | ((c & 1) << 13) for c in (byte & 15, byte >> 4)]
+        return halves[0] | (halves[1] << 16)
+
+    words = spread(x[..., 0]) | (spread(x[..., 1]) >> 3) | (spread(x[..., 2]) >> 6) | spread_fourth(x[..., 3])
+    return torch.stack([(words >> (8 * i)) & 255 for i in range(4)], -1).to(torch.uint8).flatten(-2)
+
+
+def untwiddle(x: Tensor) -> Tensor:
+    """Inverse of ``twiddle``."""
+    x = x.unflatten(-1, (x.shape[-1] // 4, 4)).to(torch.int64)
+    words = x[..., 0] | (x[..., 1] << 8) | (x[..., 2] << 16) | (x[..., 3] << 24)
+
+    def gather(half: Tensor, shift: int) -> Tensor:
+        half = half << shift
+        return ((half >> 12) & 8) | ((half >> 6) & 7)
+
+    def gather_fourth(half: Tensor) -> Tensor:
+        return ((half >> 11) & 8) | ((half >> 9) & 6) | ((half >> 13) & 1)
+
+    low, high = words & 0xFFFF, words >> 16
+    out = [gather(low, s) | (gather(high, s) << 4) for s in (0, 3, 6)]
+    out.append(gather_fourth(low) | (gather_fourth(high) << 4))
+    return torch.stack(out, -1).to(torch.uint8).flatten(-2)
+
+
+# Marlin's order, which humming shares: what one thread feeds to a 16x16 tensor-core tile lies together.
+
+
+def marlin_codes(packed: Tensor, *, native: bool = False) -> Tensor:
+    """packed [e, N, K/2] -> int32 [e, K/16, 2N]; N % 64 = K % 16 = 0.
+
+    In a word even codes come before odd ones, for decoding by masks; ``native`` leaves them in turns.
+    """
+    e, n, k2 = packed.shape
+    code = fold(codes(packed), *_marlin_fold(n, 2 * k2, native)).view(e, k2 // 8, 16 * n)
+    return bytes_of(code).contiguous().view(torch.int32)
+
+
+def packed_of_marlin(words: Tensor, n: int, k: int, *, native: bool = False) -> Tensor:
+    """Inverse of ``marlin_codes``."""
+    code = codes(words.contiguous().view(torch.uint8))
+    return bytes_of(unfold(code, *_marlin_fold(n, k, native)).view(words.shape[0], n, k))
+
+
+def _marlin_fold(n: int, k: int, native: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rows are (64s, 4, 2, 8 lanes), columns (16s, 2, 4 lanes, 2)."""
+    word = (2, 5, 7) if native else (7, 2, 5)
+    return (n // 64, 4, 2, 8, k // 16, 2, 4, 2), (4, 0, 3, 6, 1, *word)
+
+
+def marlin_bias(bias: Tensor) -> Tensor:
+    """bias [e, N] -> [e, N], permuted in blocks of 32."""
+    return fold(bias, *_bias_fold(bias.shape[1])).view_as(bias)
+
+
+def bias_of_marlin(bias: Tensor) -> Tensor:
+    """Inverse of ``marlin_bias``."""
+    return unfold(bias, *_bias_fold(bias.shape[1])).view_as(bias)
+
+
+def _bias_fold(n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (n // 32, 4, 4, 2), (0, 2, 1, 3)

@@ -82,7 +82,8 @@ class Request:
 
     ``params`` is None for a split site (grouped_linear), whose projections' [E, N, K] are ``shapes``; both
     empty: whether the backend is available at all. ``biases`` says whether the projections have biases.
-    ``max_capture_size``: the largest batch, in tokens, that CUDA graphs are captured for.
+    ``max_capture_size``: the largest batch, in tokens, that CUDA graphs are captured for. ``named``: the backend
+    was asked for by name, and may cost what "auto" would not spend (a compilation of an hour).
     """
 
     params: MoEParams | None = None
@@ -91,6 +92,7 @@ class Request:
     activation_dtype: ActivationDtype = "bf16"
     max_capture_size: int = 512
     parallel: Parallel = Parallel()
+    named: bool = False
 
     @property
     def projections(self) -> tuple[tuple[int, int, int], ...]:
@@ -101,3 +103,7 @@ class Request:
     def about_site(self) -> bool:
         """False where only availability is asked about."""
         return self.params is not None or bool(self.shapes)
+
+
+# Asks for nothing in particular.
+PLAIN = Request()

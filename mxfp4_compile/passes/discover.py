@@ -193,9 +193,12 @@ def experts_implementation(model: nn.Module, name: str) -> Iterator[None]:
             setattr(config, attribute, old[key])
 
 
-def record_calls(model: nn.Module, candidates: list[Candidate], example_inputs: Any = None) -> None:
+def record_calls(
+    model: nn.Module, candidates: list[Candidate], example_inputs: Any = None, runs: list[Any] | None = None
+) -> None:
     """Run the model twice and fill in ``calls`` of each candidate; drop lists that are used as a whole.
 
+    ``runs``: the inputs of the two forwards, made before, in place of ``forward_runs(model, example_inputs)``.
     Raises DiscoveryError with the reason if the forward fails.
     """
     packed = [c for c in candidates if c.kind == "packed"]
@@ -228,7 +231,7 @@ def record_calls(model: nn.Module, candidates: list[Candidate], example_inputs: 
             handles.append(child.register_forward_pre_hook(counter(current[id(c.weights)], i), with_kwargs=True))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), experts_implementation(model, "grouped_mm"):
-            for inputs in forward_runs(model, example_inputs):
+            for inputs in forward_runs(model, example_inputs) if runs is None else runs:
                 before = {id(c): len(c.calls) for c in candidates}
                 for rows in current.values():
                     rows[:] = [0] * len(rows)

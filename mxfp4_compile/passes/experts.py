@@ -7,7 +7,7 @@ bit, where it is needed: ``state_dict``, another device, ``restore``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .. import mx
 from ..ops.backend import BackendError
 from ..ops.registry import get_backend
 from ..ops.selection import Choice, choose
+from ..ops.target import PLAIN, Request
 from ..spec import MoEParams, MoESpec, Role, SplitSpec, WeightSource
 from .capture import CallPattern, TensorInfo
 from .sources import members, stack, unstack
@@ -60,6 +61,7 @@ class SitePlan:
     weight_dtype: torch.dtype
     pattern: CallPattern
     retained: tuple[str, ...]
+    request: Request = PLAIN
     out_spec: Any = None  # how several outputs are arranged; None for one tensor
 
     @property
@@ -76,6 +78,8 @@ class MXFP4Experts(nn.Module):
     """
 
     rewritten: fx.GraphModule
+    weight_errors: dict[str, dict[str, float]]
+    """Source parameter -> relative squared error of its experts' quantization, "mean" and "max"; empty if unknown."""
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class MXFP4Experts(nn.Module):
         self.plan = plan
         self.backend = plan.backend
         self.layout = plan.layout
+        self.weight_errors = {}
         self.__dict__[BLUEPRINT] = original  # not a child: its parameters are released
         self.training = False
         _copy_plain_attributes(original, self)
@@ -143,7 +148,10 @@ class MXFP4Experts(nn.Module):
         try:
             return self._arranged(self.rewritten(*inputs))
         except BackendError as error:
-            raise BackendError(f"{self.__dict__.get('site_name', 'MXFP4 experts')}: {error}") from error
+            name = self.__dict__.get("site_name")  # set when the site is installed
+            if name is None:
+                raise
+            raise BackendError(f"{name}: {error}") from error
 
     def stored(self) -> list[Tensor]:
         """What the rewritten graph takes after the call's tensors: retained state, prepared weights, biases."""
@@ -219,8 +227,13 @@ class MXFP4Experts(nn.Module):
 
     # state_dict: canonical, whatever the backend
 
+    canonical_in_state_dict = True
+    """False while a checkpoint is written: packed weights go there a few experts at a time, not all at once."""
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.canonical_in_state_dict:
+            return
         for projection in self.projections:
             packed, scales = self.canonical(projection)
             rows = projection.rows(self.original)
@@ -327,7 +340,10 @@ class MXFP4Experts(nn.Module):
         if moved.device == probe.device:
             super()._apply(fn, recurse)
             return self
-        self.prepare_for(moved.device, choose(self.plan.params, moved.device, None))
+        # What the site asks for, on another device; a backend asked for by name was asked for on the first one.
+        shapes = tuple(p.shape for p in self.projections)
+        request = replace(self.plan.request, params=self.plan.params, shapes=shapes)
+        self.prepare_for(moved.device, choose(self.plan.params, moved.device, None, request))
         for name in {n.split(".")[0] for n in self.plan.retained}:
             child = self._modules.get(name)
             if child is not None:

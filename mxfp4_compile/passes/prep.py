@@ -7,8 +7,9 @@ It runs a few experts at a time, so that temporary memory stays small whatever t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,6 +41,25 @@ def prep_program(
     quantized = graph.call_function(schema.quantize, (weight, scale_rule))
     packed = graph.call_function(operator.getitem, (quantized, 0))
     scales = graph.call_function(operator.getitem, (quantized, 1))
+    return _finish(graph, packed, scales, projection, params, backend, layout)
+
+
+def codes_program(projection: Projection, params: MoEParams | None, backend: str, layout: str) -> fx.GraphModule:
+    """The prep program of a projection whose weights come in MXFP4: from canonical (packed, scales)."""
+    graph = fx.Graph()
+    packed, scales = graph.placeholder("packed"), graph.placeholder("scales")
+    return _finish(graph, packed, scales, projection, params, backend, layout)
+
+
+def _finish(
+    graph: fx.Graph,
+    packed: fx.Node,
+    scales: fx.Node,
+    projection: Projection,
+    params: MoEParams | None,
+    backend: str,
+    layout: str,
+) -> fx.GraphModule:
     k = projection.shape[2]
     prepared: fx.Node | list[fx.Node] = [packed, scales]
     if layout != "canonical":
@@ -56,10 +76,52 @@ def prep_program(
 
 @dataclass(frozen=True)
 class PreparedProjection:
-    """Prepared tensors (first dimension E) and each expert's relative squared error [E] (fp64, CPU)."""
+    """Prepared tensors (first dimension E) and each expert's relative squared error [E] (fp64, CPU).
+
+    Weights that came in MXFP4 have no errors, [0]: what they were made from is not known.
+    """
 
     tensors: list[Tensor]
     errors: Tensor
+
+
+class ExpertReader(Protocol):
+    """Where a site's weights are read from, a few experts at a time; on the device where they are prepared."""
+
+    def quantized(self, name: str) -> bool:
+        """Whether parameter ``name`` is there as MXFP4 codes and scales rather than as values."""
+
+    def values(self, name: str, experts: slice) -> Tensor:
+        """Experts of a parameter in its own layout and dtype, [e, ...]."""
+
+    def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:
+        """Canonical (packed uint8 [e, n, ceil(k/2)], scales uint8 [e, n, ceil(k/32)]) of some experts."""
+
+
+@dataclass(frozen=True)
+class ModuleReader:
+    """Reads the parameters of a module whose weights are in memory."""
+
+    module: nn.Module
+
+    def quantized(self, name: str) -> bool:
+        """Never: a module holds values."""
+        return False
+
+    def values(self, name: str, experts: slice) -> Tensor:
+        """A view of some experts."""
+        return stack(self.module, name)[experts]
+
+    def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:
+        """Not there."""
+        raise RuntimeError(f"{name} is not in MXFP4")
+
+
+def groups_of(experts: int, per_expert: int) -> Iterator[slice]:
+    """Ranges of experts worth preparing together; ``per_expert``: bytes of one expert's source weights."""
+    group = max(1, min(experts, max(_GROUP_BYTES // max(per_expert, 1), experts // 16)))
+    for start in range(0, experts, group):
+        yield slice(start, min(start + group, experts))
 
 
 def run_prep(
@@ -67,29 +129,41 @@ def run_prep(
     projection: Projection,
     original: nn.Module,
     progress: Callable[[int], None] | None = None,
+    reader: ExpertReader | None = None,
 ) -> PreparedProjection:
-    """Run ``program`` over all experts of ``original``; peak extra memory is one group of experts."""
-    sources = [stack(original, name) for name in projection.source.parameters]
-    experts = projection.shape[0]
-    per_expert = max(1, sum(s.numel() // experts * s.element_size() for s in sources))
-    group = max(1, min(experts, max(_GROUP_BYTES // per_expert, experts // 16)))
+    """Run ``program`` over all experts; peak extra memory is one group of experts.
+
+    ``original`` gives shapes and dtypes (it may be on the meta device), ``reader`` the values, by default its own.
+    A ``program`` of ``codes_program`` is for a reader that has every parameter as codes; its result has no errors.
+    """
+    reader = ModuleReader(original) if reader is None else reader
+    names = projection.source.parameters
+    parameters = [stack(original, name) for name in names]
+    experts, _, k = projection.shape
+    per_expert = sum(p.numel() // experts * p.element_size() for p in parameters)
+    from_codes = reader.quantized(names[0])
+    rows = projection.rows(original)
     outputs: list[Tensor] = []
     errors = []
-    for start in range(0, experts, group):
-        stop = min(start + group, experts)
-        slices = [s[start:stop] for s in sources]
+    for some in groups_of(experts, per_expert):
+        start, stop = some.start, some.stop
         with torch.no_grad():
-            packed, scales, prepared = program(*slices)
-            weight = [s.transpose(1, 2) if projection.source.transposed else s for s in slices]
-            errors.append(_errors(weight, packed, scales))
+            if from_codes:
+                pairs = [reader.codes(name, some, n, k) for name, n in zip(names, rows, strict=True)]
+                _, _, prepared = program(torch.cat([p for p, _ in pairs], 1), torch.cat([s for _, s in pairs], 1))
+            else:
+                slices = [reader.values(name, some) for name in names]
+                packed, scales, prepared = program(*slices)
+                weight = [s.transpose(1, 2) if projection.source.transposed else s for s in slices]
+                errors.append(_errors(weight, packed, scales))
         if not outputs:
             outputs = [t.new_empty((experts, *t.shape[1:])) for t in prepared]
         for target, source in zip(outputs, prepared, strict=True):
             target[start:stop].copy_(source)
         if progress is not None:
-            progress(sum(s.numel() * s.element_size() for s in slices))
+            progress(per_expert * (stop - start))
     # Brought over once: a copy per group would wait for the device each time.
-    return PreparedProjection(outputs, torch.cat(errors).cpu())
+    return PreparedProjection(outputs, torch.cat(errors).cpu() if errors else torch.zeros(0, dtype=torch.float64))
 
 
 def _errors(parts: list[Tensor], packed: Tensor, scales: Tensor) -> Tensor:
@@ -106,11 +180,18 @@ def _errors(parts: list[Tensor], packed: Tensor, scales: Tensor) -> Tensor:
 
 
 def prepare_bias(
-    projection: Projection, original: nn.Module, params: MoEParams | None, backend: str, layout: str
+    projection: Projection,
+    original: nn.Module,
+    params: MoEParams | None,
+    backend: str,
+    layout: str,
+    reader: ExpertReader | None = None,
 ) -> Tensor | None:
     """The prepared bias of a projection, or None."""
     if not projection.source.bias:
         return None
-    bias = torch.cat([stack(original, name)[:] for name in projection.source.bias], dim=1)
+    reader = ModuleReader(original) if reader is None else reader
+    everyone = slice(0, projection.shape[0])
+    bias = torch.cat([reader.values(name, everyone) for name in projection.source.bias], dim=1)
     # prepare_bias may hand its input back: the buffer must not share memory with the original parameter.
     return get_backend(backend).prepare_bias(bias.clone(), role=projection.role, params=params, layout=layout)

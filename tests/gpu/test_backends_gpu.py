@@ -138,7 +138,7 @@ def check(layer: Layer, tokens: int, **inputs) -> float:
 def test_activations(name: str, activation: Activation) -> None:
     for number, (layout, half) in enumerate((("halves", 0), ("interleaved", 0), ("halves", 1), ("interleaved", 1))):
         layer = Layer(name, SHAPE, activation, layout=layout, half=half, seed=number)
-        for tokens in (1, 37):
+        for tokens in (1, 19):
             check(layer, tokens)
 
 
@@ -149,14 +149,14 @@ def test_plain_activations(name: str) -> None:
 
 def test_biases_and_odd_shapes(name: str) -> None:
     layer = Layer(name, ODD, GPT_OSS, layout="interleaved", bias=True)
-    for tokens in (1, 2, 7, 33, 300):
+    for tokens in (1, 7, 300):
         check(layer, tokens)
         check(layer, tokens, skew=True, id_dtype=torch.int32, weight_dtype=BF16)
 
 
 def test_routing_edges(name: str) -> None:
     layer = Layer(name, SHAPE, ACTIVATIONS[0])
-    for tokens in (1, 5, 64, 513):
+    for tokens in (1, 19, 200):
         check(layer, tokens, sentinels=True)
     check(layer, 40, skew=True)
     x, ids, weights = layer.inputs(9)
@@ -169,9 +169,8 @@ def test_routing_edges(name: str) -> None:
 
 def test_weight_on_the_input(name: str) -> None:
     layer = Layer(name, SHAPE, ACTIVATIONS[0], on_input=True)
-    for tokens in (1, 50):
-        check(layer, tokens)
-        check(layer, tokens, sentinels=True) if tokens > 1 else None
+    for tokens in (1, 19):
+        check(layer, tokens, sentinels=tokens > 1)
 
 
 def test_repeats_bit_for_bit(name: str) -> None:
@@ -186,7 +185,7 @@ def test_repeats_bit_for_bit(name: str) -> None:
 
 def test_captured(name: str) -> None:
     layer = Layer(name, SHAPE, ACTIVATIONS[0])
-    for tokens in (1, 64):
+    for tokens in (1, 19):
         inputs = layer.inputs(tokens)
         for _ in range(2):
             layer(*inputs)

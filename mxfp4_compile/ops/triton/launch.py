@@ -17,9 +17,7 @@ from torch import Tensor
 class Step:
     """One kernel with its constants and options; call it with a grid and the run-time arguments."""
 
-    def __init__(
-        self, kernel: Any, constants: dict[str, Any], warps: int, stages: int, registers: int = 0
-    ) -> None:
+    def __init__(self, kernel: Any, constants: dict[str, Any], warps: int, stages: int, registers: int = 0) -> None:
         self.kernel = kernel
         names = list(kernel.arg_names)
         # In signature order, since the compiled kernel takes all of them by position.
@@ -50,6 +48,4 @@ class Step:
             self._compiled[device] = self.kernel[grid](*args, **self.constants, **self.options)
             return
         stream = torch._C._cuda_getCurrentRawStream(device)
-        compiled.run(
-            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *self._tail
-        )
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *self._tail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .combine import combine
 from .launch import Step
 from .matmul import scan_matmul, sorted_matmul
 from .routing import sort_pairs
-from .select import Choice, Tiles, choose, choose_linear
+from .select import Choice, Tiles, architecture, choose, choose_linear
 from .vector import vector_down, vector_up
 
 # Bytes of intermediates (activations between the projections, rows before the combination) that one
@@ -28,17 +28,6 @@ _MAX_INTERMEDIATE = 2 << 30
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """The name under which configs/ files this device's tuned data."""
-    if device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
 
 
 def _power_of_two(n: int) -> int:
@@ -127,16 +116,12 @@ class _Plan:
             if choice.down_regime == "scan":
                 self.down = _step(scan_matmul, choice.down, X_BY_TOKEN=False, **scan, **down)
             else:
-                self.down = _step(
-                    sorted_matmul, choice.down, GATHER_X=False, SCATTER_OUT=True, **ragged, **down
-                )
+                self.down = _step(sorted_matmul, choice.down, GATHER_X=False, SCATTER_OUT=True, **ragged, **down)
             self.combine_block = min(_power_of_two(h), 1024)
             self.combine_tiles = -(-h // self.combine_block)
             self.combine = Step(combine, {"E": e, "TOP_K": top_k, "N": h, "BLOCK": self.combine_block}, 4, 1)
         if choice.up_regime == "sorted":
-            self.route = Step(
-                sort_pairs, {"E": e, "BLOCK": pairs_class}, max(min(pairs_class // 512, 16), 4), 1
-            )
+            self.route = Step(sort_pairs, {"E": e, "BLOCK": pairs_class}, max(min(pairs_class // 512, 16), 4), 1)
 
 
 @lru_cache(maxsize=4096)
@@ -181,11 +166,7 @@ def moe(
     per_token = top_k * (params.hidden + params.intermediate) * params.round_dtype.itemsize
     # Row numbers times widths are 64-bit in the kernels; row numbers and tile numbers are 32-bit.
     chunk = max(min(_MAX_INTERMEDIATE // per_token, (1 << 24) // top_k), 1)
-    with (
-        torch.cuda.device(x.device)
-        if x.is_cuda and x.device.index != torch.cuda.current_device()
-        else _NOTHING
-    ):
+    with torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else _NOTHING:
         for at in range(0, tokens, chunk):
             if chunk >= tokens:
                 _chunk(x, topk_ids, topk_weights, up, down, up_bias, down_bias, out, params, layout, choice)
@@ -234,7 +215,8 @@ def _chunk(
     if choice is None:
         choice = choose(
             architecture(x.device), params.num_experts, top_k, params.hidden, params.intermediate, tokens,
-            x.dtype == params.round_dtype == torch.bfloat16,
+            x.dtype == params.round_dtype == torch.bfloat16, x.device,
+            x.dtype if x.dtype == params.round_dtype else None,
         )  # fmt: skip
     dtypes = (
         x.dtype,
@@ -284,9 +266,7 @@ def pairs_class(choice: Choice, pairs: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _linear_step(
-    e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, twiddled: bool, tiles: Tiles
-) -> Step:
+def _linear_step(e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, twiddled: bool, tiles: Tiles) -> Step:
     return _step(
         sorted_matmul,
         tiles,

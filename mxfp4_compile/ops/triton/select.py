@@ -3,44 +3,34 @@
 A file holds an ordered list; the first entry whose bounds all hold is taken. Bounds ("max_rows",
 "min_weights") are on tokens, pairs (tokens times top_k), rows (mean pairs per expert hit, under uniform
 routing) and weights (hidden times intermediate size), so that a shape nobody tuned falls between its
-neighbours.
+neighbours. What the user tuned on this GPU (tuned.py) goes before all of it, for exactly its shapes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Regime = Literal["vector", "scan", "sorted"]
+import torch
+
+from . import tuned
+from .tiles import Choice, Regime, Tiles, choice_of, tiles_of
 
 _CONFIGS = Path(__file__).parent / "configs"
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Block sizes and launch options of one kernel; ``registers`` caps them per thread, 0 leaves them."""
-
-    warps: int
-    stages: int
-    sizes: tuple[tuple[str, int], ...]
-    registers: int = 0
-
-    def __getitem__(self, name: str) -> int:
-        return dict(self.sizes)[name]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The kernels of the two projections for a number of tokens; "sorted" goes with "sorted" only."""
-
-    up_regime: Regime
-    up: Tiles
-    down_regime: Regime
-    down: Tiles
+@cache
+def architecture(device: torch.device) -> str:
+    """The name under which configs/ files this device's tuned data."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
 
 
 @cache
@@ -50,11 +40,6 @@ def load_config(architecture: str) -> dict[str, Any]:
     if not path.exists():
         path = _CONFIGS / "default.json"
     return json.loads(path.read_text())
-
-
-def _tiles(entry: dict[str, Any]) -> Tiles:
-    sizes = tuple((k, v) for k, v in entry.items() if k not in ("kernel", "warps", "stages", "registers"))
-    return Tiles(entry["warps"], entry["stages"], sizes, entry.get("registers", 0))
 
 
 def experts_hit(pairs: int, num_experts: int) -> float:
@@ -81,9 +66,25 @@ def _fits(entry: dict[str, Any], facts: dict[str, float]) -> bool:
 
 @lru_cache(maxsize=4096)
 def choose(
-    architecture: str, num_experts: int, top_k: int, hidden: int, inner: int, tokens: int, bf16: bool = True
+    architecture: str,
+    num_experts: int,
+    top_k: int,
+    hidden: int,
+    inner: int,
+    tokens: int,
+    bf16: bool = True,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Choice:
-    """The kernels for ``tokens`` tokens of ``top_k`` experts each, of ``num_experts`` of hidden x inner."""
+    """The kernels for ``tokens`` tokens of ``top_k`` experts each, of ``num_experts`` of hidden x inner.
+
+    With ``device`` and ``dtype`` (of tokens and roundings alike) the user's tuned data come first; without, the
+    shipped rules alone decide.
+    """
+    if device is not None and dtype is not None:
+        choice = tuned.lookup(device, (num_experts, top_k, hidden, inner), dtype, tokens)
+        if choice is not None:
+            return choice
     pairs = tokens * top_k
     facts = {
         "tokens": tokens,
@@ -93,8 +94,7 @@ def choose(
     }
     for entry in load_config(architecture)["moe"]:
         if _fits(entry, facts):
-            up, down = entry["up"], entry["down"]
-            return Choice(up["kernel"], _tiles(up), down["kernel"], _tiles(down))
+            return choice_of(entry["up"], entry["down"])
     raise ValueError(f"no entry of configs/{architecture}.json fits {facts}")
 
 
@@ -104,5 +104,14 @@ def choose_linear(architecture: str, num_experts: int, rows: int, bf16: bool = T
     mean = _rows(rows, num_experts, bf16)
     for entry in load_config(architecture)["moe"]:
         if entry["down"]["kernel"] == "sorted" and entry.get("max_rows", math.inf) >= mean:
-            return _tiles(entry["down"])
+            return tiles_of(entry["down"])
     raise ValueError(f"no sorted entry of configs/{architecture}.json fits {mean} rows per expert")
+
+
+def forget_tuned() -> None:
+    """Consult the user's tuned data anew, as they are now."""
+    tuned.forget()
+    choose.cache_clear()
+
+
+__all__ = ["Choice", "Regime", "Tiles", "architecture", "choose", "choose_linear", "forget_tuned", "load_config"]

@@ -92,9 +92,7 @@ def vector_up(
         step = tl.arange(0, BLOCK)
         w = tl.arange(0, 16)
         k = step[:, None] * 64 + tl.arange(0, 64)[None, :]
-        code_ptrs = (
-            codes + base * 128 + (r * 16)[:, None, None] + (step * 128)[None, :, None] + w[None, None, :]
-        )
+        code_ptrs = codes + base * 128 + (r * 16)[:, None, None] + (step * 128)[None, :, None] + w[None, None, :]
         scale_ptrs = scales + base * 8 + r[:, None] + (step * 8)[None, :]
         total = tl.zeros([ROWS, BLOCK, 4, 2, 2], tl.float32)
         for at in range(0, STEPS, BLOCK):

@@ -62,7 +62,8 @@ class TritonKernelsBackend(Backend):
         if sm is not None and sm >= 100:
             return "blackwell"
         if sm is not None and sm >= 90:
-            return f"hopper-w{scale_warps(request.parallel, request.max_capture_size)}"
+            rows = "256" if library.locate().generation == "3.8" else ""
+            return f"hopper{rows}-w{scale_warps(request.parallel, request.max_capture_size)}"
         return "cdna4" if target.arch == "gfx950" else "strided"
 
     def prepare(
@@ -163,8 +164,10 @@ class TritonKernelsBackend(Backend):
 def _device(target: Target, generation: str | None) -> Requirement:
     sm = target.sm
     if sm is not None:
-        notes = {True: "", False: "; below 9.0 its products are slow"}[sm >= 90]
-        return Requirement("device", sm >= 80, f"{target.arch}, needs sm_80 or newer{notes}")
+        note = "; below sm_90 its products are slow" if sm < 90 else ""
+        if sm >= 100:
+            note = "; reported to crash there with NVIDIA drivers from 595 on"
+        return Requirement("device", sm >= 80, f"{target.arch}, needs sm_80 or newer{note}")
     if target.rocm:
         met = target.arch in ("gfx942", "gfx950") and generation in (None, "3.7", "3.8")
         return Requirement("device", met, f"{target.arch}, needs gfx942 or gfx950 and generation 3.7 or newer")

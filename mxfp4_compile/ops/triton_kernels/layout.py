@@ -6,6 +6,7 @@ the contiguous transpose, which the adapter hands over as a view.
     strided    packed [e, N, K/2], scales [e, N, K/32]
     hopper-wW  packed [e, N/4, 2K] with the bits of each 32-bit word in the order its decoding masks expect,
                scales [e, N/32, K], for kernels of W warps
+    hopper256-wW  the same with N filled up to 256, as generation 3.8 wants it
     blackwell  packed [e, N, K/2 filled up to 128 bytes], scales [e, N/128, K/128, 2, 256]
     cdna4      packed as strided, scales [e, N/32, K]
 """
@@ -14,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ...spec import MoEParams, Role
-from ..refold import arrange_rows, fold, pad, recover_rows, round_up, unfold
+from ..refold import arrange_rows, fold, pad, recover_rows, round_up, twiddle, unfold, untwiddle
 
-LAYOUTS = ("strided", "hopper-w4", "hopper-w8", "blackwell", "cdna4")
+LAYOUTS = ("strided", "hopper-w4", "hopper-w8", "hopper256-w4", "hopper256-w8", "blackwell", "cdna4")
 
 
 def multiples(layout: str) -> tuple[int, int]:
@@ -32,6 +32,10 @@ def _warps(layout: str) -> int:
     return int(layout[-1])
 
 
+def _value_rows(layout: str) -> int:
+    return 256 if layout.startswith("hopper256") else 64
+
+
 def _value_fold(n: int, k2: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes and order of Hopper's values [n, k2 bytes]: per thread all bytes of four tensor-core tiles along K."""
     return (n // 16, 2, 4, 2, k2 // 32, 4, 2, 4), (0, 2, 4, 3, 7, 5, 6, 1)
@@ -39,40 +43,6 @@ def _value_fold(n: int, k2: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _scale_fold(n: int, groups: int, warps: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (n // (32 * warps), 2, warps, 2, 8, groups // 2, 2), (0, 2, 5, 1, 4, 6, 3)
-
-
-def twiddle(x: Tensor) -> Tensor:
-    """[..., 4m] bytes -> the same number: of each four, the bits where Hopper's decoding expects them."""
-    x = x.unflatten(-1, (x.shape[-1] // 4, 4)).to(torch.int64)
-
-    def spread(byte: Tensor) -> Tensor:
-        halves = [((c & 8) << 12) | ((c & 7) << 6) for c in (byte & 15, byte >> 4)]
-        return halves[0] | (halves[1] << 16)
-
-    def spread_fourth(byte: Tensor) -> Tensor:
-        halves = [((c & 8) << 11) | ((c & 6) << 9) | ((c & 1) << 13) for c in (byte & 15, byte >> 4)]
-        return halves[0] | (halves[1] << 16)
-
-    words = spread(x[..., 0]) | (spread(x[..., 1]) >> 3) | (spread(x[..., 2]) >> 6) | spread_fourth(x[..., 3])
-    return torch.stack([(words >> (8 * i)) & 255 for i in range(4)], -1).to(torch.uint8).flatten(-2)
-
-
-def untwiddle(x: Tensor) -> Tensor:
-    """Inverse of ``twiddle``."""
-    x = x.unflatten(-1, (x.shape[-1] // 4, 4)).to(torch.int64)
-    words = x[..., 0] | (x[..., 1] << 8) | (x[..., 2] << 16) | (x[..., 3] << 24)
-
-    def gather(half: Tensor, shift: int) -> Tensor:
-        half = half << shift
-        return ((half >> 12) & 8) | ((half >> 6) & 7)
-
-    def gather_fourth(half: Tensor) -> Tensor:
-        return ((half >> 11) & 8) | ((half >> 9) & 6) | ((half >> 13) & 1)
-
-    low, high = words & 0xFFFF, words >> 16
-    out = [gather(low, s) | (gather(high, s) << 4) for s in (0, 3, 6)]
-    out.append(gather_fourth(low) | (gather_fourth(high) << 4))
-    return torch.stack(out, -1).to(torch.uint8).flatten(-2)
 
 
 def prepare(
@@ -108,8 +78,8 @@ def swizzle_values(packed: Tensor, layout: str) -> Tensor:
     """packed [e, N, K/2] -> stored values."""
     e, n, k2 = packed.shape
     if layout.startswith("hopper"):
-        packed = pad(packed, 2, round_up(k2, 64))
-        k2 = packed.shape[2]
+        packed = pad(pad(packed, 1, round_up(n, _value_rows(layout))), 2, round_up(k2, 64))
+        n, k2 = packed.shape[1:]
         return twiddle(fold(packed, *_value_fold(n, k2)).view(e, n // 4, 4 * k2))
     if layout == "blackwell":
         return pad(packed, 2, round_up(k2, 128)).contiguous()
@@ -119,9 +89,9 @@ def swizzle_values(packed: Tensor, layout: str) -> Tensor:
 def unswizzle_values(values: Tensor, n: int, k2: int, layout: str) -> Tensor:
     """Inverse of ``swizzle_values``."""
     if layout.startswith("hopper"):
-        full = round_up(k2, 64)
-        plain = unfold(untwiddle(values), *_value_fold(n, full)).view(values.shape[0], n, full)
-        return plain[:, :, :k2]
+        rows, columns = round_up(n, _value_rows(layout)), round_up(k2, 64)
+        plain = unfold(untwiddle(values), *_value_fold(rows, columns)).view(values.shape[0], rows, columns)
+        return plain[:, :n, :k2]
     return values[:, :, :k2]
 
 

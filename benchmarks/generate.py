@@ -1,0 +1,256 @@
+"""``model.generate`` end to end: transformers eager, transformers with its static cache and compilation, ours.
+
+A real configuration with random weights, made on the GPU in bf16; ``optimize`` then changes that same model.
+
+    python benchmarks/generate.py --modes ours --batches 1,8,64
+    python benchmarks/generate.py --modes hf_eager,hf_static,ours --batches 1 --prefill 512,4096
+    python benchmarks/generate.py --model gpt-oss-20b --new 256        # past its window of 128
+
+Decode rate: wall time of ``generate`` with ``--new`` tokens minus that with 2, best of three each. Prefill: wall time
+of ``generate`` for one token. Cold: the first call of a mode at a batch size, compilation and capture included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def config_of(name: str, layers: int | None) -> Any:
+    """The configuration of a published model."""
+    if name == "qwen3-30b-a3b":
+        from transformers import Qwen3MoeConfig
+
+        return Qwen3MoeConfig(
+            vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=layers or 48,
+            num_attention_heads=32, num_key_value_heads=4, head_dim=128, moe_intermediate_size=768, num_experts=128,
+            num_experts_per_tok=8, norm_topk_prob=True, max_position_embeddings=40960, tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        )  # fmt: skip
+    if name == "gpt-oss-20b":
+        from transformers import GptOssConfig
+
+        return GptOssConfig(num_hidden_layers=layers or 24, num_local_experts=32, eos_token_id=None, pad_token_id=0)
+    if name == "tiny":  # for trying this file
+        from mxfp4_compile.families import tiny_model
+
+        return tiny_model("qwen3_moe").config
+    raise SystemExit(f"unknown model {name!r}")
+
+
+def build(config: Any, device: str) -> Any:
+    """The model with random weights in bf16, on the device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def timed(run: Any) -> float:
+    """Seconds of one call, the device's work included."""
+    synchronize()
+    started = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    """Wait for the device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def best(run: Any, repeats: int = 3) -> float:
+    """The least of several."""
+    return min(timed(run) for _ in range(repeats))
+
+
+class Counter:
+    """Graphs that Dynamo compiled and CUDA graphs that were recorded."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self) -> tuple[int, int]:
+        from torch._dynamo.utils import counters
+
+        report = getattr(self.model, "mxfp4_report", None)
+        return counters["stats"]["unique_graphs"], len(report.runtime.captures) if report is not None else 0
+
+
+def decode(model: Any, batch: int, prompt: int, new: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Cold call, decode rate, time to the first token at one batch size."""
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(1, vocabulary, (batch, prompt), device=device)
+    count = Counter(model)
+
+    def run(tokens: int) -> Any:
+        return model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    cold = timed(lambda: run(new))
+    before = count()
+    long, short, first = best(lambda: run(new)), best(lambda: run(2)), best(lambda: run(1))
+    after = count()
+    step = (long - short) / (new - 2)
+    return {
+        "batch": batch,
+        "prompt": prompt,
+        "new_tokens": new,
+        "cold_seconds": cold,
+        "first_token_ms": first * 1e3,
+        "ms_per_step": step * 1e3,
+        "tokens_per_second": batch / step,
+        "compiled_after_first_call": after[0] - before[0],
+        "captured_after_first_call": after[1] - before[1],
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+    }
+
+
+def prefill(model: Any, length: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Time to the first token of a long prompt, batch 1."""
+    device = next(model.parameters()).device
+    ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, length), device=device)
+    run = lambda: model.generate(ids, max_new_tokens=1, do_sample=False, **options)
+    return {"prompt": length, "cold_seconds": timed(run), "first_token_ms": best(run) * 1e3}
+
+
+def profile(model: Any, batch: int) -> list[dict[str, Any]]:
+    """One replay of the recorded step for ``batch`` rows, by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    from mxfp4_compile.runtime import runtime_of
+
+    runtime = runtime_of(model)
+    assert runtime is not None
+    found = [s for k, s in runtime.steps.items() if k.rows >= batch]
+    if not found:
+        return []
+    step = min(found, key=lambda s: s.key.rows)
+    step.kv.position.fill_(150)
+    step.replay()
+    synchronize()
+    with record(activities=[ProfilerActivity.CUDA]) as events:
+        step.replay()
+        synchronize()
+    rows = [
+        {"kernel": e.key[:160], "count": e.count, "us": e.self_device_time_total} for e in events.key_averages()
+    ]
+    return sorted(rows, key=lambda r: -r["us"])
+
+
+MODES = ("hf_eager", "hf_static", "ours")
+
+
+def run_mode(model: Any, mode: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything asked of one mode; the model is what the mode needs."""
+    options: dict[str, Any] = {"cache_implementation": "static"} if mode == "hf_static" else {}
+    out: dict[str, Any] = {"decode": [], "prefill": [], "profiles": {}}
+    for batch in args.batches:
+        try:
+            out["decode"].append(decode(model, batch, args.prompt, args.new, options))
+            print(f"{mode:10s}", json.dumps(out["decode"][-1]), flush=True)
+        except torch.OutOfMemoryError as error:
+            out["decode"].append({"batch": batch, "failed": str(error).splitlines()[0]})
+            print(f"{mode:10s} batch {batch}: out of memory", flush=True)
+        if mode == "ours" and args.profile:
+            table = out["profiles"][str(batch)] = profile(model, batch)
+            total = sum(r["us"] for r in table)
+            print(f"  one step at batch {batch} by kernel: {total:.0f} us in {sum(r['count'] for r in table)} kernels")
+            for row in table[:25]:
+                print(f"  {row['us']:9.1f} us {row['count']:5d} x  {row['kernel'][:100]}", flush=True)
+    for length in args.prefill:
+        out["prefill"].append(prefill(model, length, {} if mode == "hf_static" else options))
+        print(f"{mode:10s}", json.dumps(out["prefill"][-1]), flush=True)
+    return out
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Decode rate by batch size, one line a mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for mode, measured in result["modes"].items():
+        rows = [r for r in measured["decode"] if "tokens_per_second" in r]
+        axes.plot([r["batch"] for r in rows], [r["tokens_per_second"] for r in rows], marker="o", label=mode)
+    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens per second", title=result["title"])
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Command line."""
+    numbers = lambda text: [int(n) for n in text.split(",") if n]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--modes", default="ours", help=",".join(MODES))
+    parser.add_argument("--batches", type=numbers, default=[1, 8, 64])
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--prefill", type=numbers, default=[])
+    parser.add_argument("--profile", action="store_true", help="one step of ours by kernel")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    modes = args.modes.split(",")
+    if set(modes) - set(MODES):
+        parser.error(f"modes are {', '.join(MODES)}")
+
+    import transformers
+
+    import mxfp4_compile
+
+    name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    config = config_of(args.model, args.layers)
+    result: dict[str, Any] = {
+        "title": f"{args.model}, {config.num_hidden_layers} layers, {name}, prompt {args.prompt}",
+        "device": name,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "arguments": {k: str(v) for k, v in vars(args).items()},
+        "modes": {},
+    }
+    started = time.perf_counter()
+    model = build(config, args.device)
+    synchronize()
+    print(f"{result['title']}: built in {time.perf_counter() - started:.1f} s", flush=True)
+    try:
+        for mode in sorted(modes, key=MODES.index):
+            if mode == "ours":
+                gc.collect()
+                torch._dynamo.reset()
+                result["optimize_seconds"] = timed(lambda: mxfp4_compile.optimize(model, verify=False))
+                print(f"optimize (verify=False): {result['optimize_seconds']:.1f} s", flush=True)
+            result["modes"][mode] = run_mode(model, mode, args)
+    finally:
+        if "ours" in modes and hasattr(model, "mxfp4_report"):
+            result["report"] = model.mxfp4_report.runtime.lines()
+            print("\n".join(result["report"]), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1))
+        if args.plot:
+            plot(result, args.plot)
+
+
+if __name__ == "__main__":
+    main()

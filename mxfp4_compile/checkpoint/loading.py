@@ -1,0 +1,518 @@
+"""Load with transformers: quantize (or take MXFP4 as it is) while the checkpoint is read.
+
+transformers builds the model on the meta device and loads everything but the experts, as always. The experts
+are planned before (``plan.py``) and read afterwards, a few at a time, straight into the prepared layout on the
+device where they run; the bf16 model never exists.
+
+1. ``_process_model_before_weight_loading``: plan; take the expert parameters out of the skeleton, so that
+   transformers neither reads nor initializes them;
+2. transformers loads the rest and places it (``device_map``, offloading);
+3. ``_process_model_after_weight_loading``: put the empty parameters back, verify one site of each structure on
+   its real weights, then prepare and install site by site.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import mx
+from ..ops.selection import requested_backend
+from ..passes.capture import TensorInfo
+from ..passes.discover import experts_implementation
+from ..passes.experts import MXFP4Experts
+from ..passes.match import NoMatch
+from ..passes.prep import ExpertReader
+from ..pipeline import (
+    DEFAULT_CAPTURE_SIZE,
+    OptimizeError,
+    Site,
+    install_site,
+    left_alone,
+    match_structure,
+    progress_bar,
+    put_guard,
+    structure_key,
+    verify_structures,
+    versions_used,
+)
+from ..report import Report
+from ..runtime import attach
+from .files import CheckpointError, Weights
+from .formats import OWN, Scheme, scheme_of
+from .plan import expert_parameters, plan_sites, planned, stand_in
+from .sources import ExpertSource, Names
+from .writing import Saver
+
+_PLACEHOLDER = "mxfp4_bytes"
+
+
+class _Method(str, Enum):
+    """transformers asks the name of a quantization method for its ``value``."""
+
+    OWN = OWN
+
+
+@register_quantization_config(OWN)
+class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How ``from_pretrained`` makes a model's experts MXFP4: the arguments of ``optimize`` that apply while loading.
+
+    backend, scale_rule, skip, strict, verify, example_inputs, progress: as for ``optimize``. ``checkpoint`` is
+    what a saved checkpoint says about itself. Raises ValueError for a bad scale rule or backend.
+    """
+
+    def __init__(
+        self,
+        backend: str = "auto",
+        scale_rule: str = mx.DEFAULT_SCALE_RULE,
+        skip: Sequence[str] = (),
+        strict: bool = True,
+        verify: bool = True,
+        example_inputs: Any = None,
+        progress: bool | None = None,
+        source: Mapping[str, Any] | None = None,
+        **checkpoint: Any,
+    ) -> None:
+        mx.check_scale_rule(scale_rule)
+        requested_backend(backend)
+        self.quant_method = _Method.OWN
+        self.backend = backend
+        self.scale_rule = scale_rule
+        self.skip = list(skip)
+        self.strict = strict
+        self.verify = verify
+        self.example_inputs = example_inputs
+        self.progress = progress
+        self.source = source
+        self.checkpoint = {k: v for k, v in checkpoint.items() if k != "quant_method"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json keeps: the method, the scale rule, what was skipped, and the checkpoint's own facts."""
+        return {
+            "format_version": 1,
+            **self.checkpoint,
+            "quant_method": OWN,
+            "scale_rule": self.scale_rule,
+            "skip": self.skip,
+        }
+
+
+@dataclass
+class _SiteReader(ExpertReader):
+    """The parameters of one site, read from a checkpoint to the device where they are prepared."""
+
+    source: ExpertSource
+    site: Site
+    device: torch.device
+
+    def quantized(self, name: str) -> bool:
+        return self.source.quantized(f"{self.site.name}.{name}")
+
+    def values(self, name: str, experts: slice) -> Tensor:
+        full = f"{self.site.name}.{name}"
+        values = self.source.values(full, experts)
+        if not bool(values.isfinite().all()):
+            bad = int((~values.isfinite().flatten(1).all(1)).nonzero()[0])
+            raise CheckpointError(f"{self.source.where(full)}: {full} holds NaN or Inf in expert {experts.start + bad}")
+        return values.to(self.device)
+
+    def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:
+        packed, scales = self.source.codes(f"{self.site.name}.{name}", experts, n, k)
+        return packed.to(self.device), scales.to(self.device)
+
+
+@register_quantizer(OWN)
+class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
+    """The quantizer of ``Mxfp4CompileConfig``, and of checkpoints in our own form."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Mxfp4CompileConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.quantization_config: Mxfp4CompileConfig = quantization_config
+        self.device_map: Any = None
+        self.sites: list[Site] = []
+        self.held: dict[str, Any] = {}
+        self.model: nn.Module | None = None
+
+    # what transformers asks
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Called before the model exists, and again with the device map that "auto" became."""
+        if self.model is not None and isinstance(kwargs.get("device_map"), dict):
+            self.device_map = kwargs["device_map"]
+            self._drop_placeholders()
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Remember where the user wants the model."""
+        self.device_map = device_map
+        return device_map
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Yes: ``save_pretrained`` writes canonical MXFP4."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: MXFP4 experts are for inference."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes: the experts are one op that torch.compile keeps."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        files = kwargs.get("checkpoint_files")
+        if not files:
+            raise CheckpointError("MXFP4 is made while a checkpoint is read from files: a state_dict will not do")
+        if getattr(model, "tp_size", None) not in (None, 1):
+            raise OptimizeError("tensor parallelism (tp_plan) is not supported yet")
+        self.files = [Path(f) for f in files]
+        self.model = model
+        self.started = time.perf_counter()
+        declared = config.source if config.source is not None else (config.to_dict() if self.pre_quantized else None)
+        self.scheme, notes = scheme_of(declared, str(self.files[0].parent / "config.json"))
+        self.report = Report(
+            str(config.scale_rule), "bf16", DEFAULT_CAPTURE_SIZE, bool(config.verify), versions=versions_used()
+        )
+        self.report.notes += notes
+        with Weights(self.files) as weights:  # a bad file is found before any work
+            self._refuse_names(weights)
+        self.sites = plan_sites(
+            model,
+            self.report,
+            requested=requested_backend(config.backend),
+            skip=config.skip,
+            strict=config.strict,
+            example_inputs=config.example_inputs,
+            device_of=self.device_of,
+        )
+        with Weights(self.files) as weights:
+            wanted = expert_parameters(self.sites)
+            ExpertSource(model, wanted, weights, self.scheme)
+            self._others = _other_codes(model, wanted, weights, self.scheme)
+        self._hold(model)
+        return model
+
+    def _refuse_names(self, weights: Weights) -> None:
+        if not weights.tensors:
+            raise CheckpointError(f"{self.files[0]} holds no tensors")
+
+    def _hold(self, model: Any) -> None:
+        """Take the expert parameters out of the skeleton; transformers loads what is left."""
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        for site in planned(self.sites):
+            module = site.candidate.module
+            assert site.structure is not None
+            size = 0
+            for full, parameter in expert_parameters([site]).items():
+                name = full[len(site.name) + 1 :]
+                owner, _, leaf = name.rpartition(".")
+                holder = module.get_submodule(owner)
+                del holder._parameters[leaf]
+                # Some families initialize experts from the block around them: let them write into nothing.
+                holder.__dict__[leaf] = parameter.detach()
+                self.held[full] = parameter
+                size += parameter.numel() * 17 // 32 if parameter.dim() == 3 else parameter.numel() * 2
+            for child in module.modules():
+                child._is_hf_initialized = True  # type: ignore[assignment]
+            if isinstance(self.device_map, str):
+                # "auto" and the like place modules by the size of their parameters: show the final one.
+                nbytes = torch.empty(size, dtype=torch.uint8, device="meta")
+                module.register_parameter(_PLACEHOLDER, nn.Parameter(nbytes, requires_grad=False))
+            for name in site.candidate.names:
+                ignored.add(re.escape(name) + r"\.")
+                ignored.add(re.escape(name.partition(".")[2]) + r"\.")
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for name in [n for n in tied if n in self.held]:
+            del tied[name]  # the plan made these one already
+        model._keys_to_ignore_on_load_unexpected = ignored
+        if self._others:
+            missing = set(model._keys_to_ignore_on_load_missing or ())
+            model._keys_to_ignore_on_load_missing = missing | {re.escape(name) for name in self._others}
+            model._keys_to_ignore_on_load_unexpected |= {
+                re.escape(name.removesuffix(".weight")) + r"\.weight_(packed|scale)" for name in self._others
+            }
+
+    def _drop_placeholders(self) -> None:
+        for site in planned(self.sites):
+            site.candidate.module._parameters.pop(_PLACEHOLDER, None)
+
+    def device_of(self, name: str) -> torch.device:
+        """Where the module ``name`` runs: its entry of the device map, or the accelerator it is offloaded from."""
+        device = self.place_of(name)
+        if device.type == "cpu" and isinstance(self.device_map, dict):
+            others = [_device(d) for d in self.device_map.values() if d != "disk"]
+            accelerators = [d for d in others if d.type not in ("cpu", "meta")]
+            if accelerators:
+                return accelerators[0]
+        return device
+
+    def place_of(self, name: str) -> torch.device:
+        """Where the weights of the module ``name`` lie."""
+        if isinstance(self.device_map, dict):
+            parts = name.split(".")
+            for length in range(len(parts), -1, -1):
+                place = self.device_map.get(".".join(parts[:length]))
+                if place is not None:
+                    if place == "disk":
+                        raise CheckpointError(f"device_map puts {name} on disk: MXFP4 experts stay in memory")
+                    return _device(place)
+        elif isinstance(self.device_map, str) and torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config, report = self.quantization_config, self.report
+        for module in model.modules():
+            # Some families (jamba) compute their linear layers in another way under this mark; ours are as they were.
+            if hasattr(module, "config"):
+                vars(module.config).pop("_is_quantized", None)
+        self._drop_placeholders()
+        for full, parameter in self.held.items():
+            owner, _, leaf = full.rpartition(".")
+            holder = model.get_submodule(owner)
+            holder.__dict__.pop(leaf, None)
+            holder._parameters[leaf] = parameter
+        self._replan(model)
+        todo = planned(self.sites)
+        for name in self._others:
+            report.notes.append(f"{name} is MXFP4 in the checkpoint; it was dequantized, as only experts stay so")
+        wanted = expert_parameters(self.sites)
+        with Weights(self.files) as weights, progress_bar(todo, config.progress) as advance:
+            source = ExpertSource(model, wanted, weights, self.scheme)
+            _load_others(model, self._others, weights)
+
+            def reader_of(site: Site) -> ExpertReader:
+                return _SiteReader(source, site, self.device_of(site.name))
+
+            if config.verify:
+                verify_structures(todo, config.scale_rule, model, reader_of)
+            prepared: dict[tuple[int, ...], MXFP4Experts] = {}
+            for site in self.sites:
+                if site.structure is None:
+                    report.sites.append(left_alone(site))
+                    continue
+                hooked = _offloaded(site.candidate.module)
+                report.sites.append(
+                    install_site(model, site, config.scale_rule, False, advance, prepared, reader_of(site))
+                )
+                built = model.get_submodule(site.name)
+                _take_offloaded(built, hooked, self.device_of(site.name))
+                _take_errors(built, site.name, config.checkpoint.get("weight_errors") or {})
+                if self.place_of(site.name) != self.device_of(site.name):
+                    offload(built, self.device_of(site.name))
+        report.seconds = time.perf_counter() - self.started
+        if report.rewritten:
+            put_guard(model)
+            model.save_pretrained = Saver(model)
+            attach(model, DEFAULT_CAPTURE_SIZE, report)
+        model.mxfp4_report = report
+        self.held.clear()
+        self.sites.clear()
+        self.model = None
+        config.example_inputs = config.source = None
+        return model
+
+    def _replan(self, model: nn.Module) -> None:
+        """Capture again what turned out to run on another device than the one planned for."""
+        known: dict[Any, Any] = {}
+        for site in planned(self.sites):
+            structure = site.structure
+            assert structure is not None
+            device = self.device_of(site.name)
+            if structure.pattern.tensors[0].device == device:
+                continue
+            leaves = tuple(
+                replace(v, device=device) if isinstance(v, TensorInfo) else v for v in structure.pattern.leaves
+            )
+            pattern = replace(structure.pattern, leaves=leaves)
+            key = (structure_key(site.candidate.module), pattern)
+            if key not in known:
+                module = stand_in(site.candidate.module, pattern)
+                with experts_implementation(model, "grouped_mm"):
+                    known[key] = match_structure(module, pattern, requested_backend(self.quantization_config.backend))
+            if isinstance(known[key], NoMatch):
+                raise OptimizeError(f"{site.name} has no match on {device}: {known[key].reason}")
+            site.structure = known[key]
+
+
+def _device(place: Any) -> torch.device:
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+
+
+def _take_errors(built: nn.Module, name: str, errors: Mapping[str, dict[str, float]]) -> None:
+    """What the checkpoint says about its own weights."""
+    prefix = f"{name}."
+    known = {n[len(prefix) :]: e for n, e in errors.items() if n.startswith(prefix)}
+    if isinstance(built, MXFP4Experts) and not built.weight_errors:
+        built.weight_errors = known
+
+
+# MXFP4 layers that are no experts
+
+
+def _other_codes(
+    model: nn.Module, wanted: Mapping[str, Tensor], weights: Weights, scheme: Scheme | None
+) -> dict[str, tuple[str, str]]:
+    """Parameters outside the planned experts that the checkpoint has in MXFP4: name -> names of codes and scales."""
+    if scheme is None:
+        return {}
+    naming = Names(model)
+    found: dict[str, dict[str, str]] = {}
+    for key, stored in weights.tensors.items():
+        split = scheme.split(key)
+        if split is None or stored.dtype not in ("U8", "I8", "F8_E8M0"):
+            continue
+        name, pattern = naming.rename(split[1])
+        if name in wanted or name not in naming.state:
+            continue
+        if pattern is not None:
+            raise CheckpointError(f"{stored}: {name} is in MXFP4, but is no expert that was planned to be so")
+        found.setdefault(name, {})[split[0]] = key
+    for pair in found.values():
+        if len(pair) != 2:
+            raise CheckpointError(f"{weights[next(iter(pair.values()))]} lacks its codes or its scales")
+    return {name: (pair["codes"], pair["scales"]) for name, pair in found.items()}
+
+
+def _load_others(model: nn.Module, others: Mapping[str, tuple[str, str]], weights: Weights) -> None:
+    for name, (codes, scales) in others.items():
+        parameter = model.get_parameter(name)
+        exponents = weights.read(scales).view(torch.uint8)
+        if bool((exponents == 255).any()):
+            raise CheckpointError(f"{weights[scales]} has scale bytes of 255 (NaN)")
+        packed = weights.read(codes).view(torch.uint8)
+        try:
+            value = mx.dequantize(packed, exponents, parameter.shape[-1], parameter.dtype)
+            with torch.no_grad():
+                parameter.copy_(value.view_as(parameter))
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{weights[codes]} does not fit {name} {list(parameter.shape)}: {error}") from error
+
+
+# offloading
+
+
+def _offloaded(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a module that accelerate keeps elsewhere and brings in for a forward."""
+    found = {}
+    for prefix, child in module.named_modules():
+        weights_map = getattr(getattr(child, "_hf_hook", None), "weights_map", None)
+        if weights_map is not None:
+            for name, tensor in (*child._parameters.items(), *child._buffers.items()):
+                if tensor is not None and tensor.device.type == "meta" and name in weights_map:
+                    found[f"{prefix}.{name}".lstrip(".")] = weights_map[name]
+    return found
+
+
+def _take_offloaded(built: nn.Module, values: Mapping[str, Tensor], device: torch.device) -> None:
+    """Small tensors a rewritten site still reads (a norm's weight) stay on the device it runs on."""
+    for name, value in values.items():
+        owner, _, leaf = name.rpartition(".")
+        try:
+            module = built.get_submodule(owner)
+        except AttributeError:
+            continue
+        if module._parameters.get(leaf) is not None:
+            module._parameters[leaf] = nn.Parameter(value.to(device), requires_grad=False)
+        elif module._buffers.get(leaf) is not None:
+            module._buffers[leaf] = value.to(device)
+
+
+class Offload:
+    """Forward hooks of a site whose prepared weights lie in CPU memory: bring them in for each forward.
+
+    accelerate's own hooks leave out buffers that are not saved, which prepared weights are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.home: dict[str, Tensor] = {}
+
+    def before(self, site: MXFP4Experts, args: Any) -> None:
+        """Copy to the device."""
+        self.home = {name: site._buffers[name] for name in site._tensor_names}  # type: ignore[misc]
+        for name, tensor in self.home.items():
+            site._buffers[name] = tensor.to(self.device, non_blocking=True)
+
+    def after(self, site: MXFP4Experts, args: Any, output: Any) -> None:
+        """Drop the copies; also where the forward failed."""
+        for name, tensor in self.home.items():
+            site._buffers[name] = tensor
+        self.home = {}
+
+
+def offload(site: Any, device: torch.device) -> None:
+    """Keep a site's prepared weights in CPU memory; each forward copies them to ``device``."""
+    for name in site._tensor_names:
+        site._buffers[name] = site._buffers[name].to("cpu")
+    hooks = Offload(device)
+    site.register_forward_pre_hook(hooks.before)
+    site.register_forward_hook(hooks.after, always_call=True)
+
+
+# without a configuration object
+
+
+def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: Any) -> Any:
+    """Load a model with MXFP4 experts: a bf16 checkpoint is quantized while it is read, an MXFP4 one kept as it is.
+
+    path: a directory or a hub id; bf16, fp16 or fp32, or MXFP4 in any of the forms of ``mxfp4_compile``,
+    gpt-oss, compressed-tensors and Quark, whose bits are kept exactly. model_class: a transformers class, by
+    default the one the checkpoint names. Options of ``Mxfp4CompileConfig`` go there, all others
+    (``device_map``, ``dtype``, ...) to ``from_pretrained``.
+
+    Raises CheckpointError for files that cannot be read, OptimizeError as ``optimize`` does.
+    """
+    import inspect
+
+    import transformers
+
+    known = [
+        n
+        for n in inspect.signature(Mxfp4CompileConfig.__init__).parameters
+        if n not in ("self", "source", "checkpoint")
+    ]
+    own = {name: options.pop(name) for name in known if name in options}
+    hub = {
+        n: options[n]
+        for n in ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code")
+        if n in options
+    }
+    config: Any = options.pop("config", None) or transformers.AutoConfig.from_pretrained(path, **hub)
+    holder = config
+    declared = getattr(config, "quantization_config", None)
+    if declared is None:
+        holder = config.get_text_config(decoder=True)
+        declared = getattr(holder, "quantization_config", None)
+    checkpoint: dict[str, Any] = {}
+    if declared is not None:
+        declared = declared if isinstance(declared, Mapping) else declared.to_dict()
+        scheme_of(declared, f"{path}/config.json")
+        del holder.quantization_config
+        said = declared if declared.get("quant_method") == OWN else (getattr(config, OWN, None) or {})
+        checkpoint = {k: said[k] for k in ("versions", "weight_errors") if k in said}
+        own.setdefault("scale_rule", said.get("scale_rule", mx.DEFAULT_SCALE_RULE))
+        own.setdefault("skip", said.get("skip", ()))
+    if model_class is None:
+        model_class = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+            model_class = transformers.AutoModelForCausalLM  # a configuration names what it likes
+    options.setdefault("dtype", "auto")
+    quantization = Mxfp4CompileConfig(**own, source=declared, **checkpoint)
+    return model_class.from_pretrained(path, config=config, quantization_config=quantization, **options)

@@ -1,0 +1,314 @@
+"""Where each expert parameter of a model lies in a checkpoint, and reading a few experts of it at a time.
+
+transformers knows how checkpoints are called (its weight conversions rename, stack and concatenate); here the
+same conversions are applied to names once and to values a few experts at a time. Values come out as the
+model's parameter (float checkpoints) or as canonical codes and scales (MXFP4 checkpoints), bits unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import mx
+from .files import CheckpointError, Weights
+from .formats import GPT_OSS, Scheme
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass
+class Part:
+    """The checkpoint tensors of one parameter: role ("values", "codes", "scales") -> source pattern -> names."""
+
+    converter: Any = None
+    names: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+    def all(self) -> list[str]:
+        """Every tensor name."""
+        return [n for patterns in self.names.values() for names in patterns.values() for n in names]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the checkpoint holds the parameter in MXFP4."""
+        return "codes" in self.names or "scales" in self.names
+
+
+class Names:
+    """transformers' renaming of one model's checkpoint tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping: list[Any] = list(get_model_conversion_mapping(model))
+        self.renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        self.converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        self.by_pattern = {p: c for c in self.converters for p in c.source_patterns}
+        self.state = {**dict(model.named_parameters()), **model.state_dict()}
+        self.prefix = getattr(model, "base_model_prefix", "")
+
+    def rename(self, key: str) -> tuple[str, str | None]:
+        """(name in the model, source pattern of the converter that matched or None)."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
+        if renamed not in self.state and key in self.state:
+            renamed, pattern = rename_source_key(key, [], [], self.prefix, self.state)
+        return renamed, pattern
+
+
+class ExpertSource:
+    """Reads parameters of experts from a checkpoint. ``wanted``: name in the model -> parameter (shape, dtype)."""
+
+    def __init__(self, model: nn.Module, wanted: Mapping[str, Tensor], weights: Weights, scheme: Scheme | None) -> None:
+        from transformers.core_model_loading import dot_natural_key
+
+        self.model, self.weights, self.scheme = model, weights, scheme
+        self.shapes = {name: tuple(p.shape) for name, p in wanted.items()}
+        self.dtypes = {name: p.dtype for name, p in wanted.items()}
+        self.parts: dict[str, Part] = {}
+        self._whole: tuple[int, dict[str, Tensor]] = (0, {})
+        naming = Names(model)
+        for key in sorted(weights.tensors, key=dot_natural_key):
+            role, base = self._role(key)
+            name, pattern = naming.rename(base)
+            if name not in wanted:
+                # One converter may fill several parameters (text and vision experts); it goes by the first.
+                continue
+            part = self.parts.setdefault(name, Part())
+            if pattern is not None:
+                part.converter = naming.by_pattern[pattern]
+            part.names.setdefault(role, {}).setdefault(pattern or "", []).append(key)
+        self._share_converters(naming)
+        present = {id(wanted[name]): name for name in self.parts}
+        for name, parameter in wanted.items():
+            if name not in self.parts and id(parameter) in present:
+                self.parts[name] = self.parts[present[id(parameter)]]  # tied, and stored once
+        missing = [name for name in wanted if name not in self.parts]
+        if missing:
+            raise CheckpointError(
+                f"nothing in {', '.join(str(f) for f in weights.files[:3])} is for {missing[0]}"
+                + (f" and {len(missing) - 1} other expert parameters" if len(missing) > 1 else "")
+            )
+        for name, part in self.parts.items():
+            self._check(name, part)
+
+    def _role(self, key: str) -> tuple[str, str]:
+        if self.scheme is not None:
+            split = self.scheme.split(key)
+            integer = self.weights[key].dtype in ("U8", "I8", "F8_E8M0")
+            if split is not None and integer:
+                return split
+        return "values", key
+
+    def _share_converters(self, naming: Names) -> None:
+        """Parameters that a many-to-many converter fills beside the one its tensors are filed under."""
+        for name, part in list(self.parts.items()):
+            targets = getattr(part.converter, "target_patterns", [])
+            for other in targets[1:]:
+                twin = name.replace(_literal(targets[0]), _literal(other))
+                if twin in self.shapes:
+                    self.parts.setdefault(twin, part)
+
+    def _check(self, name: str, part: Part) -> None:
+        if not part.quantized:
+            for key in part.all():
+                if self.weights[key].dtype not in _FLOATS:
+                    raise CheckpointError(
+                        f"{self.weights[key]}: expert weights of this dtype are not read; known: {', '.join(_FLOATS)}, "
+                        "or MXFP4 with a quantization_config that says so"
+                    )
+            return
+        for role, other in (("codes", "scales"), ("scales", "codes")):
+            for pattern, keys in part.names.get(role, {}).items():
+                twins = part.names.get(other, {}).get(pattern, [])
+                if len(twins) != len(keys):
+                    known = {self._role(k)[1] for k in twins}
+                    alone = next(k for k in keys if self._role(k)[1] not in known)
+                    raise CheckpointError(f"{self.weights[alone]} has no {other} beside it")
+        if "values" in part.names:
+            key = next(iter(part.names["values"].values()))[0]
+            raise CheckpointError(f"{self.weights[key]} is unquantized, but other parts of {name} are in MXFP4")
+
+    def quantized(self, name: str) -> bool:
+        """Whether the checkpoint holds this parameter in MXFP4."""
+        return self.parts[name].quantized
+
+    def bytes(self, name: str) -> int:
+        """Bytes the checkpoint has for this parameter."""
+        return sum(self.weights[key].bytes for key in self.parts[name].all())
+
+    def where(self, name: str) -> str:
+        """File and name of the first of its tensors, for messages."""
+        return str(self.weights[self.parts[name].all()[0]])
+
+    # float checkpoints
+
+    def values(self, name: str, experts: slice) -> Tensor:
+        """Experts of a parameter in its own layout and dtype, [e, ...]; on the CPU."""
+        part, shape = self.parts[name], self.shapes[name]
+        recipe = _recipe(part.converter)
+        if part.converter is None:
+            (key,) = part.names["values"][""][:1]
+            out = self.weights.read(key, experts)
+        elif recipe is None:
+            out = self._convert_whole(name, part)[name][experts]
+        else:
+            out = self._assemble(part.names["values"], recipe, experts, shape)
+        if tuple(out.shape) != (experts.stop - experts.start, *shape[1:]):
+            raise CheckpointError(f"{self.where(name)}: {name} comes out as {list(out.shape)}, not {list(shape)}")
+        return out.to(self.dtypes[name])
+
+    def _assemble(
+        self, names: Mapping[str, list[str]], recipe: _Recipe, experts: slice, shape: tuple[int, ...]
+    ) -> Tensor:
+        parts = []
+        for pattern in recipe.patterns:
+            if pattern in names:
+                parts.append(self._stack(names[pattern], recipe, experts, shape[0]))
+        for kind, numbers in recipe.steps:
+            if kind == "cat":
+                parts = [_cat(parts, numbers[0], names)]
+            elif kind == "transpose" or tuple(parts[0].shape[1:]) != shape[1:]:
+                parts = [p.transpose(*numbers) for p in parts]
+        if len(parts) != 1:
+            raise CheckpointError(f"{', '.join(names)}: {len(parts)} tensors for one parameter")
+        return parts[0].contiguous()
+
+    def _stack(self, keys: Sequence[str], recipe: _Recipe, experts: slice, count: int) -> Tensor:
+        if not recipe.merge:
+            (key,) = keys
+            return self.weights.read(key, experts)
+        if len(keys) != count:
+            raise CheckpointError(f"{self.weights[keys[0]]} is one of {len(keys)} experts; the model has {count}")
+        pieces = [self.weights.read(key) for key in keys[experts]]
+        for key, piece in zip(keys[experts], pieces, strict=True):
+            if piece.shape != pieces[0].shape:
+                raise CheckpointError(f"{self.weights[key]} has another shape than expert {keys[experts][0]!r}")
+        return torch.stack(pieces)
+
+    def _convert_whole(self, name: str, part: Part) -> dict[str, Tensor]:
+        """A conversion that is not expert by expert, run as transformers does, all at once; the last is kept."""
+        if self._whole[0] == id(part):
+            return self._whole[1]
+        converter = copy.deepcopy(part.converter)
+        first = next(n for n, p in self.parts.items() if p is part)
+        for pattern, keys in part.names["values"].items():
+            for key in keys:
+                converter.add_tensor(first, key, pattern, _Reader(self.weights, key))
+        try:
+            result = converter.convert(first, model=self.model, config=getattr(self.model, "config", None))
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self.where(name)}: {name} cannot be converted: {error}") from error
+        tensors = {n: t[0] if isinstance(t, list) else t for n, t in result.items()}
+        if name not in tensors:
+            raise CheckpointError(f"{self.where(name)}: the conversion gave {sorted(tensors)}, not {name}")
+        self._whole = (id(part), tensors)
+        return tensors
+
+    # MXFP4 checkpoints
+
+    def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:
+        """Canonical (packed uint8 [e, n, ceil(k/2)], scales uint8 [e, n, ceil(k/32)]) of some experts, exact bits."""
+        part = self.parts[name]
+        packed = self._canonical(name, part, "codes", experts, (n, (k + 1) // 2))
+        scales = self._canonical(name, part, "scales", experts, (n, -(-k // mx.BLOCK)))
+        bad = (scales == 255).flatten(1).any(1)
+        if bool(bad.any()):
+            raise CheckpointError(
+                f"{self._first(part, 'scales')}: expert {experts.start + int(bad.nonzero()[0])} has scale bytes of 255 "
+                "(NaN): the weights it was made from held NaN or Inf, or the file is corrupt"
+            )
+        return packed, scales
+
+    def _first(self, part: Part, role: str) -> str:
+        return str(self.weights[next(iter(part.names[role].values()))[0]])
+
+    def _canonical(self, name: str, part: Part, role: str, experts: slice, last: tuple[int, int]) -> Tensor:
+        names, count = part.names[role], self.shapes[name][0]
+        if part.converter is None:
+            pieces = [self.weights.read(names[""][0], experts)]
+        else:
+            recipe = _recipe(part.converter)
+            if recipe is None:
+                raise CheckpointError(f"{self._first(part, role)}: {name} is made by a conversion MXFP4 cannot follow")
+            # Codes always lie [N, K/2]: transpositions are of the float parameter, concatenations along N.
+            recipe.check_rows(name)
+            pieces = [self._stack(names[p], recipe, experts, count) for p in recipe.patterns if p in names]
+        if self.scheme is not None and self.scheme.format == GPT_OSS and role == "codes":
+            pieces = [p.flatten(-2) if p.dim() == 4 else p for p in pieces]
+        out = pieces[0] if len(pieces) == 1 else _cat(pieces, 1, names)
+        want = (experts.stop - experts.start, *last)
+        if tuple(out.shape) != want or out.dtype.itemsize != 1:
+            raise CheckpointError(
+                f"{self._first(part, role)}: the {role} of {name} come out as {out.dtype} {list(out.shape)}; "
+                f"uint8 {list(want)} was expected"
+            )
+        return out.view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A tensor that is read when it is asked for; stands for a tensor in transformers' converters."""
+
+    weights: Weights
+    key: str
+
+    def __call__(self) -> Tensor:
+        return self.weights.read(self.key)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A converter that works expert by expert: stack or not, then steps ("cat" | "transpose" | "fit", dims)."""
+
+    patterns: tuple[str, ...]
+    merge: bool
+    steps: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def check_rows(self, name: str) -> None:
+        """CheckpointError if tensors are concatenated along K, where codes share bytes and scales."""
+        rows = 1
+        for kind, numbers in self.steps:
+            if kind == "transpose":
+                rows = 3 - rows
+            elif kind == "cat" and numbers[0] % 3 != rows:
+                raise CheckpointError(f"{name} is concatenated along K, which MXFP4 codes cannot be")
+
+
+def _recipe(converter: Any) -> _Recipe | None:
+    """The expert-wise form of a converter of transformers, or None if it is not known to have one."""
+    if converter is None or len(converter.target_patterns) != 1:
+        return None
+    merge = False
+    steps: list[tuple[str, tuple[int, ...]]] = []
+    for index, operation in enumerate(converter.operations):
+        kind = type(operation).__name__
+        if kind == "MergeModulelist" and index == 0 and operation.dim == 0:
+            merge = True
+        elif kind == "Concatenate" and operation.dim % 3 in (1, 2):
+            steps.append(("cat", (operation.dim % 3,)))
+        elif kind == "Transpose" and {operation.dim0 % 3, operation.dim1 % 3} == {1, 2}:
+            steps.append(("fit" if operation.check_dims else "transpose", (1, 2)))
+        else:
+            return None
+    return _Recipe(tuple(converter.source_patterns), merge, tuple(steps))
+
+
+def _cat(parts: Sequence[Tensor], dim: int, names: Iterable[str]) -> Tensor:
+    try:
+        return torch.cat(list(parts), dim)
+    except RuntimeError as error:
+        raise CheckpointError(f"the tensors of {', '.join(names)} do not fit together: {error}") from error
+
+
+def _literal(pattern: str) -> str:
+    return pattern.replace("\\", "")

@@ -1,0 +1,170 @@
+"""Attention of one new token per row over a static cache, grouped heads and sinks included.
+
+transformers' ``sdpa`` repeats keys and values for every query head where a mask is given, and its ``eager``
+always does: eight copies of the cache per step for Qwen3-MoE. Here each key is read once. The Triton kernel
+splits the cache over programs and skips blocks in which nothing may be attended to, so that an unused rest
+of a long cache costs nothing.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "mxfp4_decode"
+
+_LIB = torch.library.Library("mxfp4_runtime", "DEF")
+_LIB.define(
+    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor mask, Tensor? sinks, float scaling, "
+    "float? softcap) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+
+def reference(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """query [B, Hq, 1, D], keys [B, Hkv, L, D], values [B, Hkv, L, Dv], mask bool [B, 1, 1, L] -> [B, Hq, 1, Dv].
+
+    ``sinks`` [Hq]: one more logit per head, whose probability goes nowhere. ``softcap``: c*tanh(logits/c).
+    """
+    b, hq, _, d = query.shape
+    hkv = keys.shape[1]
+    grouped = query.reshape(b, hkv, hq // hkv, d)
+    logits = torch.matmul(grouped, keys.transpose(2, 3)) * scaling
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(logits.dtype).view(1, hkv, hq // hkv, 1).expand(b, -1, -1, -1)
+        probabilities = torch.softmax(torch.cat([logits, sink], dim=-1), dim=-1)[..., :-1]
+    else:
+        probabilities = torch.softmax(logits, dim=-1)
+    return torch.matmul(probabilities.to(values.dtype), values).reshape(b, hq, 1, values.shape[-1])
+
+
+@cache
+def _kernels() -> tuple[Any, Any]:
+    from . import attention_kernel
+
+    return attention_kernel.partial, attention_kernel.merge
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+BLOCK = 32
+_MAX_SPLITS = 64
+
+
+def _decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.device.type != "cuda" or not half or keys.dtype != query.dtype:
+        return reference(query, keys, values, mask, sinks, scaling, softcap)
+    return triton_attention(query, keys, values, mask, sinks, scaling, softcap)
+
+
+def triton_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """``reference`` as two launches, logits and sums in fp32."""
+    partial, merge = _kernels()
+    b, hq, _, d = query.shape
+    hkv, length, dv = keys.shape[1], keys.shape[2], values.shape[3]
+    group = hq // hkv
+    # Enough programs for every multiprocessor twice; more splits than blocks would idle.
+    splits = min(_MAX_SPLITS, -(-length // BLOCK), max(1, 512 // (b * hkv)))
+    query = query.contiguous()
+    acc = torch.empty((b, hq, splits, dv), dtype=torch.float32, device=query.device)
+    stats = torch.empty((b, hq, splits, 2), dtype=torch.float32, device=query.device)
+    out = torch.empty((b, hq, 1, dv), dtype=query.dtype, device=query.device)
+    partial[(b * hkv, splits)](
+        query, keys, values, mask.view(torch.uint8), acc, stats, length, mask.stride(0), scaling, softcap or 0.0,
+        keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+        HKV=hkv, GROUP=group, GROUP_PADDED=max(16, _power_of_two(group)), D=d, D_PADDED=max(16, _power_of_two(d)),
+        DV=dv, DV_PADDED=max(16, _power_of_two(dv)), BLOCK=BLOCK, SPLITS=splits, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    merge[(b * hq,)](
+        acc, stats, sinks if sinks is not None else stats, out, SINKS=sinks is not None, HQ=hq, DV=dv,
+        DV_PADDED=_power_of_two(dv), SPLITS=splits, SPLITS_PADDED=_power_of_two(splits), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _fake(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[1], 1, values.shape[3]))
+
+
+_LIB.impl("decode_attention", _decode_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("mxfp4_runtime::decode_attention", _fake, lib=_LIB)
+
+# What transformers passes along and attention of one token has no use for: the mask says it all.
+_WITHOUT_EFFECT = {
+    "sliding_window", "is_causal", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits", "cache_position", "return_dict", "position_embeddings", "logits_to_keep",
+}  # fmt: skip
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers' AttentionInterface wants it, for one query token per row.
+
+    Raises NotImplementedError for arguments whose effect is not known here.
+    """
+    unknown = [k for k, v in kwargs.items() if v is not None and k not in _WITHOUT_EFFECT]
+    if unknown or dropout or attention_mask is None or query.shape[2] != 1 or attention_mask.dtype != torch.bool:
+        raise NotImplementedError(f"decode attention does not know {', '.join(unknown) or 'this call'}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = torch.ops.mxfp4_runtime.decode_attention(query, key, value, attention_mask, s_aux, scaling, softcap)
+    return out.transpose(1, 2), None
+
+
+@cache
+def register() -> None:
+    """Make ``NAME`` known to transformers (which needs it for a lookup only: no model is set to it for good)."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)

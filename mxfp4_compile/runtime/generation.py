@@ -1,0 +1,708 @@
+"""``generate`` of an optimized model: transformers' own, with recorded decode steps where they are right.
+
+``attach`` puts a callable in the place of ``model.generate``. It runs transformers' ``generate`` on a *driver*,
+an object that shares the model's state and whose class is the model's with three methods more. Everything
+before the decoding loop is transformers' code, and so is the prefill. Then one of three:
+
+1. the *plain* loop below, for greedy decoding and sampling whose only reasons to stop are a length and end
+   tokens: the same operations as transformers' ``_sample`` in the same order, but the device is never waited
+   for; whether everything has finished is read one step late and the surplus token is dropped;
+2. transformers' own loops (beam search, custom stopping criteria, returned scores, ...) with their model call
+   replaced by a recorded step;
+3. transformers' own loops on the model as it is, where a recorded step would be wrong or does not exist. The
+   report says why.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..passes.experts import mxfp4_sites
+from ..report import CaptureReport, Report, RuntimeReport
+from .graphs import Recorder, recorder_for
+from .sizes import MIN_LENGTH, capture_sizes, length_for, size_for
+
+HOOK = "generate"
+
+# Free memory that a capture must leave for activations and whatever else runs on the device.
+_RESERVE_BYTES = 1 << 30
+# Relative error of a recorded step's logits against the eager ones, above which it is not used. What this is
+# to catch (a wrong mask, position or cache) comes out near 1; half precision differs by rounding, and by
+# experts that are chosen differently where the router is nearly undecided.
+_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
+_HALF_TOLERANCE = 0.5
+
+_PLAIN_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+class Runtime:
+    """The recorded steps of one model, and what they are worth. Copies and pickles start empty."""
+
+    def __init__(self, model: Any, max_capture_size: int, report: RuntimeReport) -> None:
+        self.model = model
+        self.max_capture_size = max_capture_size
+        self.report = report
+        self.compile_layers = True
+        self.use_attention = True
+        self.recorder: Recorder | None = None
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.lock = threading.Lock()
+        self.steps: dict[Any, Any] = {}
+        self.refused: dict[Any, str] = {}
+        self.layers: dict[int, Any] = {}
+        self.arena: Any = None
+        self.fingerprint: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("model", "max_capture_size", "report", "compile_layers", "use_attention")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.recorder = None
+        self._fresh()
+
+    def drop(self) -> None:
+        """Let go of every recorded step and its memory."""
+        self._fresh()
+        self.report.captures.clear()
+
+    # whether
+
+    def refusal(self) -> str | None:
+        """Why no step of this model may be recorded as it is now, or None."""
+        model: Any = self.model
+        if self.max_capture_size < 1:
+            return "max_capture_size=0"
+        device = next(model.parameters()).device
+        if self.recorder is None:
+            self.recorder = recorder_for(device)
+        if self.recorder is None:
+            return f"there are no CUDA graphs on {device.type}"
+        if len({p.device for p in model.parameters()}) > 1:
+            return "the model is spread over several devices"
+        if model.config.is_encoder_decoder:
+            return "the model is an encoder-decoder"
+        if model.training:
+            return "the model is in training mode"
+        odd = _odd_attention(model)
+        if odd is not None:
+            return odd
+        hooked = _hooked(model)
+        if hooked is not None:
+            return f"{hooked} has forward hooks, which a recorded step would not call"
+        fingerprint = _fingerprint(model)
+        if fingerprint != self.fingerprint:
+            if self.steps or self.refused:
+                self.report.note("weights or modules moved: recorded steps were dropped")
+                self.drop()
+            self.fingerprint = fingerprint
+        return self.refused.get("model")
+
+    def step(self, batch: int, tokens: int) -> Any:
+        """The recorded step for ``batch`` rows and ``tokens`` tokens each, made if it can be; None if not."""
+        from .step import StepKey
+
+        rows = size_for(batch, self.max_capture_size)
+        if rows is None:
+            self.report.note(f"batches above max_capture_size={self.max_capture_size} run without graphs")
+            return None
+        longer = [k for k in self.steps if k.rows == rows and k.length >= tokens]
+        if longer:
+            return self.steps[min(longer, key=lambda k: k.length)]
+        key = StepKey(rows, length_for(tokens))
+        if key in self.refused or "model" in self.refused:
+            return None
+        return self._make(key)
+
+    # making
+
+    def _make(self, key: Any) -> Any:
+        from .cache import Arena, CannotMove
+        from .step import DecodeStep, compiled_layer
+
+        assert self.recorder is not None
+        # Static tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
+            self.arena = self.arena or Arena()
+            try:
+                probe = _Probe(self.model, key.rows)
+                shapes = probe.shapes()
+            except CannotMove as error:
+                return self._refuse("model", f"{error}: generate runs without graphs")
+            except Exception as error:
+                return self._refuse("model", f"the model's forward is not one a step can be made of ({_brief(error)})")
+            need, free = self.arena.missing(shapes, key.rows, key.length), self.recorder.free_bytes()
+            if free is not None and need + _RESERVE_BYTES > free:
+                text = f"{key}: not captured, its cache takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
+                return self._refuse(key, text)
+            attempts = [(c, a) for c in (True, False) for a in (True, False)]
+            attempts = [
+                (c, a)
+                for c, a in attempts
+                if (not c or (self.compile_layers and self.recorder.compiles)) and (not a or self.use_attention)
+            ]
+            for compile_layers, use_attention in attempts:
+                made = f"{'compiled' if compile_layers else 'eager'} layers, " + (
+                    "own attention" if use_attention else "the model's attention"
+                )
+                try:
+                    if compile_layers and key.rows not in self.layers:
+                        self.layers[key.rows] = compiled_layer(key.rows)
+                    step = DecodeStep(
+                        self.model, key, shapes, probe.position_shape, self.recorder, self.arena,
+                        layer=self.layers[key.rows] if compile_layers else None, use_attention=use_attention,
+                    )  # fmt: skip
+                    difference = probe.error_of(step)
+                except torch.OutOfMemoryError:
+                    return self._refuse(key, f"{key}: not captured, out of memory")
+                except Exception as failure:
+                    self.report.note(f"{key} with {made}: {_brief(failure)}")
+                    continue
+                limit = _TOLERANCE.get(_dtype(self.model), _HALF_TOLERANCE)
+                if difference <= limit:
+                    self.steps[key] = step
+                    size = sum(s.bytes(key.rows, key.length) for s in shapes)
+                    how = self.recorder.name
+                    self.report.captures.append(
+                        CaptureReport(key.rows, key.length, how, made, step.seconds, size, step.bytes, difference)
+                    )
+                    return step
+                self.report.note(f"{key} with {made}: not used, logits differ from the eager ones by {difference:.2g}")
+            return self._refuse("model", "no recorded step agrees with the eager one: generate runs without graphs")
+
+    def _refuse(self, what: Any, reason: str) -> None:
+        self.refused[what] = reason
+        self.report.note(reason)
+
+
+def _brief(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _odd_attention(model: Any) -> str | None:
+    """Why the masks of this model are not those of full and sliding attention, or None."""
+    from transformers.generation import GenerationMixin
+
+    config = model.config.get_text_config(decoder=True)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if kinds:
+        return f"its layers are of kinds whose caches have no static form here ({', '.join(kinds)})"
+    if getattr(config, "attention_chunk_size", None) is not None and not getattr(config, "layer_types", None):
+        return "its attention is chunked"
+    if not getattr(config, "is_causal", True):
+        return "its attention is not causal"
+    usual = getattr(GenerationMixin, "create_masks_for_generate", None)
+    if getattr(type(model), "create_masks_for_generate", None) is not usual:
+        return "the model makes attention masks of its own"
+    return None
+
+
+def _hooked(model: nn.Module) -> str | None:
+    """The first module with forward hooks of the user's; transformers' own, which record outputs, do no harm."""
+    from torch.nn.modules import module as registry
+
+    if registry._global_forward_hooks or registry._global_forward_pre_hooks:
+        return "torch"
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not (getattr(hook, "__module__", None) or "").startswith("transformers.utils.output_capturing"):
+                return name or "the model"
+    return None
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """Changes when a parameter, buffer or module was exchanged or moved: recorded addresses are stale then."""
+    parts: list[Any] = [getattr(getattr(model, "config", None), "_attn_implementation", None)]
+    for module in model.modules():
+        parts.append(id(module))
+        parts += [t.data_ptr() for t in module._parameters.values() if t is not None]
+        parts += [t.data_ptr() for t in module._buffers.values() if t is not None]
+    return hash(tuple(parts))
+
+
+class _Probe:
+    """A short eager generation against which a recorded step is checked, with left padding and past a window."""
+
+    def __init__(self, model: Any, rows: int) -> None:
+        self.model, self.rows = model, rows
+        device = next(model.parameters()).device
+        config = model.config.get_text_config(decoder=True)
+        window = getattr(config, "sliding_window", None) or 0
+        length = (window if window <= 512 else 0) + 9
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, config.vocab_size, (rows, length + 1), generator=generator).to(device)
+        self.mask = torch.ones(rows, length + 1, dtype=torch.int64, device=device)
+        if rows > 1:
+            self.mask[1, :3] = 0
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        self.token, self.positions = ids[:, -1:], positions
+        self.cache = model(
+            input_ids=ids[:, :-1], attention_mask=self._mask(length), position_ids=positions[:, :-1], use_cache=True
+        ).past_key_values
+
+    def _mask(self, length: int) -> Tensor | None:
+        return self.mask[:, :length] if self.rows > 1 else None
+
+    @property
+    def position_shape(self) -> tuple[int, ...]:
+        return (self.rows, 1)
+
+    def shapes(self) -> Any:
+        from .cache import shapes_of
+
+        return shapes_of(self.cache)
+
+    def error_of(self, step: Any) -> float:
+        """Relative error of the step's logits for the token after the prompt."""
+        step.kv.fill(self.cache, self._mask(self.mask.shape[1] - 1))
+        step.tokens.copy_(self.token)
+        step.position_ids.copy_(self.positions[:, -1:])
+        step.replay()
+        expected = self.model(
+            input_ids=self.token,
+            attention_mask=self._mask(self.mask.shape[1]),
+            position_ids=self.positions[:, -1:],
+            past_key_values=copy.deepcopy(self.cache),
+            use_cache=True,
+        ).logits[:, -1]
+        expected = expected.double()
+        error = (step.logits.double() - expected).norm() / expected.norm()
+        return float(error) if torch.isfinite(error) else float("inf")
+
+
+# the driver
+
+
+@lru_cache(maxsize=64)
+def _driver_class(base: type) -> type:
+    """``base`` with decoding methods that may use recorded steps; of the same name, as transformers reads it."""
+
+    class Driver(base):  # type: ignore[misc, valid-type]
+        def _sample(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            return _Session.current(self).sample(input_ids, kwargs)
+
+        def _beam_search(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            return _Session.current(self).beam_search(input_ids, kwargs)
+
+        def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
+            session = _Session.current(self)
+            if session.step is not None:
+                return True
+            return bool(super()._valid_auto_compile_criteria(model_kwargs, generation_config))
+
+        def get_compiled_call(self, compile_config: Any) -> Any:
+            session = _Session.current(self)
+            return session if session.step is not None else super().get_compiled_call(compile_config)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return _Session.current(self)(*args, **kwargs)
+
+    Driver.__name__, Driver.__qualname__, Driver.__module__ = base.__name__, base.__qualname__, base.__module__
+    return Driver
+
+
+class _Session:
+    """One call of generate."""
+
+    _active = threading.local()
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.model: Any = runtime.model
+        self.step: Any = None
+        self.cache: Any = None  # a HandoverCache once there is a step
+
+    @classmethod
+    def current(cls, driver: Any) -> _Session:
+        session: _Session = cls._active.session
+        return session
+
+    def generate(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """transformers' generate on a driver of the model."""
+        base: Any = type(self.model)
+        driver: Any = object.__new__(_driver_class(base))
+        object.__setattr__(driver, "__dict__", self.model.__dict__)
+        self.driver = driver
+        outer = getattr(self._active, "session", None)
+        self._active.session = self
+        try:
+            return function(driver, *args, **kwargs)
+        finally:
+            self._active.session = outer
+
+    # the decoding methods
+
+    def sample(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        """greedy decoding or sampling; arguments of transformers' ``_sample``."""
+        model = self.model
+        self._take(input_ids, kwargs)
+        if self.step is None:
+            return type(model)._sample(model, input_ids, **kwargs)
+        if self._plain(kwargs):
+            return _plain_loop(self, input_ids, **kwargs)
+        return self._own_cache(type(model)._sample(self.driver, input_ids, **kwargs))
+
+    def beam_search(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        """beam search, with or without sampling; arguments of transformers' ``_beam_search``."""
+        model = self.model
+        self._take(input_ids, kwargs)
+        if self.step is None:
+            return type(model)._beam_search(model, input_ids, **kwargs)
+        return self._own_cache(type(model)._beam_search(self.driver, input_ids, **kwargs))
+
+    def _take(self, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+        """Choose the recorded step and exchange the cache, if this call's cache is one that can move."""
+        from transformers.cache_utils import DynamicCache
+
+        from .cache import HandoverCache
+
+        config: Any = kwargs["generation_config"]
+        cache: Any = kwargs.get("past_key_values")
+        if (
+            type(cache) is not DynamicCache
+            or (len(cache.layers) and cache.get_seq_length() > 0)
+            or getattr(cache, "_is_user_defined", False)
+            or getattr(cache, "offloading", False)
+            or not kwargs.get("use_cache", True)
+            or config.disable_compile
+            or config.compile_config is not None
+            or getattr(config, "is_assistant", False)
+            or input_ids.device != self.model.device
+        ):
+            return
+        embeds = kwargs.get("inputs_embeds")
+        prompt = embeds.shape[1] if embeds is not None else input_ids.shape[1]
+        tokens = prompt + max(config.max_length - input_ids.shape[1], 1)
+        self.step = self.runtime.step(input_ids.shape[0], tokens)
+        if self.step is not None:
+            self.cache = kwargs["past_key_values"] = HandoverCache(cache)
+
+    def _plain(self, kwargs: dict[str, Any]) -> bool:
+        from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLengthCriteria
+
+        own = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill", "_sample")
+        usual = _PLAIN_INPUTS | {
+            "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer", "inputs_embeds",
+        }  # fmt: skip
+        extra = [k for k, v in kwargs.items() if v is not None and k not in usual]
+        return (
+            not kwargs["generation_config"].return_dict_in_generate
+            and not kwargs.get("synced_gpus")
+            and not extra
+            and not _positions_differ(kwargs)
+            and all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in kwargs["stopping_criteria"])
+            and all(getattr(type(self.model), n) is getattr(GenerationMixin, n) for n in own)
+        )
+
+    def _own_cache(self, result: Any) -> Any:
+        """A cache that is returned must not be the one that the next generation overwrites."""
+        from .cache import HandoverCache
+
+        if isinstance(getattr(result, "past_key_values", None), HandoverCache):
+            result.past_key_values = result.past_key_values.plain()
+        return result
+
+    # the model call of transformers' loops
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """``model(**inputs)``, by a recorded step where it is a decode step that one can do."""
+        if args or not self._recordable(inputs):
+            return self.model(*args, **inputs)
+        self.enter(inputs.get("attention_mask"))
+        step, batch = self.step, inputs["input_ids"].shape[0]
+        positions = inputs.get("position_ids")
+        self.feed(inputs["input_ids"][:, 0], positions)
+        step.replay()
+        self.cache.advance()
+        return step.output_class(logits=step.logits[:batch, None].clone(), past_key_values=self.cache)
+
+    def _recordable(self, inputs: dict[str, Any]) -> bool:
+        if self.step is None or inputs.get("past_key_values") is not self.cache:
+            return False
+        ids: Any = inputs.get("input_ids")
+        mask: Any = inputs.get("attention_mask")
+        if ids is None or ids.shape[1] != 1:
+            return False
+        extra = [
+            k for k, v in inputs.items() if k not in _PLAIN_INPUTS and k != "return_dict" and v not in (None, False)
+        ]
+        if _positions_differ(inputs):
+            extra.append("position_ids of several kinds")
+        if extra:
+            self.runtime.report.note(f"decode steps given {', '.join(sorted(extra))} run without graphs")
+        return (
+            not extra
+            and (mask is None or mask.dim() == 2)
+            and (self.cache.static is not None or self.cache.get_seq_length() > 0)
+            and self.cache.get_seq_length() < self.step.key.length
+        )
+
+    def enter(self, attention_mask: Tensor | None) -> None:
+        """Move the cache into the step, if it is not there."""
+        if self.cache.static is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.cache.lend(self.step.kv, attention_mask)
+
+    def feed(self, tokens: Tensor, positions: Tensor | None) -> None:
+        """The next token of each row, int64 [B]; positions [B or 1, 1], or None where they follow the cache."""
+        from .step import expand_rows
+
+        step = self.step
+        _feed_tokens(step, tokens)
+        if positions is None:
+            step.position_ids.copy_(step.kv.position.expand_as(step.position_ids))
+        else:
+            step.position_ids.copy_(expand_rows(positions[:, -1:].expand(tokens.shape[0], 1), step.key.rows))
+
+
+def _positions_differ(inputs: dict[str, Any]) -> bool:
+    """Whether positions are not one number per token (multimodal models have three or four)."""
+    positions = inputs.get("position_ids")
+    return positions is not None and positions.dim() != 2
+
+
+class _Late:
+    """Values from the device, read one step after they were asked for; nothing waits for the newest step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._pending: deque[tuple[tuple[Tensor, ...], Any]] = deque()
+
+    def put(self, *values: Tensor) -> None:
+        copies = tuple(
+            torch.empty(v.shape, dtype=v.dtype, pin_memory=self._cuda).copy_(v, non_blocking=self._cuda) for v in values
+        )
+        event = None
+        if self._cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((copies, event))
+
+    def take(self, leave: int) -> list[tuple[Tensor, ...]]:
+        """All but the newest ``leave`` of what was put, in order."""
+        out = []
+        while len(self._pending) > leave:
+            copies, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            out.append(copies)
+        return out
+
+
+def _plain_loop(
+    session: _Session,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Tensor:
+    """transformers' ``_sample`` without waiting for the device: int64 [B, prompt] -> [B, prompt + new]."""
+    model, step = session.model, session.step
+    device, batch = input_ids.device, input_ids.shape[0]
+    do_sample: bool = generation_config.do_sample
+    pad: Any = generation_config._pad_token_tensor
+    ends = [c.eos_token_id.to(device) for c in stopping_criteria if hasattr(c, "eos_token_id")]
+    max_length = stopping_criteria.max_length or generation_config.max_length
+    pad = None if pad is None else pad.to(device)
+    unfinished = torch.ones(batch, dtype=torch.int64, device=device)
+    late = _Late(device)
+
+    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
+    logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+    del outputs
+    session.enter(model_kwargs.get("attention_mask"))
+    start = input_ids.shape[1]
+    total = max(max_length, start + 1)
+    sequences = torch.empty(batch, total, dtype=input_ids.dtype, device=device)
+    sequences[:, :start] = input_ids
+    positions = model_kwargs.get("position_ids")
+    plain_greedy = not do_sample and len(logits_processor) == 0
+
+    length, stopped, drawn = start, False, None
+    greedy: Tensor | None = None
+    while True:
+        if plain_greedy:
+            tokens = torch.argmax(logits, dim=-1) if greedy is None else greedy[:batch]
+        else:
+            scores = logits_processor(sequences[:, :length].contiguous(), logits)
+            if do_sample:
+                drawn = _random_state(device) if ends else None
+                tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+            else:
+                tokens = torch.argmax(scores, dim=-1)
+        if ends:
+            tokens = tokens * unfinished + pad * (1 - unfinished)
+        sequences[:, length] = tokens
+        tokens = sequences[:, length]  # what the step writes is overwritten by the next one
+        length += 1
+        if ends:
+            for end in ends:
+                unfinished = unfinished & ~torch.isin(tokens, end)
+        last = length >= total
+        if not last:
+            # Launched before anything is read back: the device has its next step while the host looks.
+            if length == start + 1:
+                session.feed(tokens, positions)
+            else:
+                _feed_tokens(step, tokens)  # positions advance by themselves
+            step.replay()
+            session.cache.advance()
+            greedy, logits = step.greedy, step.logits[:batch]
+            if not plain_greedy:
+                logits = logits.clone()  # processors may write to it
+        if streamer is not None or ends:
+            late.put(unfinished.max() == 0, tokens)
+            for finished, streamed in late.take(0 if last else 1):
+                if stopped:
+                    break  # the surplus step: its tokens were never asked for
+                if streamer is not None:
+                    streamer.put(streamed.clone())
+                stopped = bool(finished) and bool(ends)
+        if last or stopped:
+            break
+    if stopped and not last:
+        # Everything had finished one step before the newest token was drawn.
+        length -= 1
+        if drawn is not None:
+            _set_random_state(device, drawn)
+    if streamer is not None:
+        streamer.end()
+    return sequences[:, :length].clone() if length < total else sequences
+
+
+def _feed_tokens(step: Any, tokens: Tensor) -> None:
+    """The next token of each row, int64 [B]; padded rows take that of row 0."""
+    batch = tokens.shape[0]
+    step.tokens[:batch, 0].copy_(tokens)
+    if batch < step.key.rows:
+        step.tokens[batch:, 0].copy_(tokens[0].expand(step.key.rows - batch))
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+# on and off
+
+
+class Generate:
+    """What stands in for ``model.generate``; called the same way."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    @property
+    def __wrapped__(self) -> Any:
+        return type(self.runtime.model).generate.__get__(self.runtime.model)
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return str(type(self.runtime.model).generate.__doc__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        runtime: Runtime = self.runtime
+        function: Any = type(runtime.model).generate
+        if not runtime.lock.acquire(blocking=False):
+            # Another thread decodes, or a user's callback calls generate: the static caches are taken.
+            return function(runtime.model, *args, **kwargs)
+        lock = runtime.lock
+        try:
+            reason = runtime.refusal()
+            if reason is not None:
+                runtime.report.note(f"generate runs without graphs: {reason}")
+                return function(runtime.model, *args, **kwargs)
+            return _Session(runtime).generate(function, args, kwargs)
+        finally:
+            lock.release()
+
+
+def attach(model: Any, max_capture_size: int, report: Report) -> None:
+    """Let ``model.generate`` use recorded steps. Models without a generate of transformers' are left alone."""
+    if not _generates(model):
+        return
+    model.__dict__[HOOK] = Generate(Runtime(model, max_capture_size, report.runtime))
+
+
+def detach(model: Any) -> None:
+    """Undo ``attach``."""
+    if isinstance(model.__dict__.get(HOOK), Generate):
+        del model.__dict__[HOOK]
+
+
+def runtime_of(model: Any) -> Runtime | None:
+    """The runtime of an optimized model, or None where generate is not transformers'."""
+    hook = model.__dict__.get(HOOK)
+    return hook.runtime if isinstance(hook, Generate) else None
+
+
+def _generates(model: Any) -> bool:
+    try:
+        from transformers.generation import GenerationMixin
+    except ImportError:
+        return False
+    return isinstance(model, GenerationMixin) and HOOK not in model.__dict__ and model.can_generate()
+
+
+def capture(
+    model: Any, sizes: Any = None, max_length: int = MIN_LENGTH, progress: bool | None = None
+) -> RuntimeReport:
+    """Record the decode steps of an optimized model now instead of when each is first needed.
+
+    sizes: batch sizes, by default all up to ``max_capture_size``. max_length: tokens of prompt and answer
+    together. progress: None shows a bar on a terminal. Returns what was captured, and why not the rest.
+
+    Raises TypeError if the model is not one that optimize() has rewritten and whose generate is transformers'.
+    """
+    runtime = runtime_of(model)
+    if runtime is None or not mxfp4_sites(model):
+        raise TypeError("capture() takes an optimized model with transformers' generate")
+    with runtime.lock:
+        reason = runtime.refusal()
+        if reason is not None:
+            runtime.report.note(f"generate runs without graphs: {reason}")
+            return runtime.report
+        wanted = capture_sizes(runtime.max_capture_size) if sizes is None else tuple(sizes)
+        # The largest first: the smaller ones then share its cache.
+        for size in _bar(sorted(wanted, reverse=True), progress):
+            runtime.step(size, max_length)
+    return runtime.report
+
+
+def _bar(sizes: list[int], wanted: bool | None) -> Any:
+    import sys
+
+    if wanted is None:
+        wanted = sys.stderr.isatty()
+    if not wanted:
+        return sizes
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return sizes
+    return tqdm(sizes, desc="CUDA graphs")

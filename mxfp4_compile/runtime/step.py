@@ -1,0 +1,220 @@
+"""One decode step of a model over static tensors: compiled layer by layer, recorded, replayed.
+
+Decoder layers of one structure share one compilation: each is compiled as a function of its module, whose
+parameters and cache Dynamo turns into inputs. The model's own forward calls them; nothing of it is rewritten.
+"""
+
+from __future__ import annotations
+
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..passes.experts import mxfp4_sites
+from . import attention
+from .cache import Arena, LayerShape, StaticKV, StaticLayerView
+from .graphs import Recorder
+
+LayerFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """Rows and cache length of a recorded step."""
+
+    rows: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"batch {self.rows}, {self.length} tokens"
+
+
+class DecodeStep:
+    """The static tensors of one step and its recording.
+
+    tokens int64 [rows, 1] and position_ids int64 [..., rows, 1] are read; logits fp32 [rows, V] and greedy
+    int64 [rows] (the argmax) are written. Each ``run`` advances position and position_ids by one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        key: StepKey,
+        shapes: tuple[LayerShape, ...],
+        position_shape: tuple[int, ...],
+        recorder: Recorder,
+        arena: Arena,
+        *,
+        layer: LayerFunction | None,
+        use_attention: bool,
+    ) -> None:
+        """``layer``: what ``compiled_layer`` returned for as many rows, or None to record layers as they are."""
+        started = time.perf_counter()
+        device = next(model.parameters()).device
+        self.key = key
+        self.kv = StaticKV(shapes, key.rows, key.length, device, arena)
+        self.tokens = torch.zeros(key.rows, 1, dtype=torch.int64, device=device)
+        self.position_ids = torch.zeros(position_shape, dtype=torch.int64, device=device)
+        self.logits = torch.empty(0)
+        self.greedy = torch.empty(0)
+        self.output_class: Any = None
+        self.notes: list[str] = []
+        self._model = model
+        self._names = _mask_names(model)
+        self._attention = use_attention
+        self._layer = layer
+        self.recording = recorder.record(self._in_place, 2)
+        self.seconds = time.perf_counter() - started
+        self.bytes = self.recording.bytes
+
+    def _in_place(self) -> None:
+        with _decode_attention(self._model, self._attention), _layers(self._model, self.kv, self._layer):
+            self._run()
+
+    def _run(self) -> None:
+        masks = self.kv.masks()
+        # One compilation for caches of every length; windows are fixed.
+        torch._dynamo.maybe_mark_dynamic(masks["full_attention"], 3)
+        mask: Any = {name: masks[name] for name in self._names} if self._names else masks["full_attention"]
+        if not self._names and self.kv.window is not None:
+            mask = masks["sliding_attention"]
+        if not self._attention and getattr(self._model.config, "_attn_implementation", None) == "eager":
+            mask = _additive(mask, next(self._model.parameters()).dtype)
+        out = self._model.forward(
+            input_ids=self.tokens,
+            attention_mask=mask,
+            position_ids=self.position_ids,
+            past_key_values=self.kv,
+            use_cache=True,
+            return_dict=True,
+        )
+        self.output_class = type(out)
+        logits = out.logits[:, -1]
+        if self.logits.shape != logits.shape:
+            self.logits = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+            self.greedy = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        self.logits.copy_(logits)
+        torch.argmax(self.logits, dim=-1, out=self.greedy)
+        self.kv.position.add_(1)
+        self.position_ids.add_(1)
+
+    def replay(self) -> None:
+        """Run the step on what the static tensors hold, asynchronously."""
+        self.recording.replay()
+
+
+def _additive(mask: Any, dtype: torch.dtype) -> Any:
+    """Masks as transformers' eager attention wants them: 0 or the lowest number."""
+    if isinstance(mask, dict):
+        return {name: _additive(m, dtype) for name, m in mask.items()}
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _mask_names(model: Any) -> tuple[str, ...]:
+    """Kinds of layers by which the model's forward wants its masks, as transformers' generate prepares them."""
+    config = model.config.get_text_config(decoder=True)
+    return tuple(sorted(set(config.layer_types))) if getattr(config, "layer_types", None) else ()
+
+
+@contextmanager
+def _decode_attention(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """The model's attention goes through attention.py inside the block."""
+    if not wanted:
+        yield
+        return
+    attention.register()
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs = {i: c for i, c in configs.items() if hasattr(c, "_attn_implementation_internal")}
+    before = {i: c._attn_implementation_internal for i, c in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = attention.NAME
+        yield
+    finally:
+        for i, config in configs.items():
+            config._attn_implementation_internal = before[i]
+
+
+def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Decoder layers by the index of their cache: the children of one ModuleList that hold the model's experts.
+
+    Empty where they cannot be told apart; the step is then recorded as it is.
+    """
+    sites = mxfp4_sites(model)
+    found: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not any(s.startswith(f"{name}.") for s in sites):
+            continue
+        for layer in module:
+            numbers = (getattr(m, "layer_idx", None) for m in layer.modules())
+            indices = {n for n in numbers if isinstance(n, int)}
+            if len(indices) != 1 or indices & found.keys() or "forward" in layer.__dict__:
+                return {}
+            found[indices.pop()] = layer
+        break
+    return found
+
+
+@contextmanager
+def _layers(model: nn.Module, kv: StaticKV, run: LayerFunction | None) -> Iterator[None]:
+    """Inside the block the decoder layers run as ``run`` has it, each with its own view of the cache."""
+    layers = decoder_layers(model) if run is not None else {}
+    if run is None or not layers:
+        yield
+        return
+    try:
+        for index, layer in layers.items():
+            layer.forward = _Forward(run, layer, kv, index)
+        yield
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
+
+
+def _run_layer(layer: nn.Module, view: StaticLayerView, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return type(layer).forward(layer, *args, past_key_values=view, **kwargs)
+
+
+def compile_options(rows: int) -> dict[str, Any]:
+    """What Inductor is told for a step of ``rows`` rows.
+
+    With one row, matrix products become reductions that fuse with the norms before them (as in gpt-fast): on an
+    H200 a layer of Qwen3-30B-A3B takes 63 us instead of 80. With more rows that changes nothing.
+    """
+    return {"coordinate_descent_tuning": True} if rows == 1 else {}
+
+
+def compiled_layer(rows: int) -> LayerFunction:
+    """The function that runs decoder layers of ``rows`` rows, compiled once per structure of layer."""
+    # A code object of its own: Dynamo keeps compilations, and counts them against its limit, by code object.
+    name = f"decode_layer_{rows}"
+    code = _run_layer.__code__.replace(co_name=name)
+    function = types.FunctionType(code, _run_layer.__globals__, name)
+    return torch.compile(function, dynamic=False, fullgraph=True, options=compile_options(rows))
+
+
+class _Forward:
+    """A decoder layer's forward for the time of recording."""
+
+    def __init__(self, run: LayerFunction, layer: nn.Module, kv: StaticKV, index: int) -> None:
+        self._run, self._layer, self._kv, self._view = run, layer, kv, kv.views[index]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not self._kv:
+            return type(self._layer).forward(self._layer, *args, **kwargs)
+        kwargs.pop("past_key_values")
+        return self._run(self._layer, self._view, args, kwargs)
+
+
+def expand_rows(source: Tensor, rows: int) -> Tensor:
+    """[B, ...] -> [rows, ...]: rows beyond B repeat row 0."""
+    batch = source.shape[0]
+    if batch == rows:
+        return source
+    return torch.cat([source, source[:1].expand(rows - batch, *source.shape[1:])])

@@ -1,0 +1,28 @@
+"""A backend in a package of its own: the cpu one with the rows of every weight upside down."""
+
+from __future__ import annotations
+
+from mxfp4_compile.ops.cpu import CpuBackend
+
+
+class ExampleBackend(CpuBackend):
+    """``automatic``: "auto" may choose it, after this library's own and before the reference."""
+
+    name = "example"
+    automatic = True
+
+    def plan(self, request, target):
+        return "upside-down"
+
+    def prepare(self, packed, scales, *, k, role, params, layout):
+        return [packed.flip(1), scales.flip(1)]
+
+    def recover(self, tensors, *, n, k, role, params, layout):
+        return tensors[0].flip(1), tensors[1].flip(1)
+
+    def moe(self, x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout):
+        up, down = [[t.flip(1) for t in w] for w in (up, down)]
+        return super().moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, "canonical")
+
+    def grouped_linear(self, x, offsets, weight, n, round_dtype, layout):
+        return super().grouped_linear(x, offsets, [t.flip(1) for t in weight], n, round_dtype, "canonical")
