@@ -309,7 +309,7 @@ class MXFP4Experts(nn.Module):
         """The values given for the members of ``name``, as [E, ...]."""
         values = [given[member + suffix] for member in members(self.original, name)]
         if "#" in name:
-            return values[0].unflatten(0, (experts, -1))
+            return values[0].reshape(experts, -1, *values[0].shape[1:])
         return torch.stack(values) if "*" in name.split(".") else values[0]
 
     def _write(self, projection: Projection, packed: Tensor, scales: Tensor) -> None:
