@@ -222,7 +222,16 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
             if _is_dtensor(parameter):
                 raise OptimizeError(f"{path} is a DTensor: tensor- or expert-parallel experts are not supported yet")
             if loaded and parameter.device.type == "meta":
-                raise OptimizeError(f"{path} is on the meta device: load the model's weights first")
+                hook = _offload_hook(candidate.weights, model)
+                raise OptimizeError(
+                    f"{path} is on the meta device: "
+                    + (
+                        f"accelerate's {hook} keeps it on the CPU or disk and loads it for each call. Offloaded "
+                        "experts are not supported: load the model with a device_map that keeps the experts on a device"
+                        if hook
+                        else "load the model's weights first"
+                    )
+                )
             if parameter.is_floating_point() and parameter.dtype not in _WEIGHT_DTYPES:
                 raise OptimizeError(
                     f"{path} is {parameter.dtype}: quantized already; optimize() takes bf16, fp16 or fp32 experts"
@@ -232,6 +241,16 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
             raise OptimizeError(f"{candidate.name} {sharding}, which is not supported yet")
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise OptimizeError("this model is tensor-parallel (tp_plan), which is not supported yet")
+
+
+def _offload_hook(module: nn.Module, model: nn.Module) -> str | None:
+    """The name of the accelerate hook that offloads weights of ``module``, or None."""
+    for part in (*module.modules(), *model.modules()):
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", None) or [hook]:
+            if getattr(one, "offload", False):
+                return type(one).__name__
+    return None
 
 
 # Attributes by which experts modules say that they hold a part of the experts, or more than one copy of some.
@@ -301,6 +320,10 @@ def match_all(
     patterns: dict[Any, CallPattern] = {}
     for site in sites:
         if site.outcome:
+            continue
+        if site.candidate.kind == "list" and not site.candidate.calls:
+            site.outcome = "unmatched"
+            site.reason = "a list of experts that the model itself calls; only modules within a model are replaced"
             continue
         _match_site(site, known, patterns, requested, terms, stand_in)
     # Modules that no forward reached are matched by the calls of an equal module, if there is one.
@@ -477,7 +500,7 @@ def build_site(
     dtype = stack(module, projections_of(spec)[0].source.parameters[0]).dtype
     plan = SitePlan(
         spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained,
-        structure.captured.out_spec, structure.request,
+        structure.request, structure.captured.out_spec,
     )  # fmt: skip
     weights, biases, errors, warnings = {}, {}, [], []
     by_name: dict[str, dict[str, float]] = {}

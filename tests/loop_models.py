@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-H, I, E, K = 64, 32, 6, 2
+H, MI, E, K = 64, 32, 6, 2
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, width: int = I, bias: bool = False) -> None:
+    def __init__(self, width: int = MI, bias: bool = False) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(H, width, bias=bias)
         self.up_proj = nn.Linear(H, width, bias=bias)
@@ -31,8 +31,8 @@ class GatedMLP(nn.Module):
 class PlainMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(H, I)
-        self.down_proj = nn.Linear(I, H)
+        self.up_proj = nn.Linear(H, MI)
+        self.down_proj = nn.Linear(MI, H)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x)))
@@ -48,9 +48,9 @@ class GroupLimitedGate(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = F.linear(x.float(), self.weight.float()).softmax(-1)
-        best = scores.view(len(x), self.groups, -1).max(-1).values
+        best = scores.view(x.shape[0], self.groups, -1).max(-1).values
         chosen = torch.zeros_like(best).scatter_(1, best.topk(self.kept, dim=-1).indices, 1)
-        mask = chosen.unsqueeze(-1).expand(-1, self.groups, E // self.groups).reshape(len(x), -1)
+        mask = chosen.unsqueeze(-1).expand(-1, self.groups, E // self.groups).reshape(x.shape[0], -1)
         weights, ids = scores.masked_fill(~mask.bool(), 0.0).topk(K, dim=-1, sorted=False)
         return ids, weights * 1.5
 
@@ -60,7 +60,7 @@ class RemoteMoE(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList([GatedMLP() for _ in range(E)])
         self.gate = GroupLimitedGate()
-        self.shared_experts = GatedMLP(2 * I)
+        self.shared_experts = GatedMLP(2 * MI)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         shape = hidden_states.shape

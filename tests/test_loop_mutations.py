@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from loop_models import E, H, K, GatedMLP, LoopMoE, Model
+from loop_models import E, GatedMLP, H, K, LoopMoE, Model
 from torch import nn
 
 import mxfp4_compile
@@ -155,8 +155,9 @@ def test_never_silently_wrong(mutation: type[nn.Module]) -> None:
     calls.append(calls[-1] * 1e5)
     calls.append(calls[1][:, :1].expand(2, 9, H).contiguous())
     with torch.no_grad():
-        ours = [model(x) for x in calls]
+        # One block: a second one's router would turn rounding into other experts.
+        ours = [model.layers[0](x)[0] for x in calls]
         mxfp4_compile.restore(model)
         for x, y in zip(calls, ours, strict=True):
-            theirs = model(x)
+            theirs = model.layers[0](x)[0]
             assert (y - theirs).norm() <= 1e-4 * theirs.norm(), "silently wrong"

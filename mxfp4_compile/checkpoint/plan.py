@@ -85,6 +85,12 @@ def _plan(
     with experts_implementation(model, "grouped_mm"):
         match_all(model, sites, example_inputs, requested, terms, record=record, stand_in=stand_in)
     gc.collect()  # exported programs are cyclic garbage that keeps the stand-ins' weights alive
+    for site in planned(sites):
+        assert site.structure is not None
+        apart = [n for n in source_names(projections_of(site.structure.found.spec)) if "*" in n or "#" in n]
+        if apart:
+            site.structure, site.outcome = None, "unmatched"
+            site.reason = f"{apart[0]} is not one packed [E, ., .] parameter; such experts are rewritten in memory only"
     check_matches(sites, report, strict)
     for site in sites:
         if site.structure is not None:

@@ -85,7 +85,8 @@ def _list_candidate(
         while type(owner).forward in [cls.forward for cls in plain] and owner is not model:
             paths = tuple(p.rpartition(".")[0] for p in paths)
             owner = model.get_submodule(paths[0].rpartition(".")[0])
-        return Candidate(tuple(names[id(owner)]), owner, "list", listed=module)
+        if owner is not model:
+            return Candidate(tuple(names[id(owner)]), owner, "list", listed=module)
     return Candidate(paths, module, "list", listed=module)
 
 

@@ -61,8 +61,8 @@ class SitePlan:
     weight_dtype: torch.dtype
     pattern: CallPattern
     retained: tuple[str, ...]
-    out_spec: Any = None  # how several outputs are arranged; None for one tensor
     request: Request = PLAIN
+    out_spec: Any = None  # how several outputs are arranged; None for one tensor
 
     @property
     def params(self) -> MoEParams | None:
@@ -295,7 +295,8 @@ class MXFP4Experts(nn.Module):
             scales = torch.cat([self._restacked(given, n, "_scales", projection.shape[0]) for n in names], dim=1)
             self._write(projection, packed, scales)
             if projection.source.bias and f"{projection.slot}_bias" in self._buffers:
-                bias = torch.cat([self._restacked(given, n, "", projection.shape[0]) for n in projection.source.bias], dim=1)
+                parts = [self._restacked(given, n, "", projection.shape[0]) for n in projection.source.bias]
+                bias = torch.cat(parts, dim=1)
                 target = self._buffers[f"{projection.slot}_bias"]
                 assert target is not None
                 target.copy_(
@@ -308,7 +309,7 @@ class MXFP4Experts(nn.Module):
         """The values given for the members of ``name``, as [E, ...]."""
         values = [given[member + suffix] for member in members(self.original, name)]
         if "#" in name:
-            return values[0].unflatten(0, (experts, -1))
+            return values[0].reshape(experts, -1, *values[0].shape[1:])
         return torch.stack(values) if "*" in name.split(".") else values[0]
 
     def _write(self, projection: Projection, packed: Tensor, scales: Tensor) -> None:

@@ -140,7 +140,7 @@ class _AllInUse(TorchFunctionMode):
             torch._check(length >= 2)
             torch._check(index.stop <= tensor.shape[0])
             self.sliced = tensor.shape[0]
-            return tensor.index_select(0, torch.arange(length, device=tensor.device) + start)
+            return tensor.index_select(0, torch.arange(length, device=tensor.device) + start)  # type: ignore[call-overload]
         result = Tensor.__getitem__(tensor, index)
         known = self._number(tensor)
         return result if known is None else self._know(result, known)
@@ -169,6 +169,9 @@ _OF_KNOWN: dict[Any, Any] = {
     Tensor.tolist: lambda n: [n],
 }
 _SAME_NUMBER = {Tensor.squeeze, Tensor.view, Tensor.reshape, Tensor.cpu, Tensor.to, Tensor.long, Tensor.int}
+
+
+_TURNED = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
 class _Caller(nn.Module):
@@ -331,7 +334,7 @@ class _Collapse:
             return None
         if not free_unbacked_symbols(value.shape[0]):
             return None
-        while isinstance(weight, fx.Node) and weight.target in (aten.t.default, aten.transpose.int, aten.permute.default):
+        while isinstance(weight, fx.Node) and weight.target in _TURNED:
             if weight.meta["val"].dim() != 2:
                 break
             flip = not flip
@@ -615,4 +618,4 @@ class _Collapse:
         return experts
 
 
-__all__ = ["capture_loop", "holds_list", "expert_products", "expert_products_transposed", "rows_of_expert"]
+__all__ = ["capture_loop", "expert_products", "expert_products_transposed", "holds_list", "rows_of_expert"]

@@ -125,7 +125,7 @@ def _no_gemms(captured: Captured) -> NoMatch:
     }
     if not used & chooses and not any(is_integer(captured.node(name)) for name in captured.inputs):
         return NoMatch("dense: every expert serves every token, nothing is routed", dense=True)
-    return NoMatch("no product of rows with the weights of their experts (grouped_mm, batched_mm or a loop) in its graph")
+    return NoMatch("no product of rows with the weights of their experts (grouped_mm, batched_mm, a loop)")
 
 
 def _weights_used_twice(gemms: Sequence[ExpertGemm]) -> str | None:
@@ -196,7 +196,7 @@ class _Fused:
             raise _Refused(f"the experts' output width {n_down} is not their input width {self.hidden}")
         symbols = graph_symbols(self.graph)
         if not 1 <= len(symbols) <= 2:
-            raise _Refused(f"the graph has {len(symbols)} free sizes, one or two that make the token count were expected")
+            raise _Refused(f"the graph has {len(symbols)} free sizes, one or two (of the tokens) were expected")
         self.symbols = symbols
         widths = [n.meta["val"].shape[1] for n in self.graph.nodes if is_integer(n) and n.meta["val"].dim() == 2]
         narrowest = min((k for k in widths if isinstance(k, int)), default=1)

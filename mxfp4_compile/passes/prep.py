@@ -33,8 +33,8 @@ def prep_program(
 ) -> fx.GraphModule:
     """Build the prep program of one projection."""
     graph = fx.Graph()
-    plain = lambda name: name.replace(".", "_").replace("*", "each").replace("#", "_by_")
-    parts = [graph.placeholder(plain(name)) for name in projection.source.parameters]
+    labels = str.maketrans({".": "_", "*": "each", "#": "_by_"})
+    parts = [graph.placeholder(name.translate(labels)) for name in projection.source.parameters]
     if projection.source.transposed:
         parts = [graph.call_function(aten.transpose.int, (part, 1, 2)) for part in parts]
     weight = parts[0] if len(parts) == 1 else graph.call_function(aten.cat.default, (parts, 1))
@@ -109,7 +109,7 @@ class ModuleReader:
         return False
 
     def values(self, name: str, experts: slice) -> Tensor:
-        """Some experts: a view where they are packed."""
+        """A view of some experts."""
         return stack(self.module, name)[experts]
 
     def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -138,9 +138,9 @@ def run_prep(
     """
     reader = ModuleReader(original) if reader is None else reader
     names = projection.source.parameters
-    stacks = [stack(original, name) for name in names]
+    parameters = [stack(original, name) for name in names]
     experts, _, k = projection.shape
-    per_expert = sum(s.numel() // experts * s.element_size() for s in stacks)
+    per_expert = sum(p.numel() // experts * p.element_size() for p in parameters)
     from_codes = reader.quantized(names[0])
     rows = projection.rows(original)
     outputs: list[Tensor] = []

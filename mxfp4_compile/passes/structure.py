@@ -43,7 +43,8 @@ _ARITHMETIC = frozenset(
     "bitwise_xor __rshift__ __lshift__ rshift lshift".split()
 )
 _COUNT = frozenset(
-    "sum cumsum histc bincount searchsorted bucketize nonzero nonzero_numpy count_nonzero argsort argmax argmin amax amin".split()
+    "sum cumsum histc bincount searchsorted bucketize nonzero nonzero_numpy count_nonzero argsort argmax argmin amax "
+    "amin".split()
 )
 _LINEAR = (
     _LAYOUT
@@ -64,6 +65,8 @@ _BY_ROW = (
         "index index_select gather embedding sort logical_not logical_and logical_or bitwise_not one_hot".split()
     )
 )
+# New tensors of given sizes.
+_FRESH = frozenset("zeros empty ones zeros_like empty_like ones_like new_zeros new_empty new_ones arange".split())
 _POSITION, _ID = "position", "id"
 _VALUELESS = _SIZES | frozenset(
     "new_zeros new_empty new_ones new_full zeros_like empty_like ones_like full_like".split()
@@ -161,7 +164,7 @@ class _Check:
     def _data(self, node: fx.Node) -> list[fx.Node]:
         """The operands whose values a node hands on or computes with (not those that only index or shape)."""
         name, args = op_name(node), node.args
-        if name in ("zeros", "empty", "ones", "zeros_like", "empty_like", "ones_like", "new_zeros", "new_empty", "new_ones", "arange"):
+        if name in _FRESH:
             return []
         if name in ("view", "reshape", "_unsafe_view", "expand", "repeat", "slice", "narrow", "repeat_interleave"):
             return _nodes(args[:1])
@@ -261,7 +264,7 @@ def _all_selected(source: fx.Node, dim: int) -> bool:
         for n in source.users
         if op_name(n) == "select" and int(n.args[1]) % value.dim() == dim % value.dim()  # type: ignore[arg-type]
     }
-    return len(at) == value.shape[dim]
+    return bool(len(at) == value.shape[dim])
 
 
 def _nodes(args: Iterable[Any]) -> list[fx.Node]:

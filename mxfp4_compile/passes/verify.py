@@ -198,7 +198,7 @@ def _with_weights(site: MXFP4Experts, original: nn.Module, narrow: slice, dtype:
     """A copy of the original module with the dequantized weights of some experts, in ``dtype``."""
     released = {n for p in site.projections for n in (*p.source.parameters, *p.source.bias)}
     memo: dict[int, Any] = {}
-    for name in (m for n in released for m in members(original, n)):  # do not copy the full weights only to replace them
+    for name in (m for n in released for m in members(original, n)):  # do not copy what is replaced
         parameter = original.get_parameter(name)
         memo[id(parameter)] = parameter
     config = getattr(original, "config", None)
