@@ -110,18 +110,21 @@ class Runtime:
             self.fingerprint = fingerprint
         return self.refused.get("model")
 
-    def step(self, batch: int, tokens: int) -> Any:
-        """The recorded step for ``batch`` rows and ``tokens`` tokens each, made if it can be; None if not."""
+    def step(self, batch: int, tokens: int, planes: int = 0) -> Any:
+        """The recorded step for ``batch`` rows and ``tokens`` tokens each, made if it can be; None if not.
+
+        ``planes``: kinds of positions that a token has, 0 for just one.
+        """
         from .step import StepKey
 
         rows = size_for(batch, self.max_capture_size)
         if rows is None:
             self.report.note(f"batches above max_capture_size={self.max_capture_size} run without graphs")
             return None
-        longer = [k for k in self.steps if k.rows == rows and k.length >= tokens]
+        longer = [k for k in self.steps if (k.rows, k.planes) == (rows, planes) and k.length >= tokens]
         if longer:
             return self.steps[min(longer, key=lambda k: k.length)]
-        key = StepKey(rows, length_for(tokens))
+        key = StepKey(rows, length_for(tokens), planes)
         if key in self.refused or "model" in self.refused:
             return None
         return self._make(key)
@@ -155,7 +158,7 @@ class Runtime:
                         which = (key.rows, 0 if layers == "compiled" else key.length)
                         function = self.layers.setdefault(which, compiled_layer(key.rows))
                     step = DecodeStep(
-                        self.model, key, shapes, probe.position_shape, self.recorder, self.arena,
+                        self.model, key, shapes, self.recorder, self.arena,
                         layer=function, any_length=layers == "compiled", use_attention=use_attention,
                     )  # fmt: skip
                     difference = probe.error_of(step)
@@ -260,10 +263,6 @@ class _Probe:
 
     def _mask(self, length: int) -> Tensor | None:
         return self.mask[:, :length] if self.rows > 1 else None
-
-    @property
-    def position_shape(self) -> tuple[int, ...]:
-        return (self.rows, 1)
 
     def shapes(self) -> Any:
         from .cache import shapes_of
@@ -391,7 +390,7 @@ class _Session:
         embeds = kwargs.get("inputs_embeds")
         prompt = embeds.shape[1] if embeds is not None else input_ids.shape[1]
         tokens = prompt + max(config.max_length - input_ids.shape[1], 1)
-        self.step = self.runtime.step(input_ids.shape[0], tokens)
+        self.step = self.runtime.step(input_ids.shape[0], tokens, _planes(kwargs))
         if self.step is not None:
             self.cache = kwargs["past_key_values"] = HandoverCache(cache)
 
@@ -407,7 +406,7 @@ class _Session:
             not kwargs["generation_config"].return_dict_in_generate
             and not kwargs.get("synced_gpus")
             and not extra
-            and not _positions_differ(kwargs)
+            and not _planes(kwargs)
             and all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in kwargs["stopping_criteria"])
             and all(getattr(type(self.model), n) is getattr(GenerationMixin, n) for n in own)
         )
@@ -443,11 +442,10 @@ class _Session:
         mask: Any = inputs.get("attention_mask")
         if ids is None or ids.shape[1] != 1:
             return False
-        extra = [
-            k for k, v in inputs.items() if k not in _PLAIN_INPUTS and k != "return_dict" and v not in (None, False)
-        ]
-        if _positions_differ(inputs):
-            extra.append("position_ids of several kinds")
+        usual = _PLAIN_INPUTS | {"return_dict"}
+        extra = [k for k, v in inputs.items() if k not in usual and v is not None and v is not False]
+        if _planes(inputs) != self.step.key.planes:
+            extra.append("position_ids of another kind")
         if extra:
             self.runtime.report.note(f"decode steps given {', '.join(sorted(extra))} run without graphs")
         return (
@@ -464,7 +462,7 @@ class _Session:
                 self.cache.lend(self.step.kv, attention_mask)
 
     def feed(self, tokens: Tensor, positions: Tensor | None) -> None:
-        """The next token of each row, int64 [B]; positions [B or 1, 1], or None where they follow the cache."""
+        """The next token of each row, int64 [B]; positions [..., B or 1, 1], or None where they follow the cache."""
         from .step import expand_rows
 
         step = self.step
@@ -472,13 +470,14 @@ class _Session:
         if positions is None:
             step.position_ids.copy_(step.kv.position.expand_as(step.position_ids))
         else:
-            step.position_ids.copy_(expand_rows(positions[:, -1:].expand(tokens.shape[0], 1), step.key.rows))
+            last = positions[..., -1:].expand(*positions.shape[:-2], tokens.shape[0], 1)
+            step.position_ids.copy_(expand_rows(last, step.key.rows, last.dim() - 2))
 
 
-def _positions_differ(inputs: dict[str, Any]) -> bool:
-    """Whether positions are not one number per token (multimodal models have three or four)."""
+def _planes(inputs: dict[str, Any]) -> int:
+    """Kinds of positions that a token has (multimodal models: three or four), 0 for just one."""
     positions = inputs.get("position_ids")
-    return positions is not None and positions.dim() != 2
+    return positions.shape[0] if positions is not None and positions.dim() == 3 else 0
 
 
 class _Late:

@@ -26,10 +26,16 @@ LayerFunction = Callable[..., Any]
 
 @dataclass(frozen=True)
 class StepKey:
-    """Rows and cache length of a recorded step."""
+    """Rows and cache length of a recorded step; planes: how many kinds of positions a token has, 0 for just one."""
 
     rows: int
     length: int
+    planes: int = 0
+
+    @property
+    def position_shape(self) -> tuple[int, ...]:
+        """Shape of position_ids."""
+        return (self.planes, self.rows, 1) if self.planes else (self.rows, 1)
 
     def __str__(self) -> str:
         return f"batch {self.rows}, {self.length} tokens"
@@ -47,7 +53,6 @@ class DecodeStep:
         model: nn.Module,
         key: StepKey,
         shapes: tuple[LayerShape, ...],
-        position_shape: tuple[int, ...],
         recorder: Recorder,
         arena: Arena,
         *,
@@ -66,7 +71,7 @@ class DecodeStep:
             torch._dynamo.maybe_mark_dynamic(view.keys, 2)
             torch._dynamo.maybe_mark_dynamic(view.values, 2)
         self.tokens = torch.zeros(key.rows, 1, dtype=torch.int64, device=device)
-        self.position_ids = torch.zeros(position_shape, dtype=torch.int64, device=device)
+        self.position_ids = torch.zeros(key.position_shape, dtype=torch.int64, device=device)
         self.logits = torch.empty(0)
         self.greedy = torch.empty(0)
         self.output_class: Any = None
@@ -218,9 +223,10 @@ class _Forward:
         return self._run(self._layer, self._view, args, kwargs)
 
 
-def expand_rows(source: Tensor, rows: int) -> Tensor:
-    """[B, ...] -> [rows, ...]: rows beyond B repeat row 0."""
-    batch = source.shape[0]
-    if batch == rows:
+def expand_rows(source: Tensor, rows: int, dim: int = 0) -> Tensor:
+    """[.., B, ..] -> [.., rows, ..] along ``dim``: rows beyond B repeat row 0."""
+    missing = rows - source.shape[dim]
+    if not missing:
         return source
-    return torch.cat([source, source[:1].expand(rows - batch, *source.shape[1:])])
+    first = source.narrow(dim, 0, 1)
+    return torch.cat([source, first.expand(*source.shape[:dim], missing, *source.shape[dim + 1 :])], dim)
