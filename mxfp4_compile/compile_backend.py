@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import mx
+from .ops.backend import BackendError
 from .ops.selection import BackendUnavailable, requested_backend
 from .passes.discover import Candidate
 from .passes.experts import projections_of, source_names
@@ -35,7 +36,7 @@ from .passes.prep import prep_program, prepare_bias, run_prep
 from .passes.regions import Region, RegionError, cut, find_sites, source_path, splice
 from .passes.rewrite import RewriteError, rewrite
 from .passes.verify import Verification, VerificationError, check_weights
-from .pipeline import Site, Structure, build_site, match_structure, verify_site
+from .pipeline import OptimizeError, Site, Structure, _build, _trial_of_backends, match_structure
 from .report import Report, SiteReport
 
 NAME = "mxfp4_compile"
@@ -169,9 +170,10 @@ def _prove(region: Region, options: CompileOptions, requested: str | None) -> _P
             if isinstance(structure, NoMatch):
                 return structure.reason
             site = Site(Candidate(("region",), region.module, "packed"), structure)
+            # First, since under "auto" a backend whose kernels fail gives way to the next.
+            verification = _trial_of_backends(site, options.scale_rule, region.module, None) if options.verify else None
             built, errors, _ = build_site(site, options.scale_rule, lambda _: None)
-            verification = verify_site(built, site) if options.verify else None
-        except (RewriteError, VerificationError, BackendUnavailable) as error:
+        except (RewriteError, VerificationError, BackendError, BackendUnavailable, OptimizeError) as error:
             return str(error)
         finally:
             gc.collect()  # exported programs are cyclic garbage that keeps the weights alive

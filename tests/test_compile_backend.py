@@ -80,6 +80,16 @@ def test_equals_optimize_on_every_family(family: str) -> None:
     _check(family)
 
 
+def test_bf16_with_its_own_grouped_product() -> None:
+    model = tiny_model("gpt_oss", dtype=torch.bfloat16, layers=1)
+    inputs = tiny_inputs(model)
+    start = len(compile_reports())
+    want = _out(mxfp4_compile.optimize(copy.deepcopy(model)), inputs)
+    assert _relative(_out(_compiled(model), inputs), want) <= 1e-2
+    (site,) = _sites(start)
+    assert site.outcome == "fused" and site.error <= 1.5 * site.original_error + 2e-3
+
+
 def test_sizes_weights_and_recompilations() -> None:
     model = tiny_model("mixtral", dtype=torch.float32, layers=2)
     compiled = _compiled(model)
