@@ -36,7 +36,7 @@ from .passes.prep import prep_program, prepare_bias, run_prep
 from .passes.regions import Region, RegionError, cut, find_sites, source_path, splice
 from .passes.rewrite import RewriteError, rewrite
 from .passes.verify import Verification, VerificationError, check_weights
-from .pipeline import OptimizeError, Site, Structure, _build, _trial_of_backends, match_structure
+from .pipeline import OptimizeError, Site, Structure, build_site, match_structure, trial_of_backends
 from .report import Report, SiteReport
 
 NAME = "mxfp4_compile"
@@ -171,7 +171,7 @@ def _prove(region: Region, options: CompileOptions, requested: str | None) -> _P
                 return structure.reason
             site = Site(Candidate(("region",), region.module, "packed"), structure)
             # First, since under "auto" a backend whose kernels fail gives way to the next.
-            verification = _trial_of_backends(site, options.scale_rule, region.module, None) if options.verify else None
+            verification = trial_of_backends(site, options.scale_rule, region.module, None) if options.verify else None
             built, errors, _ = build_site(site, options.scale_rule, lambda _: None)
         except (RewriteError, VerificationError, BackendError, BackendUnavailable, OptimizeError) as error:
             return str(error)

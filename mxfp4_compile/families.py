@@ -309,7 +309,7 @@ def _config_fields(cls: type) -> dict[str, Any]:
     """Names and defaults of a configuration's fields: a dataclass in transformers 5, a signature in 4."""
     if dataclasses.is_dataclass(cls):
         return {f.name: f.default for f in dataclasses.fields(cls)}
-    parameters = inspect.signature(cls.__init__).parameters.values()
+    parameters = inspect.signature(cls).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
 
 
@@ -568,7 +568,7 @@ def _experts_alone(family: str, cls: type[nn.Module], root: Any, dtype: torch.dt
     classes.sort(key=lambda c: -_common_prefix(c.__name__, cls.__name__))
     required = [
         p.name
-        for p in list(inspect.signature(cls.__init__).parameters.values())[2:]
+        for p in list(inspect.signature(cls).parameters.values())[2:]
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     reasons = []

@@ -543,7 +543,7 @@ def verify_structures(
         if structure.verified:
             continue
         try:
-            result = _trial_of_backends(site, scale_rule, model, reader_of(site))
+            result = trial_of_backends(site, scale_rule, model, reader_of(site))
             if result.error > _FINER_ABOVE * result.original_error and _can_round_finer(structure):
                 _try_finer(site, scale_rule, model, result, reader_of(site))
         except (VerificationError, RewriteError) as error:
@@ -553,7 +553,7 @@ def verify_structures(
         structure.verified = True
 
 
-def _trial_of_backends(site: Site, scale_rule: str, model: nn.Module, reader: ExpertReader | None) -> Verification:
+def trial_of_backends(site: Site, scale_rule: str, model: nn.Module, reader: ExpertReader | None) -> Verification:
     """Try the chosen backend; under "auto" one whose kernels fail gives way to the next.
 
     OptimizeError, naming the site, where the one asked for fails, or the last.

@@ -23,9 +23,9 @@ FLOORS = {
     "report": 1,
     "families": 1,
     "passes": 2,
-    "checkpoint": 3,
     "runtime": 3,
     "pipeline": 4,
+    "checkpoint": 5,
 }
 
 

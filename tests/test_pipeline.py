@@ -388,11 +388,6 @@ def test_running_out_of_memory_half_way_is_told(monkeypatch: pytest.MonkeyPatch)
         assert torch.isfinite(model(**tokens())).all()
 
 
-def test_options_without_effect_are_named() -> None:
-    report = mxfp4_compile.optimize(make(), example_inputs=tokens(), max_capture_size=64).mxfp4_report
-    assert "max_capture_size=64 has no effect yet" in str(report)
-
-
 def test_unusual_weights_are_reported() -> None:
     model = make()
     # Two values per block that no common scale serves: the error is larger than any ordinary weight's.
