@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -61,10 +63,11 @@ def launch(logits: Tensor, k: int, before: str, after: str, eps: float, dtype: t
     ids = logits.new_empty((tokens, k), dtype=torch.int64)
     if tokens:
         block = triton.next_power_of_2(experts)
-        route_rows[(tokens,)](
-            logits, weights, ids, logits.stride(0), eps,
-            E=experts, K=k, BLOCK_E=block, BLOCK_K=triton.next_power_of_2(k),
-            BEFORE=_BEFORE[before], AFTER=_AFTER[after],
-            num_warps=1 if block <= 256 else 4,
-        )  # fmt: skip
+        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+            route_rows[(tokens,)](
+                logits, weights, ids, logits.stride(0), eps,
+                E=experts, K=k, BLOCK_E=block, BLOCK_K=triton.next_power_of_2(k),
+                BEFORE=_BEFORE[before], AFTER=_AFTER[after],
+                num_warps=1 if block <= 256 else 4,
+            )  # fmt: skip
     return weights, ids
