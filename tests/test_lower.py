@@ -236,12 +236,20 @@ def test_the_pass_on_a_graph_with_our_op(clean_hook: None) -> None:
         ((gm, example),) = seen
         graph = make_fx(gm, decomposition_table=select_decomp_table())(*example).graph
     lower.decisions.clear()
-    LowerPass()(graph)  # on GPUs only, by default
+    LowerPass(("cuda",))(graph)
     assert [(d.fused, d.reason) for d in lower.decisions] == [(False, "routers are not fused on cpu")]
     LowerPass(("cpu",))(graph)
     assert lower.decisions[-1].fused and lower.decisions[-1].reason.startswith("softmax, top-2")
     targets = [n.target for n in graph.nodes]
     assert targets.count(schema.route) == targets.count(schema.moe) == 1 and torch.ops.aten.topk.default not in targets
+
+
+def test_fusing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(lower.ENVIRONMENT_VARIABLE, raising=False)
+    assert LowerPass().devices == ()
+    monkeypatch.setenv(lower.ENVIRONMENT_VARIABLE, "1")
+    assert LowerPass().devices == ("cuda",)
+    assert LowerPass().uuid() != LowerPass(()).uuid()
 
 
 def test_other_graphs_are_not_touched(clean_hook: None) -> None:

@@ -85,8 +85,10 @@ def test_route_under_a_cuda_graph() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_the_pass_in_an_optimized_model(family: str) -> None:
+def test_the_pass_in_an_optimized_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mxfp4_compile.passes import lower
+
+    monkeypatch.setenv(lower.ENVIRONMENT_VARIABLE, "1")
 
     torch._dynamo.reset()
     # bf16 routers flip on rounding: compare in fp32, and on the reference backend, which takes fp32.
