@@ -331,7 +331,8 @@ def _build_config(
     mine = {**special, **overrides} if not tower else dict(special)
     fields = _config_fields(cls)
     kwargs: dict[str, Any] = {}
-    nested = getattr(cls, "sub_configs_defaults", None) or getattr(cls, "sub_configs", None) or {}
+    # Transformers 5 says there what it builds; 4 has the classes only.
+    nested = getattr(cls, "sub_configs_defaults" if dataclasses.is_dataclass(cls) else "sub_configs", None) or {}
     for key, spec in nested.items():
         sub, sub_arguments = _sub_config(spec)
         if sub is None:
@@ -568,7 +569,7 @@ def _experts_alone(family: str, cls: type[nn.Module], root: Any, dtype: torch.dt
     classes.sort(key=lambda c: -_common_prefix(c.__name__, cls.__name__))
     required = [
         p.name
-        for p in list(inspect.signature(cls).parameters.values())[2:]
+        for p in list(inspect.signature(cls.__init__).parameters.values())[2:]
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     reasons = []
