@@ -166,7 +166,10 @@ class _Check:
         name, args = op_name(node), node.args
         if name in _FRESH:
             return []
-        if name in ("view", "reshape", "_unsafe_view", "expand", "repeat", "slice", "narrow", "repeat_interleave"):
+        if name in (
+            "view", "reshape", "_unsafe_view", "expand", "repeat", "slice", "narrow", "repeat_interleave",
+            "split_with_sizes",
+        ):  # fmt: skip
             return _nodes(args[:1])
         if name in ("full", "new_full", "full_like"):
             return _nodes(args[-1:])
@@ -249,6 +252,8 @@ class _Check:
             if name == "select" and _all_selected(source, dim):
                 return None
             return f"{node.name} takes some of a token's ids" if several and value.shape[dim] > 1 else None
+        if name == "split_with_sizes" and len(node.users) == len(node.args[1]):  # type: ignore[arg-type]
+            return None  # its sizes add up to all rows, and every part is used
         if name == "slice":
             start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])[:3]
             if start in (None, 0) and (end is None or (isinstance(end, int) and end >= _WHOLE)) and step == 1:
