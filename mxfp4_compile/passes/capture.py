@@ -106,7 +106,10 @@ def call_pattern(first: Call, second: Call | None = None) -> CallPattern:
         if isinstance(a, TensorInfo) and isinstance(b, TensorInfo):
             if a.dtype != b.dtype or len(a.shape) != len(b.shape):
                 raise CaptureError("an argument changes its dtype or rank from call to call")
-            dynamic.append(frozenset(d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n))
+            varied = {d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n}
+            if 0 in varied and a.dtype.is_floating_point:
+                varied.update(range(1, len(a.shape) - 1))  # [batch, length, width]: the length may vary, too
+            dynamic.append(frozenset(varied))
             continue
         for value in (a, b):
             if not isinstance(value, _PLAIN):
@@ -148,7 +151,7 @@ def capture(module: nn.Module, pattern: CallPattern) -> Captured:
     error: Exception | None = None
     # Sizes that were equal in both recorded calls are one size (the token count); if that does not hold for
     # this module, let export find out the relations by itself.
-    for shapes in (_named_dims(pattern), _free_dims(pattern)):
+    for shapes in (named_dims(pattern), free_dims(pattern)):
         arg_shapes, kwarg_shapes = pattern.arrange(shapes)
         try:
             with torch.no_grad(), warnings.catch_warnings():
@@ -170,7 +173,8 @@ def capture(module: nn.Module, pattern: CallPattern) -> Captured:
     return _sort_placeholders(program, pattern)
 
 
-def _named_dims(pattern: CallPattern) -> list[Any]:
+def named_dims(pattern: CallPattern) -> list[Any]:
+    """Per leaf, its dynamic dimensions for export: one name for sizes that were equal in the recorded call."""
     dims: dict[int, Any] = {}
 
     def dim(leaf: TensorInfo, d: int, dynamic: frozenset[int]) -> Any:
@@ -184,7 +188,8 @@ def _named_dims(pattern: CallPattern) -> list[Any]:
     ]
 
 
-def _free_dims(pattern: CallPattern) -> list[Any]:
+def free_dims(pattern: CallPattern) -> list[Any]:
+    """Per leaf, its dynamic dimensions for export, which finds out by itself what is equal."""
     return [
         {d: torch.export.Dim.AUTO if d in dyn else torch.export.Dim.STATIC for d in range(len(leaf.shape))}
         if isinstance(leaf, TensorInfo)

@@ -95,9 +95,10 @@ def check_structure(
     cuts: tuple[fx.Node, fx.Node, fx.Node],
     regions: tuple[set[fx.Node], set[fx.Node], set[fx.Node], set[fx.Node]],
     top_k: int,
+    experts: int,
 ) -> str | None:
     """Apply the rules; ``cuts``: tokens, ids, weights; ``regions``: choice of experts, rows, activation, sum."""
-    return _Check(captured, set(gemms), set(weights), cuts, regions, top_k).run()
+    return _Check(captured, set(gemms), set(weights), cuts, regions, top_k, experts).run()
 
 
 class _Check:
@@ -109,8 +110,10 @@ class _Check:
         cuts: tuple[fx.Node, fx.Node, fx.Node],
         regions: tuple[set[fx.Node], set[fx.Node], set[fx.Node], set[fx.Node]],
         top_k: int,
+        experts: int,
     ) -> None:
         self.captured, self.gemms, self.weights, self.cuts, self.top_k = captured, gemms, weights, set(cuts), top_k
+        self.experts = experts
         self.ids = cuts[1]
         self.choice, self.rows, self.middle, self.tail = (r - self.cuts - gemms for r in regions)
         self.region = self.choice | self.rows | self.middle | self.tail
@@ -249,7 +252,7 @@ class _Check:
         if isinstance(value.shape[dim], int):
             # Within a row of ids only all columns together are looked at.
             several = source is self.ids or (_ID in self.taint.get(source, ()) and not _is_float(source))
-            if name == "select" and _all_selected(source, dim):
+            if name == "select" and _all_selected(source, dim, self.experts):
                 return None
             return f"{node.name} takes some of a token's ids" if several and value.shape[dim] > 1 else None
         if name == "split_with_sizes" and len(node.users) == len(node.args[1]):  # type: ignore[arg-type]
@@ -261,15 +264,18 @@ class _Check:
         return f"{node.name} takes some of the rows"
 
 
-def _all_selected(source: fx.Node, dim: int) -> bool:
-    """Whether every place along ``dim``, wider than a token's ids, is selected: one for each expert of a loop."""
+def _all_selected(source: fx.Node, dim: int, experts: int) -> bool:
+    """Whether every place along ``dim``, wider than a token's ids, is selected: one for each expert of a loop.
+
+    The place after the last expert's, of ids that are none, may be left out.
+    """
     value = source.meta["val"]
     at = {
         int(n.args[2]) % value.shape[dim]  # type: ignore[arg-type]
         for n in source.users
         if op_name(n) == "select" and int(n.args[1]) % value.dim() == dim % value.dim()  # type: ignore[arg-type]
     }
-    return bool(len(at) == value.shape[dim])
+    return at == set(range(value.shape[dim])) or (at == set(range(experts)) and value.shape[dim] == experts + 1)
 
 
 def _nodes(args: Iterable[Any]) -> list[fx.Node]:
