@@ -21,7 +21,7 @@ from ..ops import schema
 from ..ops.registry import get_backend
 from .capture import TensorInfo
 from .experts import MXFP4Experts
-from .sources import members
+from .sources import listed, members
 from .verify import Verification, VerificationError, _judge
 
 
@@ -36,13 +36,14 @@ def verify_loop(site: MXFP4Experts, original: nn.Module, seed: int = 0) -> Verif
     dtype = site.plan.weight_dtype
     slack = get_backend(site.backend).slack(site.layout)
     experts = _Experts(site, original)
+    ids_at = _ids_argument(site)
     eager = experts.block(dtype)
     squared = torch.zeros(3, dtype=torch.float64)
     used: set[int] = set()
     cases = 0
     with torch.no_grad():
         for sizes, equal in (((1, 1), False), ((1, 13), False), ((2, 7), True), ((3, 37), False), ((4, 64), False)):
-            leaves = _inputs(site, sizes, equal, generator)
+            leaves = _inputs(site, sizes, equal, generator, ids_at)
             args, kwargs = site.plan.pattern.arrange(leaves)
             try:
                 theirs = eager(*args, **kwargs)
@@ -97,19 +98,43 @@ def _compared(ours: Any, theirs: Any, truth: Any) -> Tensor:
     return total
 
 
-def _inputs(site: MXFP4Experts, sizes: tuple[int, int], equal: bool, generator: torch.Generator) -> list[Any]:
-    """Leaves of a call: dimensions that varied between calls get these sizes, one alone their product."""
+def _ids_argument(site: MXFP4Experts) -> int | None:
+    """Which tensor argument holds the expert ids, if one does: where the router is not in the site."""
+    graph = site.rewritten.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"][: len(site.plan.pattern.tensors)]
+    for node in graph.nodes:
+        if node.target == schema.moe:
+            ids = node.args[1]
+            while isinstance(ids, fx.Node) and ids.op == "call_function" and len(ids.all_input_nodes) == 1:
+                ids = ids.all_input_nodes[0]
+            return inputs.index(ids) if ids in inputs and not ids.meta["val"].is_floating_point() else None
+    return None
+
+
+def _inputs(
+    site: MXFP4Experts, sizes: tuple[int, int], equal: bool, generator: torch.Generator, ids_at: int | None = None
+) -> list[Any]:
+    """Leaves of a call: dimensions that varied between calls get these sizes, one alone their product.
+
+    ``ids_at``: the tensor argument that holds expert ids, which are drawn at random.
+    """
     recorded = sorted(
         {n for i, d in zip(site.plan.pattern.leaves, site.plan.pattern.dynamic, strict=True)
          if isinstance(i, TensorInfo) for n in (i.shape[k] for k in d)}
     )  # fmt: skip
     out: list[Any] = []
+    tensors = 0
     for info, dynamic in zip(site.plan.pattern.leaves, site.plan.pattern.dynamic, strict=True):
         if not isinstance(info, TensorInfo):
             out.append(info)
             continue
+        tensors += 1
         own = iter(sizes if len(dynamic) > 1 else (sizes[0] * sizes[1] if len(recorded) == 1 else sizes[-1],))
         shape = [next(own, 1) if k in dynamic else n for k, n in enumerate(info.shape)]
+        if tensors - 1 == ids_at:
+            drawn = torch.randint(site.projections[0].shape[0], shape, generator=generator)
+            out.append(drawn.to(info.dtype).to(info.device))
+            continue
         if not info.dtype.is_floating_point:
             out.append(torch.zeros(shape, dtype=info.dtype, device=info.device))
             continue
@@ -130,7 +155,7 @@ class _Experts:
         self.site, self.original = site, original
         name = site.projections[0].source.parameters[0]
         self.prefix = name.split(".*.")[0] if ".*." in name else ""
-        self.children = list(original.get_submodule(self.prefix)._modules)
+        self.children = listed(original.get_submodule(self.prefix))
         self.biases = site.dequantized_biases()
 
     def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -155,9 +180,9 @@ class _Experts:
     def block(self, dtype: torch.dtype) -> nn.Module:
         """A copy of the block whose experts are made when they are called."""
         memo: dict[int, Any] = {}
-        listed = self.original.get_submodule(self.prefix)
-        for child in listed._modules.values():
-            memo[id(child)] = child
+        owner = self.original.get_submodule(self.prefix)
+        for name in self.children:
+            memo[id(owner._modules[name])] = owner._modules[name]
         config = getattr(self.original, "config", None)
         if config is not None:
             memo[id(config)] = config
