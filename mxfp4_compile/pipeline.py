@@ -50,7 +50,7 @@ from .passes.rewrite import RewriteError, retained_names, rewrite
 from .passes.routing import has_dense_products, variants
 from .passes.sources import Stack, members, stack
 from .passes.verify import Verification, VerificationError, check_weights, verify
-from .passes.verify_loop import is_loop, verify_loop
+from .passes.verify_loop import is_loop, routes_itself, verify_loop
 from .report import Report, SiteReport
 from .runtime import attach, detach
 
@@ -679,7 +679,7 @@ def _try_finer(
 def verify_site(built: MXFP4Experts, site: Site) -> Verification:
     """Verify one built site against the module it would replace."""
     assert site.structure is not None
-    if is_loop(built):
+    if is_loop(built) or routes_itself(built):
         return verify_loop(built, site.candidate.module)
     return verify(built, site.candidate.module, site.structure.found)
 
