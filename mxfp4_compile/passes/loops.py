@@ -83,6 +83,11 @@ class _AllInUse(TorchFunctionMode):
                 return self._counts(args[0])
             if func is Tensor.__getitem__:
                 return self._getitem(args[0], args[1])
+            if func in (Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes):
+                sizes = args[1] if len(args) > 1 else kwargs.get("split_size", kwargs.get("split_size_or_sections"))
+                dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+                if isinstance(sizes, (list, tuple)) and dim == 0 and any(map(_unknown, sizes)):
+                    return self._split(args[0], sizes)
         result = func(*args, **kwargs)
         if func in (torch.cat, torch.concat) and self.sliced is not None and free_unbacked_symbols(result.shape[0]):
             # The slices make up what was sliced (else the probes in ``match`` find rows missing).
@@ -125,6 +130,14 @@ class _AllInUse(TorchFunctionMode):
             counts.append(count)
         return counts
 
+    def _split(self, tensor: Tensor, sizes: Any) -> tuple[Tensor, ...]:
+        """Parts of sizes the trace does not know, as slices between their sums."""
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(self._getitem(tensor, slice(start, start + size)))
+            start = start + size
+        return tuple(parts)
+
     def _getitem(self, tensor: Tensor, index: Any) -> Any:
         number = self._number(index) if isinstance(index, Tensor) else None
         if number is not None and isinstance(index, Tensor):
@@ -144,6 +157,10 @@ class _AllInUse(TorchFunctionMode):
         result = Tensor.__getitem__(tensor, index)
         known = self._number(tensor)
         return result if known is None else self._know(result, known)
+
+
+def _unknown(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 class _Counts(list):  # type: ignore[type-arg]
@@ -474,6 +491,13 @@ class _Collapse:
             if node.op == "placeholder":
                 return ("placeholder", node.name)
             return "outside"  # rows and routing: execution on probes tells what they are
+        if node.target == aten.cat.default:
+            parts: Any = node.args[0]
+            if len(parts) == len({e for _, e in products.values()}) and len(parts) > 1:
+                # All experts' rows together: the same to every expert if each part is the same to its own.
+                forms = {self._form(part, products, e, {}) for e, part in enumerate(parts)}
+                if len(forms) == 1:
+                    return ("joined", *node.args[1:], *forms)
         flat, _ = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
         return (str(node.target), *(self._form(a, products, expert, memo) for a in flat))
 

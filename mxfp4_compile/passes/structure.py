@@ -10,7 +10,7 @@ nothing in the region can tell those apart. So, in the parts that choose experts
 2. ids become numbers or masks row by row, never across a token's row of ids;
 3. rows are not cut at a constant place;
 4. rows are gathered and summed by linear ops only: others may act on some magnitudes alone;
-5. integers do not come from floats narrower than fp32;
+5. integers do not come from floats narrower than fp32, unless those are 0 or 1;
 6. nothing else is read: no weight's values, no other input.
 """
 
@@ -207,7 +207,8 @@ class _Check:
                 return f"{node.name} ({node.target}) is no linear op"
         elif isinstance(value, Tensor):
             for n in node.all_input_nodes:
-                if _is_float(n) and n in self.region and n not in self.middle and n.meta["val"].dtype.itemsize < 4:
+                narrow = _is_float(n) and n.meta["val"].dtype.itemsize < 4
+                if narrow and n in self.region and n not in self.middle and not _zeros_and_ones(n):
                     return f"{node.name} takes ids or positions from {n.meta['val'].dtype}"
         if node not in self.choice or name in ("where", "masked_fill"):
             return self._ids_row_by_row(node, name, data)
@@ -267,6 +268,13 @@ def _all_selected(source: fx.Node, dim: int) -> bool:
         if op_name(n) == "select" and int(n.args[1]) % value.dim() == dim % value.dim()  # type: ignore[arg-type]
     }
     return bool(len(at) == value.shape[dim])
+
+
+def _zeros_and_ones(node: fx.Node) -> bool:
+    """Whether a node holds nothing but 0 and 1, which every float dtype represents: a scatter of them into zeros."""
+    base = node.args[0] if node.args else None
+    marked = op_name(node) == "scatter" and node.args[3] in (0, 1) and not node.kwargs
+    return marked and isinstance(base, fx.Node) and op_name(base) in ("zeros", "zeros_like", "new_zeros")
 
 
 def _nodes(args: Iterable[Any]) -> list[fx.Node]:
