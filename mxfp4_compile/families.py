@@ -132,7 +132,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         layer_types=_each("linear_attention", "full_attention"),
     ),
     "glm_moe_dsa": dict(num_key_value_heads=4),
-    "granitemoehybrid": dict(layer_types=_each("full_attention", "linear_attention")),
+    "granitemoehybrid": dict(layer_types=lambda n: [kind for kind, _ in zip(_HYBRID * n, range(n))]),
     "hy_v4": dict(indexer_types=_each("full")),
     "inkling2": dict(vision_config=dict(text_hidden_size=H), audio_config=dict(text_hidden_size=H)),
     "kimi_linear": dict(layer_types=_each("full_attention")),
@@ -346,7 +346,9 @@ def _build_config(
         if isinstance(special.get(key), dict):
             sub_special.update(special[key])
         built = _build_config(sub, sub_special, layers, overrides, used, tower=sub_tower, arguments=sub_arguments)
-        kwargs[key] = built if dataclasses.is_dataclass(cls) else built.to_dict()  # not all of 4 take objects
+        # Not all of transformers 4 take objects, nor more in a dictionary than they know.
+        named = {*_config_fields(sub), *EXTRA.get(sub.__name__, {}), "model_type"}
+        kwargs[key] = built if dataclasses.is_dataclass(cls) else {k: v for k, v in built.to_dict().items() if k in named}
     for key, value in {**(TOWER if tower else GEN), **mine}.items():
         if key not in fields or key in kwargs:
             continue

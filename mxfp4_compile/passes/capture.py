@@ -135,6 +135,8 @@ class Captured:
     constants: dict[str, Tensor]
     pattern: CallPattern
     out_spec: Any = None  # how several outputs are arranged; None for one tensor
+    dense: tuple[fx.Node, ...] = ()  # [E, T, .] rows of all experts and tokens that must be zero but where ids say
+    sentinels: bool = False  # ids that are no expert occur
 
     def node(self, name: str) -> fx.Node:
         """The node named ``name``."""

@@ -95,11 +95,11 @@ class _AllInUse(TorchFunctionMode):
                 return self._getitem(args[0], args[1])
             if func is Tensor.__setitem__ and isinstance(args[1], slice) and isinstance(args[2], Tensor):
                 return self._setitem(*args)
-            if func in (Tensor.split, torch.split) and len(args) > 1 and isinstance(args[1], (list, tuple)):
-                dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-                if dim == 0 and any(isinstance(n, torch.SymInt) for n in args[1]):
-                    self.sliced = args[0].shape[0]
-                    torch._check(sum(args[1]) == self.sliced)
+            if func in (Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes):
+                sizes = args[1] if len(args) > 1 else kwargs.get("split_size", kwargs.get("split_size_or_sections"))
+                dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+                if isinstance(sizes, (list, tuple)) and dim == 0 and any(map(_unknown, sizes)):
+                    return self._split(args[0], sizes)
         result = func(*args, **kwargs)
         if func in (torch.cat, torch.concat) and self.sliced is not None and free_unbacked_symbols(result.shape[0]):
             # The slices make up what was sliced (else the probes in ``match`` find rows missing).
@@ -172,6 +172,14 @@ class _AllInUse(TorchFunctionMode):
             counts.append(count)
         return counts
 
+    def _split(self, tensor: Tensor, sizes: Any) -> tuple[Tensor, ...]:
+        """Parts of sizes the trace does not know, as slices between their sums."""
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(self._getitem(tensor, slice(start, start + size)))
+            start = start + size
+        return tuple(parts)
+
     def _getitem(self, tensor: Tensor, index: Any) -> Any:
         number = self._number(index) if isinstance(index, Tensor) else None
         if number is not None and isinstance(index, Tensor):
@@ -194,6 +202,10 @@ class _AllInUse(TorchFunctionMode):
         if known is not None:
             return self._know(result, known)
         return self._place(result) if isinstance(index, int) and _is_vector(tensor) else result
+
+
+def _unknown(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 class _Counts(list):  # type: ignore[type-arg]
@@ -263,7 +275,12 @@ def holds_list(module: nn.Module) -> bool:
 
 def capture_loop(module: nn.Module, pattern: CallPattern) -> Captured:
     """Trace ``module`` and collapse its loop over experts; CaptureError with the reason where that fails."""
-    return _Collapse(module, trace(module, pattern)).run()
+    return collapse(module, trace(module, pattern))
+
+
+def collapse(module: nn.Module, traced: Captured) -> Captured:
+    """The loop over experts of a trace as stacked products; CaptureError with the reason where there is none."""
+    return _Collapse(module, traced).run()
 
 
 def trace(module: nn.Module, pattern: CallPattern) -> Captured:
@@ -531,6 +548,13 @@ class _Collapse:
             if node.op == "placeholder":
                 return ("placeholder", node.name)
             return "outside"  # rows and routing: execution on probes tells what they are
+        if node.target == aten.cat.default:
+            parts: Any = node.args[0]
+            if len(parts) == len({e for _, e in products.values()}) and len(parts) > 1:
+                # All experts' rows together: the same to every expert if each part is the same to its own.
+                forms = {self._form(part, products, e, {}) for e, part in enumerate(parts)}
+                if len(forms) == 1:
+                    return ("joined", *node.args[1:], *forms)
         flat, _ = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
         return (str(node.target), *(self._form(a, products, expert, memo) for a in flat))
 
@@ -722,4 +746,7 @@ class _Collapse:
         return experts
 
 
-__all__ = ["capture_loop", "expert_products", "expert_products_transposed", "holds_list", "rows_of_expert"]
+__all__ = [
+    "capture_loop", "collapse", "expert_products", "expert_products_transposed", "holds_list", "rows_of_expert",
+    "trace",
+]  # fmt: skip

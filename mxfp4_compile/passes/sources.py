@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 
 def listed(owner: nn.Module) -> list[str]:
-    """The names of a list's or dict's experts, in order: its children that have parameters (no dropout and the like)."""
-    return [name for name, child in owner._modules.items() if child is not None and any(True for _ in child.parameters())]
+    """The names of a list's or dict's experts, in order: its children with parameters (no dropout and the like)."""
+    children = owner._modules.items()
+    return [name for name, child in children if child is not None and any(True for _ in child.parameters())]
 
 
 def members(module: nn.Module, name: str) -> tuple[str, ...]:

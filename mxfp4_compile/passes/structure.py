@@ -10,7 +10,7 @@ nothing in the region can tell those apart. So, in the parts that choose experts
 2. ids become numbers or masks row by row, never across a token's row of ids;
 3. rows are not cut at a constant place;
 4. rows are gathered and summed by linear ops only: others may act on some magnitudes alone;
-5. integers do not come from floats narrower than fp32;
+5. integers do not come from floats narrower than fp32, unless those are 0 or 1;
 6. nothing else is read: no weight's values, no other input.
 """
 
@@ -169,10 +169,7 @@ class _Check:
         name, args = op_name(node), node.args
         if name in _FRESH:
             return []
-        if name in (
-            "view", "reshape", "_unsafe_view", "expand", "repeat", "slice", "narrow", "repeat_interleave",
-            "split_with_sizes",
-        ):  # fmt: skip
+        if name in ("view", "reshape", "_unsafe_view", "expand", "repeat", "slice", "narrow", "repeat_interleave"):
             return _nodes(args[:1])
         if name in ("full", "new_full", "full_like"):
             return _nodes(args[-1:])
@@ -213,7 +210,8 @@ class _Check:
                 return f"{node.name} ({node.target}) is no linear op"
         elif isinstance(value, Tensor):
             for n in node.all_input_nodes:
-                if _is_float(n) and n in self.region and n not in self.middle and n.meta["val"].dtype.itemsize < 4:
+                narrow = _is_float(n) and n.meta["val"].dtype.itemsize < 4
+                if narrow and n in self.region and n not in self.middle and not _zeros_and_ones(n):
                     return f"{node.name} takes ids or positions from {n.meta['val'].dtype}"
         if node not in self.choice or name in ("where", "masked_fill"):
             return self._ids_row_by_row(node, name, data)
@@ -224,6 +222,8 @@ class _Check:
         if not isinstance(value, torch.SymInt):
             return False
         sizes = {str(d) for n in self.cuts for d in (*n.meta["val"].shape, n.meta["val"].numel())}
+        # Every token for every expert.
+        sizes |= {str(n.meta["val"].shape[0] * n.meta["val"].shape[1]) for n in self.captured.dense}
         return str(value) in sizes
 
     def _ids_row_by_row(self, node: fx.Node, name: str, data: list[fx.Node]) -> str | None:
@@ -255,8 +255,6 @@ class _Check:
             if name == "select" and _all_selected(source, dim, self.experts):
                 return None
             return f"{node.name} takes some of a token's ids" if several and value.shape[dim] > 1 else None
-        if name == "split_with_sizes" and len(node.users) == len(node.args[1]):  # type: ignore[arg-type]
-            return None  # its sizes add up to all rows, and every part is used
         if name == "slice":
             start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])[:3]
             if start in (None, 0) and (end is None or (isinstance(end, int) and end >= _WHOLE)) and step == 1:
@@ -276,6 +274,13 @@ def _all_selected(source: fx.Node, dim: int, experts: int) -> bool:
         if op_name(n) == "select" and int(n.args[1]) % value.dim() == dim % value.dim()  # type: ignore[arg-type]
     }
     return at == set(range(value.shape[dim])) or (at == set(range(experts)) and value.shape[dim] == experts + 1)
+
+
+def _zeros_and_ones(node: fx.Node) -> bool:
+    """Whether a node holds nothing but 0 and 1, which every float dtype represents: a scatter of them into zeros."""
+    base = node.args[0] if node.args else None
+    marked = op_name(node) == "scatter" and node.args[3] in (0, 1) and not node.kwargs
+    return marked and isinstance(base, fx.Node) and op_name(base) in ("zeros", "zeros_like", "new_zeros")
 
 
 def _nodes(args: Iterable[Any]) -> list[fx.Node]:
