@@ -215,7 +215,7 @@ class _Fused:
         recognized = self._find_middle(w if on_input else None)
         w, output, down_bias = self._find_tail(w, on_input)
         self._check_dependence(output, w, on_input)
-        self._check_zeros(output, w, on_input)
+        self._check_zeros(output, w, down_bias)
         round_dtype = self.down.node.meta["val"].dtype
         self._check_casts(output, w, round_dtype)
         output = self._extend(output)
@@ -497,7 +497,7 @@ class _Fused:
         if not _close(by_pair.view(*id_values.shape, self.hidden).sum(1), out.reshape(-1, self.hidden)):
             raise _Refused("ids that are no expert contribute to the output")
 
-    def _check_zeros(self, output: fx.Node, w: fx.Node, on_input: bool) -> None:
+    def _check_zeros(self, output: fx.Node, w: fx.Node, down_bias: tuple[fx.Node, ...]) -> None:
         """Where the original multiplies every token with every expert: other experts than the ids' do not count.
 
         Either their rows are zero, and so is what becomes of them, as products have no biases (a bias added later
@@ -513,7 +513,7 @@ class _Fused:
             given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: self._random(shape_of(w, sizes))}
             for g in (*self.ups, self.down):
                 given[g.node] = g.as_output(self._random((pairs, g.shape[1])) * 4)
-            for node in self.up_bias_nodes:
+            for node in (*self.up_bias_nodes, *down_bias):
                 given[node] = self._random(node.meta["val"].shape)
             chosen = torch.zeros(tokens, self.experts, dtype=torch.bool).scatter_(1, id_values, True).T
             if all(bool((rows[~chosen] == 0).all()) for rows in probe.run(dense, given)):
