@@ -591,7 +591,9 @@ class _Fused:
         return self.down.row_matrix(rows)
 
     def _find_middle(self, w: fx.Node | None) -> Any:
-        region = ancestors([self.down.rows], stop=[*(g.node for g in self.ups), self.ids, self.x])
+        gemms = (*self.ups, self.down)
+        stop = [*(g.node for g in self.ups), *(g.selector for g in gemms), self.ids, self.x]
+        region = ancestors([self.down.rows], stop=stop)
         constants = list(_constants(region, self.captured))
         # Enough tokens that all pairs of probe values find a place at once where the layer is narrow.
         tokens = max(6, math.ceil(_MIN_PROBES / (self.intermediate * self.top_k)))
