@@ -891,8 +891,7 @@ def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
             if constant is not None and constant.numel() == 1:
                 yield float(constant)
             continue
-        name = op_name(node)
-        if name in SHAPING or name == "rows_of_expert" or (name == "full" and is_integer(node)):
+        if op_name(node) in SHAPING:
             continue  # sizes, dimensions and experts are no numbers of a formula, and every number costs probes
         for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
