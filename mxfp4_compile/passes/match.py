@@ -791,8 +791,8 @@ def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
             if constant is not None and constant.numel() == 1:
                 yield float(constant)
             continue
-        if op_name(node) in SHAPING:
-            continue  # sizes and dimensions are no numbers of a formula, and every number costs probes
+        if op_name(node) in SHAPING or is_integer(node) or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+            continue  # sizes, positions and dimensions are no numbers of a formula, and every number costs probes
         for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 if abs(value) < (1e30 if isinstance(value, float) else 1e9):  # slice ends are no numbers of a formula
