@@ -66,6 +66,29 @@ class SoftmaxOverPlaces(DenseMoE):
         return torch.full_like(logits, float("-inf")).scatter_(1, ids, values).softmax(-1)
 
 
+class WeightOnOutput(DenseMoE):
+    def rows(self, x, scores):
+        return x.repeat(E, 1)
+
+    def join(self, out, scores):
+        return (out * scores.transpose(0, 1).unsqueeze(-1)).sum(0)
+
+
+class WeightOnOutputBiases(WeightOnOutput):
+    """As gpt-oss of transformers 4 on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_bias = nn.Parameter(torch.empty(E, 2 * MI))
+        self.down_bias = nn.Parameter(torch.empty(E, H))
+
+    def activate(self, y):
+        return super().activate(y + self.up_bias[..., None, :])
+
+    def join(self, out, scores):
+        return super().join(out + self.down_bias[..., None, :], scores)
+
+
 # Mutations: the router's zeros
 
 
@@ -133,12 +156,11 @@ class Squared(DenseMoE):
 # the rows
 
 
-class WeightOnOutput(DenseMoE):
-    def rows(self, x, scores):
-        return x.repeat(E, 1)
+class OutputUnmasked(WeightOnOutput):
+    """Dense rows, and another matrix than the routing one on the output."""
 
     def join(self, out, scores):
-        return (out * scores.transpose(0, 1).unsqueeze(-1)).sum(0)
+        return super().join(out, scores + 1e-3)
 
 
 class WeightOnBoth(DenseMoE):
@@ -236,10 +258,12 @@ class ClampedSum(DenseMoE):
         return out.sum(0).clamp(-1e3, 1e3)
 
 
-FAITHFUL = (DenseMoE, OneExpert, SoftmaxOverPlaces, ShiftedUp, DividedBySum, Squared)
+FAITHFUL = (
+    DenseMoE, WeightOnOutputBiases, OneExpert, WeightOnOutput, SoftmaxOverPlaces, ShiftedUp, DividedBySum, Squared,
+)  # fmt: skip
 MUTATIONS = (
     NoMask, ZerosThenSigmoid, SmallInsteadOfZero, FillNotLow, OneForAll, SamePlaceTwice, TopOfTokens, SoftmaxAgain,
-    WeightOnOutput, WeightOnBoth, NextExpert, OtherTokens, RowsPlusMean, Interleaved, UpBias, DownBias, NotZeroAtZero,
+    OutputUnmasked, WeightOnBoth, NextExpert, OtherTokens, RowsPlusMean, Interleaved, UpBias, DownBias, NotZeroAtZero,
     AcrossExperts, ConstantForOthers, Largest, FirstHalf, Scaled, ClampedSum,
 )  # fmt: skip
 

@@ -132,7 +132,7 @@ class Captured:
     constants: dict[str, Tensor]
     pattern: CallPattern
     out_spec: Any = None  # how several outputs are arranged; None for one tensor
-    dense: tuple[fx.Node, ...] = ()  # [E, T, .] rows of all experts and tokens that must be zero but where ids say
+    dense: tuple[tuple[fx.Node, fx.Node], ...] = ()  # [E, T, .] rows and products of all experts with all tokens
     sentinels: bool = False  # ids that are no expert occur
 
     def node(self, name: str) -> fx.Node:

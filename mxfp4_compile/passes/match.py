@@ -212,7 +212,7 @@ class _Fused:
         recognized = self._find_middle(w if on_input else None)
         w, output, down_bias = self._find_tail(w, on_input)
         self._check_dependence(output, w, on_input)
-        self._check_zeros(w, on_input)
+        self._check_others(output, w, on_input)
         round_dtype = self.down.node.meta["val"].dtype
         self._check_casts(output, w, round_dtype)
         output = self._extend(output)
@@ -468,26 +468,31 @@ class _Fused:
         if not _close(by_pair.view(*id_values.shape, self.hidden).sum(1), out):
             raise _Refused("ids that are no expert contribute to the output")
 
-    def _check_zeros(self, w: fx.Node, on_input: bool) -> None:
-        """Where the original multiplies every token with every expert: rows of other experts than the ids' are zero.
+    def _check_others(self, output: fx.Node, w: fx.Node, on_input: bool) -> None:
+        """Where the original multiplies every token with every expert: experts that ids do not name do not count.
 
-        Then so is what becomes of them, as products have no biases; a bias added later shows in the output.
+        Either their rows are zero, and so is what becomes of them, as products have no biases (one added later shows
+        in the output); or whatever the last product holds for them, the output is the same.
         """
         for probe, (id_values, x_values, _) in zip(self.probes, self.tables, strict=True):
-            given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values}
-            if on_input:
-                given[w] = self._random(id_values.shape)
-            for g in self.ups:
+            if not self.captured.dense:
+                return
+            given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: self._random(id_values.shape)}
+            for g in (*self.ups, self.down):
                 given[g.node] = g.as_output(self._random((id_values.numel(), g.shape[1])) * 4)
-            for node in self.up_bias_nodes:
+            for node in self._bias_nodes(output, [self.down.node, w], (self.down,)) + self.up_bias_nodes:
                 given[node] = self._random(node.meta["val"].shape)
-            for rows in probe.run(self.captured.dense, given) if self.captured.dense else ():
-                chosen = torch.zeros(rows.shape[1], rows.shape[0], dtype=torch.bool).scatter_(1, id_values, True)
-                if not bool((rows[~chosen.T] == 0).all()):
-                    raise _Refused(
-                        "every expert is multiplied with every token, and the rows of tokens that are not routed to "
-                        "an expert are not proven to be zero"
-                    )
+            product = self.captured.dense[-1][1]
+            *all_rows, last, out = probe.run([*(r for r, _ in self.captured.dense), product, output], given)
+            others = torch.ones(last.shape[1], last.shape[0], dtype=torch.bool).scatter_(1, id_values, False).T
+            if on_input and all(bool((rows[others] == 0).all()) for rows in all_rows):
+                continue
+            filled = torch.where(others.unsqueeze(-1), self._spread(last.shape), last)
+            if not torch.equal(probe.run([output], {**given, product: filled})[0], out):
+                raise _Refused(
+                    "every expert is multiplied with every token, and neither are the rows of tokens that are not "
+                    "routed to an expert proven to be zero, nor that what becomes of them does not count"
+                )
 
     def _check_reads(self, what: str, region: set[fx.Node]) -> None:
         """Refuse if a region reads the values, not just the sizes, of tokens or other float inputs."""
