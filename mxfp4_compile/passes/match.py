@@ -219,6 +219,8 @@ class _Fused:
         round_dtype = self.down.node.meta["val"].dtype
         self._check_casts(output, w, round_dtype)
         output = self._extend(output)
+        if output.meta["val"].dtype == torch.float32 != x.meta["val"].dtype:
+            output = self._narrowed(output)
         if output.meta["val"].dtype != x.meta["val"].dtype:
             raise _Refused(f"the output is {output.meta['val'].dtype}, the tokens are {x.meta['val'].dtype}")
         spec = MoESpec(
@@ -440,6 +442,8 @@ class _Fused:
         for region in (selectors, head, tail):
             counted = _counts(region)
             for node in region - cuts:
+                # Ids that are none of these experts, as of experts without weights.
+                masked |= op_name(node) == "one_hot" and node.meta["val"].shape[-1] > self.experts
                 if op_name(node) in _BRANCHES:
                     if node in counted or not self._chooses_by_id(node, cuts, counted):
                         raise _Refused(f"{node.name} ({node.target}) branches outside the activation")
@@ -695,6 +699,21 @@ class _Fused:
             "the output is not the sum of the experts' outputs (plus bias) times the routing weights: "
             "something else happens after the down-projection"
         )
+
+    def _narrowed(self, output: fx.Node) -> fx.Node:
+        """A new node: a sum in fp32, to which the block adds more before it rounds, in the tokens' dtype.
+
+        The op gives its sum in that dtype; one rounding more, which verification judges.
+        """
+        with self.graph.inserting_after(output):
+            narrow = self.graph.call_function(torch.ops.aten._to_copy.default, (output,))
+        with self.graph.inserting_after(narrow):
+            wide = self.graph.call_function(torch.ops.aten._to_copy.default, (narrow,))
+        for node, dtype in ((narrow, self.x.meta["val"].dtype), (wide, torch.float32)):
+            node.kwargs = {"dtype": dtype}
+            node.meta["val"] = output.meta["val"].new_empty(output.meta["val"].shape, dtype=dtype)
+        output.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not narrow)
+        return narrow
 
     def _by_batch(self, node: fx.Node) -> bool:
         """Whether a node may be [batch, length, H] with as many rows as there are tokens."""
