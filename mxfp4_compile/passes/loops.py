@@ -579,6 +579,12 @@ class _Collapse:
                     len(product.node.users),
                 )
                 if reference.setdefault(role, form) != form:
+                    others = self._owners(nodes)[product.rows] - {expert}
+                    if others:
+                        raise CaptureError(
+                            f"the rows of expert {expert} before {role} come out of a tensor that holds the output of "
+                            f"expert {min(others)}: the experts depend on their order"
+                        )
                     raise CaptureError(
                         f"expert {expert} computes something else than expert 0 before {role}: "
                         "the experts are not the same function with different weights"
@@ -805,7 +811,11 @@ class _Collapse:
                     count = graph.call_function(aten.sym_size.int, (mapped[node], 0))
                     count.meta["val"] = value.shape[0]
                     return count
-        raise CaptureError("what chooses an expert's rows is not an index")
+        masked = any(
+            isinstance(v, Tensor) and v.dtype == torch.bool for v in (n.meta.get("val") for n in rows.all_input_nodes)
+        )
+        what = "a mask of tokens" if masked else "something"
+        raise CaptureError(f"what chooses an expert's rows is {what}, no index")
 
     def _experts_of_rows(self, graph: fx.Graph, mapped: dict[fx.Node, fx.Node], found: list[_Product]) -> fx.Node:
         """[S] expert of each row."""
