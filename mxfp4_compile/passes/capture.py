@@ -106,7 +106,10 @@ def call_pattern(first: Call, second: Call | None = None) -> CallPattern:
         if isinstance(a, TensorInfo) and isinstance(b, TensorInfo):
             if a.dtype != b.dtype or len(a.shape) != len(b.shape):
                 raise CaptureError("an argument changes its dtype or rank from call to call")
-            dynamic.append(frozenset(d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n))
+            varied = {d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n}
+            if 0 in varied and a.dtype.is_floating_point:
+                varied.update(range(1, len(a.shape) - 1))  # [batch, length, width]: the length may vary, too
+            dynamic.append(frozenset(varied))
             continue
         for value in (a, b):
             if not isinstance(value, _PLAIN):
@@ -132,7 +135,8 @@ class Captured:
     constants: dict[str, Tensor]
     pattern: CallPattern
     out_spec: Any = None  # how several outputs are arranged; None for one tensor
-    dense: tuple[tuple[fx.Node, fx.Node], ...] = ()  # [E, T, .] rows and products of all experts with all tokens
+    dense: tuple[fx.Node, ...] = ()  # [E, T, .] rows of all experts and tokens that must be zero but where ids say
+    elsewhere: tuple[fx.Node, ...] = ()  # [T, E, .] what stands for dense products where ids do not say: zeros
     sentinels: bool = False  # ids that are no expert occur
 
     def node(self, name: str) -> fx.Node:

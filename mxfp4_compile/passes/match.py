@@ -1,6 +1,7 @@
 """Match: a captured graph -> MoESpec, SplitSpec, or a reason.
 
-Contract: the graph is read, never changed. Nothing is concluded from names (of modules, classes, or
+Contract: the graph is read, never changed (but for a gather of each pair's routing weight, where the graph
+has those of all experts). Nothing is concluded from names (of modules, classes, or
 ops) beyond the anchors, the expert GEMMs that ``forms`` finds. What lies between them is cut into three
 regions, and each is compared, by running it in fp64 on random values, with what a mixture of experts
 computes. Spelling therefore does not matter, and a region that merely looks right does not pass.
@@ -196,6 +197,8 @@ class _Fused:
         if n_down != self.hidden:
             raise _Refused(f"the experts' output width {n_down} is not their input width {self.hidden}")
         symbols = graph_symbols(self.graph)
+        self.token_counts = self._token_counts(symbols)
+        symbols = [s for s in symbols if s not in self.token_counts]
         if not 1 <= len(symbols) <= 2:
             raise _Refused(f"the graph has {len(symbols)} free sizes, one or two (of the tokens) were expected")
         self.symbols = symbols
@@ -212,7 +215,7 @@ class _Fused:
         recognized = self._find_middle(w if on_input else None)
         w, output, down_bias = self._find_tail(w, on_input)
         self._check_dependence(output, w, on_input)
-        self._check_others(output, w, on_input)
+        self._check_zeros(output, w, down_bias)
         round_dtype = self.down.node.meta["val"].dtype
         self._check_casts(output, w, round_dtype)
         output = self._extend(output)
@@ -242,6 +245,10 @@ class _Fused:
             ),
             self.top_k,
         )
+        if self._by_expert(w):
+            w = self._gathered(w)
+        if output.meta["val"].dim() == 3:
+            output = self._flattened(output)
         return FusedMatch(spec, x, ids, w, output, (*self.ups, self.down), self.scale)
 
     # 1. anchors
@@ -265,14 +272,31 @@ class _Fused:
 
     def _sizes(self, tokens: int) -> dict[Any, int]:
         """Values of the free sizes that make ``tokens``: a batch of rows where there are two."""
+        counts = dict.fromkeys(self.token_counts, tokens)
         if len(self.symbols) == 1:
-            return {self.symbols[0]: tokens}
+            return {self.symbols[0]: tokens, **counts}
         batch = next(b for b in (2, 3, 5, 1) if tokens % b == 0) if tokens > 1 else 1
-        return {self.symbols[0]: batch, self.symbols[1]: tokens // batch}
+        return {self.symbols[0]: batch, self.symbols[1]: tokens // batch, **counts}
+
+    def _token_counts(self, symbols: Sequence[Any]) -> set[Any]:
+        """The free sizes that were batch times length in the recorded call. (The op refuses ids of another number.)"""
+        recorded: dict[Any, int] = {}
+        for name, info in zip(self.captured.inputs, self.captured.pattern.tensors, strict=True):
+            for size, number in zip(self.captured.node(name).meta["val"].shape, info.shape, strict=True):
+                if isinstance(size, torch.SymInt) and size.node.expr in symbols:
+                    recorded[size.node.expr] = number
+        found = set()
+        for name, info in zip(self.captured.inputs, self.captured.pattern.tensors, strict=True):
+            shape = self.captured.node(name).meta["val"].shape
+            varying = [s for s in symbols if any(s in free_symbols(d) for d in shape[:2])]
+            if len(shape) == 3 and len(varying) == 2:
+                tokens = math.prod(info.shape[:2])
+                found |= {s for s, number in recorded.items() if number == tokens and s not in varying}
+        return found if len(symbols) > 2 else set()
 
     def _sized(self, node: fx.Node) -> bool:
         """Whether the node's shape follows from the token count."""
-        return all(free_symbols(d) <= set(self.symbols) for d in node.meta["val"].shape)
+        return all(free_symbols(d) <= {*self.symbols, *self.token_counts} for d in node.meta["val"].shape)
 
     def _make_probe(self, tokens: int) -> Evaluator:
         sizes = self._sizes(tokens)
@@ -402,7 +426,13 @@ class _Fused:
             self._check_reads(what, region)
         names = {g.weight for g in (*self.ups, self.down)}
         reason = check_structure(
-            self.captured, gemms, names, (self.x, self.ids, w), (selectors, head, middle, tail), self.top_k
+            self.captured,
+            gemms,
+            names,
+            (self.x, self.ids, w),
+            (selectors, head, middle, tail),
+            self.top_k,
+            self.experts,
         )
         if reason is not None:
             raise _Refused(reason)
@@ -438,7 +468,7 @@ class _Fused:
         """Ids that are no expert (>= E) must contribute nothing, as in the op, where a graph provides for them."""
         id_values, x_values, _ = (t.clone() for t in self.tables[0])
         id_values.view(-1)[::3] = self.experts
-        weights = self._random(id_values.shape)
+        weights = self._random(shape_of(w, self._sizes(self.probe_tokens[0])))
         given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: weights}
         first = self.ups[0]
         rows, selector = self.probes[0].run([first.rows, first.selector], given)
@@ -459,40 +489,43 @@ class _Fused:
         by_pair = torch.zeros((id_values.numel(), self.hidden), dtype=y.dtype)
         by_pair[real_pairs.nonzero().squeeze(1)[found]] = y[real_rows]
         if not on_input:
-            by_pair = by_pair * weights.reshape(-1, 1)
-            by_pair = by_pair * self.scale
+            by_pair = by_pair * (self._weights_of_pairs(w, weights, id_values) * self.scale).reshape(-1, 1)
         given[self.down.node] = self.down.as_output(y)
         for node in self._bias_nodes(output, [self.down.node, w], (self.down,)):
             given[node] = torch.zeros(node.meta["val"].shape, dtype=torch.float64)
         (out,) = self.probes[0].run([output], given)
-        if not _close(by_pair.view(*id_values.shape, self.hidden).sum(1), out):
+        if not _close(by_pair.view(*id_values.shape, self.hidden).sum(1), out.reshape(-1, self.hidden)):
             raise _Refused("ids that are no expert contribute to the output")
 
-    def _check_others(self, output: fx.Node, w: fx.Node, on_input: bool) -> None:
-        """Where the original multiplies every token with every expert: experts that ids do not name do not count.
+    def _check_zeros(self, output: fx.Node, w: fx.Node, down_bias: tuple[fx.Node, ...]) -> None:
+        """Where the original multiplies every token with every expert: other experts than the ids' do not count.
 
-        Either their rows are zero, and so is what becomes of them, as products have no biases (one added later shows
-        in the output); or whatever the last product holds for them, the output is the same.
+        Either their rows are zero, and so is what becomes of them, as products have no biases (a bias added later
+        shows in the output); or the output is the same whatever they give.
         """
+        dense, elsewhere = self.captured.dense, self.captured.elsewhere
+        if not dense:
+            return
         for probe, (id_values, x_values, _) in zip(self.probes, self.tables, strict=True):
-            if not self.captured.dense:
-                return
-            given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: self._random(id_values.shape)}
+            tokens, pairs = x_values.shape[0], id_values.numel()
+            all_sizes = [self._sizes(t) for t in (*self.probe_tokens, self.last_tokens)]
+            sizes = next(s for s in all_sizes if shape_of(self.x, s)[0] == tokens)
+            given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: self._random(shape_of(w, sizes))}
             for g in (*self.ups, self.down):
-                given[g.node] = g.as_output(self._random((id_values.numel(), g.shape[1])) * 4)
-            for node in self._bias_nodes(output, [self.down.node, w], (self.down,)) + self.up_bias_nodes:
+                given[g.node] = g.as_output(self._random((pairs, g.shape[1])) * 4)
+            for node in (*self.up_bias_nodes, *down_bias):
                 given[node] = self._random(node.meta["val"].shape)
-            product = self.captured.dense[-1][1]
-            *all_rows, last, out = probe.run([*(r for r, _ in self.captured.dense), product, output], given)
-            others = torch.ones(last.shape[1], last.shape[0], dtype=torch.bool).scatter_(1, id_values, False).T
-            if on_input and all(bool((rows[others] == 0).all()) for rows in all_rows):
+            chosen = torch.zeros(tokens, self.experts, dtype=torch.bool).scatter_(1, id_values, True).T
+            if all(bool((rows[~chosen] == 0).all()) for rows in probe.run(dense, given)):
                 continue
-            filled = torch.where(others.unsqueeze(-1), self._spread(last.shape), last)
-            if not torch.equal(probe.run([output], {**given, product: filled})[0], out):
-                raise _Refused(
-                    "every expert is multiplied with every token, and neither are the rows of tokens that are not "
-                    "routed to an expert proven to be zero, nor that what becomes of them does not count"
-                )
+            for scale in (1.0, 1e6):
+                other = {n: self._random((tokens, *n.meta["val"].shape[1:])) * scale for n in elsewhere}
+                wanted = [output, self.down.rows]
+                if not all(map(torch.equal, probe.run(wanted, given), probe.run(wanted, {**given, **other}))):
+                    raise _Refused(
+                        "every expert is multiplied with every token, and the rows of tokens that are not routed to "
+                        "an expert are not proven to be zero, nor to count for nothing"
+                    )
 
     def _check_reads(self, what: str, region: set[fx.Node]) -> None:
         """Refuse if a region reads the values, not just the sizes, of tokens or other float inputs."""
@@ -558,13 +591,16 @@ class _Fused:
         return self.down.row_matrix(rows)
 
     def _find_middle(self, w: fx.Node | None) -> Any:
-        region = ancestors([self.down.rows], stop=[*(g.node for g in self.ups), self.ids, self.x])
+        gemms = (*self.ups, self.down)
+        stop = [*(g.node for g in self.ups), *(g.selector for g in gemms), self.ids, self.x]
+        region = ancestors([self.down.rows], stop=stop)
         constants = list(_constants(region, self.captured))
         # Enough tokens that all pairs of probe values find a place at once where the layer is narrow.
         tokens = max(6, math.ceil(_MIN_PROBES / (self.intermediate * self.top_k)))
         tokens += tokens % 2
         tables, probes = self.tables, self.probes
         probe = self._make_probe(tokens)
+        self.last_tokens = tokens
         sizes = self._sizes(tokens)
         self.probes = [*probes, probe]
         id_values, x_values = self._ids(shape_of(self.ids, sizes)), self._random(shape_of(self.x, sizes))
@@ -620,12 +656,11 @@ class _Fused:
         downstream = _descendants(self.down.node)
         outputs = [
             n
-            for n in sorted(downstream, key=lambda n: self.order[n])
-            if is_float(n)
-            and n.meta["val"].dim() == 2
+            for n in sorted(filter(is_float, downstream), key=lambda n: (n.meta["val"].dim(), self.order[n]))
+            if n.meta["val"].dim()
             and self._sized(n)
-            and _same_rows(n, self.x)
-            and n.meta["val"].shape[1] == self.hidden
+            and n.meta["val"].shape[-1] == self.hidden
+            and (_same_rows(n, self.x) if n.meta["val"].dim() == 2 else self._by_batch(n))
         ]
         for output in outputs:
             if not _covers(output, downstream):
@@ -636,8 +671,9 @@ class _Fused:
                 if on_input and w is not None
                 else [
                     n
-                    for n in sorted(region, key=lambda n: -self.order[n])
-                    if is_float(n) and self._sized(n) and n.meta["val"].shape == self.ids.meta["val"].shape
+                    for n in sorted(filter(is_float, region), key=lambda n: (self._by_expert(n), -self.order[n]))
+                    if self._sized(n)
+                    and (n.meta["val"].shape == self.ids.meta["val"].shape or self._by_expert(n))
                 ]
             )
             try:
@@ -658,6 +694,64 @@ class _Fused:
             "the output is not the sum of the experts' outputs (plus bias) times the routing weights: "
             "something else happens after the down-projection"
         )
+
+    def _by_batch(self, node: fx.Node) -> bool:
+        """Whether a node may be [batch, length, H] with as many rows as there are tokens."""
+        sizes = self._sizes(6)
+        shape = shape_of(node, sizes)
+        return len(shape) == 3 and node.meta["val"].shape[1] != 1 and shape[0] * shape[1] == shape_of(self.x, sizes)[0]
+
+    def _flattened(self, output: fx.Node) -> fx.Node:
+        """A new node [T, H] for an output [batch, length, H], which is made of it again for those who read it."""
+        reshape, value = torch.ops.aten.reshape.default, output.meta["val"]
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        lead: list[Any] = []
+        for size in value.shape[:2]:
+            found = [
+                (n, d)
+                for n in map(self.captured.node, self.captured.inputs)
+                for d, own in enumerate(n.meta["val"].shape)
+                if str(own) == str(size)
+            ]
+            if isinstance(size, int) or not found:
+                lead.append(size if isinstance(size, int) else -1)
+                continue
+            with self.graph.inserting_after(last):
+                lead.append(self.graph.call_function(torch.ops.aten.sym_size.int, found[0]))
+            lead[-1].meta["val"] = size
+        if lead.count(-1) > 1:
+            raise _Refused("the output's batch and length are no sizes of the inputs")
+        with self.graph.inserting_after(output):
+            flat = self.graph.call_function(reshape, (output, [-1, self.hidden]))
+        with self.graph.inserting_after(flat):
+            back = self.graph.call_function(reshape, (flat, [*lead, self.hidden]))
+        flat.meta["val"] = value.new_empty((value.shape[0] * value.shape[1], self.hidden))
+        back.meta["val"] = value
+        output.replace_all_uses_with(back, delete_user_cb=lambda user: user is not flat)
+        return flat
+
+    def _by_expert(self, node: fx.Node) -> bool:
+        """Whether a node may be routing weights of all experts [T, E], of which the ids choose some."""
+        value = node.meta["val"]
+        return bool(value.dim() == 2 and value.shape[1] == self.experts > self.top_k and _same_rows(node, self.ids))
+
+    def _weights_of_pairs(self, w: fx.Node, values: Tensor, ids: Tensor) -> Tensor:
+        """Each pair's routing weight [T, K], of ``values`` of ``w``."""
+        return values.gather(1, ids.clamp(max=self.experts - 1)) if self._by_expert(w) else values
+
+    def _gathered(self, w: fx.Node) -> fx.Node:
+        """A new node: each pair's weight, of routing weights of all experts; ids past the last count for nothing."""
+        last = max((n for n in (w, self.ids)), key=lambda n: self.order[n])
+        if last.op == "placeholder":
+            last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        made = []
+        with self.graph.inserting_after(last):
+            made.append(self.graph.call_function(torch.ops.aten.clamp.default, (self.ids, None, self.experts - 1)))
+        with self.graph.inserting_after(made[0]):
+            made.append(self.graph.call_function(torch.ops.aten.gather.default, (w, 1, made[0])))
+        made[0].meta["val"] = self.ids.meta["val"]
+        made[1].meta["val"] = w.meta["val"].new_empty(self.ids.meta["val"].shape)
+        return made[1]
 
     def _factor(self, output: fx.Node, w: fx.Node, bias: tuple[fx.Node, ...]) -> float:
         """The constant that the output may be of the weighted sum, 1.0 if there is none."""
@@ -693,7 +787,8 @@ class _Fused:
         """What the output should be on probe ``i``, and what it is."""
         id_values, x_values, table = self.tables[i]
         y = self._random((id_values.numel(), self.hidden)) * y_scale
-        weights = self._random(id_values.shape) * w_scale
+        sizes = self._sizes((*self.probe_tokens, self.last_tokens)[i])
+        weights = self._random(shape_of(w, sizes)) * w_scale
         given: dict[fx.Node, Any] = {
             self.ids: id_values,
             self.x: x_values,
@@ -707,9 +802,9 @@ class _Fused:
         by_pair = torch.empty_like(expected)
         by_pair[table] = expected
         if not on_input:
-            by_pair = by_pair * (weights * self.scale).reshape(-1, 1)
+            by_pair = by_pair * (self._weights_of_pairs(w, weights, id_values) * self.scale).reshape(-1, 1)
         (out,) = self.probes[i].run([output], given)
-        return by_pair.view(*id_values.shape, self.hidden).sum(1), out
+        return by_pair.view(*id_values.shape, self.hidden).sum(1), out.reshape(-1, self.hidden)
 
     # 5. casts and dtypes
 
@@ -797,7 +892,7 @@ def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
                 yield float(constant)
             continue
         if op_name(node) in SHAPING or is_integer(node) or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
-            continue  # sizes, positions and dimensions are no numbers of a formula, and every number costs probes
+            continue  # sizes, positions and experts are no numbers of a formula, and every number costs probes
         for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 if abs(value) < (1e30 if isinstance(value, float) else 1e9):  # slice ends are no numbers of a formula

@@ -32,7 +32,7 @@ _CREATE = frozenset(
     "zeros zeros_like new_zeros empty empty_like new_empty ones ones_like new_ones full full_like new_full "
     "scalar_tensor arange".split()
 )
-# Ops whose numbers are sizes and dimensions.
+# Ops whose numbers are sizes, dimensions and numbers of experts.
 SHAPING = _LAYOUT | frozenset(
     "slice narrow select split split_with_sizes chunk unbind cat stack index index_select rows_of_expert".split()
 )
@@ -95,9 +95,10 @@ def check_structure(
     cuts: tuple[fx.Node, fx.Node, fx.Node],
     regions: tuple[set[fx.Node], set[fx.Node], set[fx.Node], set[fx.Node]],
     top_k: int,
+    experts: int,
 ) -> str | None:
     """Apply the rules; ``cuts``: tokens, ids, weights; ``regions``: choice of experts, rows, activation, sum."""
-    return _Check(captured, set(gemms), set(weights), cuts, regions, top_k).run()
+    return _Check(captured, set(gemms), set(weights), cuts, regions, top_k, experts).run()
 
 
 class _Check:
@@ -109,8 +110,10 @@ class _Check:
         cuts: tuple[fx.Node, fx.Node, fx.Node],
         regions: tuple[set[fx.Node], set[fx.Node], set[fx.Node], set[fx.Node]],
         top_k: int,
+        experts: int,
     ) -> None:
         self.captured, self.gemms, self.weights, self.cuts, self.top_k = captured, gemms, weights, set(cuts), top_k
+        self.experts = experts
         self.ids = cuts[1]
         self.choice, self.rows, self.middle, self.tail = (r - self.cuts - gemms for r in regions)
         self.region = self.choice | self.rows | self.middle | self.tail
@@ -220,7 +223,7 @@ class _Check:
             return False
         sizes = {str(d) for n in self.cuts for d in (*n.meta["val"].shape, n.meta["val"].numel())}
         # Every token for every expert.
-        sizes |= {str(n.meta["val"].shape[0] * n.meta["val"].shape[1]) for n, _ in self.captured.dense}
+        sizes |= {str(n.meta["val"].shape[0] * n.meta["val"].shape[1]) for n in self.captured.dense}
         return str(value) in sizes
 
     def _ids_row_by_row(self, node: fx.Node, name: str, data: list[fx.Node]) -> str | None:
@@ -249,7 +252,7 @@ class _Check:
         if isinstance(value.shape[dim], int):
             # Within a row of ids only all columns together are looked at.
             several = source is self.ids or (_ID in self.taint.get(source, ()) and not _is_float(source))
-            if name == "select" and _all_selected(source, dim):
+            if name == "select" and _all_selected(source, dim, self.experts):
                 return None
             return f"{node.name} takes some of a token's ids" if several and value.shape[dim] > 1 else None
         if name == "slice":
@@ -259,15 +262,18 @@ class _Check:
         return f"{node.name} takes some of the rows"
 
 
-def _all_selected(source: fx.Node, dim: int) -> bool:
-    """Whether every place along ``dim``, wider than a token's ids, is selected: one for each expert of a loop."""
+def _all_selected(source: fx.Node, dim: int, experts: int) -> bool:
+    """Whether every place along ``dim``, wider than a token's ids, is selected: one for each expert of a loop.
+
+    The place after the last expert's, of ids that are none, may be left out.
+    """
     value = source.meta["val"]
     at = {
         int(n.args[2]) % value.shape[dim]  # type: ignore[arg-type]
         for n in source.users
         if op_name(n) == "select" and int(n.args[1]) % value.dim() == dim % value.dim()  # type: ignore[arg-type]
     }
-    return bool(len(at) == value.shape[dim])
+    return at == set(range(value.shape[dim])) or (at == set(range(experts)) and value.shape[dim] == experts + 1)
 
 
 def _zeros_and_ones(node: fx.Node) -> bool:
