@@ -135,7 +135,8 @@ class Captured:
     constants: dict[str, Tensor]
     pattern: CallPattern
     out_spec: Any = None  # how several outputs are arranged; None for one tensor
-    dense: tuple[tuple[fx.Node, fx.Node], ...] = ()  # [E, T, .] rows and products of all experts with all tokens
+    dense: tuple[fx.Node, ...] = ()  # [E, T, .] rows of all experts and tokens that must be zero but where ids say
+    elsewhere: tuple[fx.Node, ...] = ()  # [T, E, .] what stands for dense products where ids do not say: zeros
     sentinels: bool = False  # ids that are no expert occur
 
     def node(self, name: str) -> fx.Node:

@@ -215,7 +215,7 @@ class _Fused:
         recognized = self._find_middle(w if on_input else None)
         w, output, down_bias = self._find_tail(w, on_input)
         self._check_dependence(output, w, on_input)
-        self._check_others(output, w, on_input)
+        self._check_zeros(output, w, down_bias)
         round_dtype = self.down.node.meta["val"].dtype
         self._check_casts(output, w, round_dtype)
         output = self._extend(output)
@@ -501,36 +501,35 @@ class _Fused:
         if not _close(by_pair.view(*id_values.shape, self.hidden).sum(1), out.reshape(-1, self.hidden)):
             raise _Refused("ids that are no expert contribute to the output")
 
-    def _check_others(self, output: fx.Node, w: fx.Node, on_input: bool) -> None:
-        """Where the original multiplies every token with every expert: experts that ids do not name do not count.
+    def _check_zeros(self, output: fx.Node, w: fx.Node, down_bias: tuple[fx.Node, ...]) -> None:
+        """Where the original multiplies every token with every expert: other experts than the ids' do not count.
 
-        Either their rows are zero, and so is what becomes of them, as products have no biases (one added later shows
-        in the output); or whatever the last product holds for them, the output is the same.
+        Either their rows are zero, and so is what becomes of them, as products have no biases (a bias added later
+        shows in the output); or the output is the same whatever they give.
         """
+        dense, elsewhere = self.captured.dense, self.captured.elsewhere
+        if not dense:
+            return
         for probe, (id_values, x_values, _) in zip(self.probes, self.tables, strict=True):
-            if not self.captured.dense:
-                return
-            given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: self._random(id_values.shape)}
+            tokens, pairs = x_values.shape[0], id_values.numel()
+            all_sizes = [self._sizes(t) for t in (*self.probe_tokens, self.last_tokens)]
+            sizes = next(s for s in all_sizes if shape_of(self.x, s)[0] == tokens)
+            given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: self._random(shape_of(w, sizes))}
             for g in (*self.ups, self.down):
-                given[g.node] = g.as_output(self._random((id_values.numel(), g.shape[1])) * 4)
-            for node in self._bias_nodes(output, [self.down.node, w], (self.down,)) + self.up_bias_nodes:
+                given[g.node] = g.as_output(self._random((pairs, g.shape[1])) * 4)
+            for node in (*self.up_bias_nodes, *down_bias):
                 given[node] = self._random(node.meta["val"].shape)
-            product = self.captured.dense[-1][1]
-            *all_rows, last, out = probe.run([*(r for r, _ in self.captured.dense), product, output], given)
-            others = torch.ones(last.shape[1], last.shape[0], dtype=torch.bool).scatter_(1, id_values, False).T
-            if on_input and all(bool((rows[others] == 0).all()) for rows in all_rows):
+            chosen = torch.zeros(tokens, self.experts, dtype=torch.bool).scatter_(1, id_values, True).T
+            if all(bool((rows[~chosen] == 0).all()) for rows in probe.run(dense, given)):
                 continue
-            for _, up in self.captured.dense[:-1]:
-                rows, value = probe.run([self.down.rows, up], given)
-                filled = torch.where(others.unsqueeze(-1), self._spread(value.shape), value)
-                if not torch.equal(probe.run([self.down.rows], {**given, up: filled})[0], rows):
-                    raise _Refused("the activation of an expert depends on what other experts give")
-            filled = torch.where(others.unsqueeze(-1), self._spread(last.shape), last)
-            if not torch.equal(probe.run([output], {**given, product: filled})[0], out):
-                raise _Refused(
-                    "every expert is multiplied with every token, and neither are the rows of tokens that are not "
-                    "routed to an expert proven to be zero, nor that what becomes of them does not count"
-                )
+            for scale in (1.0, 1e6):
+                other = {n: self._random((tokens, *n.meta["val"].shape[1:])) * scale for n in elsewhere}
+                wanted = [output, self.down.rows]
+                if not all(map(torch.equal, probe.run(wanted, given), probe.run(wanted, {**given, **other}))):
+                    raise _Refused(
+                        "every expert is multiplied with every token, and the rows of tokens that are not routed to "
+                        "an expert are not proven to be zero, nor to count for nothing"
+                    )
 
     def _check_reads(self, what: str, region: set[fx.Node]) -> None:
         """Refuse if a region reads the values, not just the sizes, of tokens or other float inputs."""
@@ -912,7 +911,7 @@ def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
                 yield float(constant)
             continue
         if op_name(node) in SHAPING or is_integer(node) or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
-            continue  # sizes, positions and dimensions are no numbers of a formula, and every number costs probes
+            continue  # sizes, positions and experts are no numbers of a formula, and every number costs probes
         for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 if abs(value) < (1e30 if isinstance(value, float) else 1e9):  # slice ends are no numbers of a formula
