@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from .passes.discover import (
     Candidate,
     experts_implementation,
     find_candidates,
-    packed_parameters,
     record_calls,
 )
 from .passes.experts import (
@@ -42,14 +42,15 @@ from .passes.experts import (
     release,
     source_names,
 )
-from .passes.loops import capture_loop, holds_list
+from .passes.loops import collapse, holds_list, trace
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.observe import observe
 from .passes.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
 from .passes.rewrite import RewriteError, retained_names, rewrite
-from .passes.sources import members, stack
+from .passes.routing import has_dense_products, variants
+from .passes.sources import Stack, members, stack
 from .passes.verify import Verification, VerificationError, check_weights, verify
-from .passes.verify_loop import is_loop, verify_loop
+from .passes.verify_loop import is_loop, routes_itself, verify_loop
 from .report import Report, SiteReport
 from .runtime import attach, detach
 
@@ -144,6 +145,8 @@ def optimize(
     terms = Request(activation_dtype=activation_dtype, max_capture_size=max_capture_size)  # type: ignore[arg-type]
     with experts_implementation(model, "grouped_mm"):
         match_all(model, sites, example_inputs, requested, terms)
+    skip_late(sites, skip, report)
+    check_model(model, [s.candidate for s in sites if s.candidate.kind == "block" and not s.outcome])
     gc.collect()  # exported programs are cyclic garbage that keeps the captured modules' weights alive
     check_matches(sites, report, strict)
     todo = [s for s in sites if s.structure is not None]
@@ -284,10 +287,23 @@ def apply_skip(sites: list[Site], skip: Sequence[str], report: Report) -> list[S
     for pattern in skip:
         hit = [s for s in sites if any(fnmatch.fnmatch(n, pattern) for n in s.candidate.names)]
         if not hit:
-            report.notes.append(f"skip pattern {pattern!r} names no MoE-looking module")
+            report.notes.append(_names_none(pattern))
         for site in hit:
             site.outcome, site.reason = "skipped", f"skip={pattern!r}"
     return sites
+
+
+def skip_late(sites: list[Site], skip: Sequence[str], report: Report) -> None:
+    """As ``apply_skip``, for the sites that only a forward showed."""
+    for pattern in skip:
+        for site in sites:
+            if site.candidate.kind == "block" and any(fnmatch.fnmatch(n, pattern) for n in site.candidate.names):
+                site.structure, site.outcome, site.reason = None, "skipped", f"skip={pattern!r}"
+                report.notes[:] = [n for n in report.notes if n != _names_none(pattern)]
+
+
+def _names_none(pattern: str) -> str:
+    return f"skip pattern {pattern!r} names no MoE-looking module"
 
 
 # 2. discover, capture, match, plan
@@ -312,10 +328,15 @@ def match_all(
     are how a model without weights is run and captured.
     """
     waiting = [s for s in sites if not s.outcome]
-    candidates = [s.candidate for s in waiting]
+    waiting_candidates = [s.candidate for s in waiting]
+    candidates = list(waiting_candidates)
     record(model, candidates, example_inputs)
     kept = {id(c) for c in candidates}
     sites[:] = [s for s in sites if s.outcome or id(s.candidate) in kept]
+    old = {id(c) for c in waiting_candidates}
+    for candidate in candidates:
+        if id(candidate) not in old:  # the forwards showed it
+            sites.append(Site(candidate, outcome="unmatched" if candidate.refusal else "", reason=candidate.refusal))
     known: dict[Any, Structure | NoMatch] = {}
     patterns: dict[Any, CallPattern] = {}
     for site in sites:
@@ -326,6 +347,10 @@ def match_all(
             site.reason = "a list of experts that the model itself calls; only modules within a model are replaced"
             continue
         _match_site(site, known, patterns, requested, terms, stand_in)
+        if site.outcome in ("unmatched", "dense") and site.candidate.owner is not None:
+            inside = f"{site.candidate.owner.name}."
+            if not any(s is not site and s.name.startswith(inside) for s in sites):
+                _match_owner(site, site.candidate.owner, known, requested, terms, stand_in)
     # Modules that no forward reached are matched by the calls of an equal module, if there is one.
     for site in sites:
         if site.outcome == "unreached":
@@ -355,6 +380,25 @@ def _match_site(
         return
     patterns.setdefault(_shape_key(site.candidate.module), pattern)
     _match_pattern(site, pattern, known, requested, terms, stand_in)
+
+
+def _match_owner(
+    site: Site,
+    owner: Candidate,
+    known: dict[Any, Structure | NoMatch],
+    requested: str | None,
+    terms: Request,
+    stand_in: StandIn,
+) -> None:
+    """Match the module around a site that has no match by itself: what its experts lack, the router may show."""
+    if not owner.calls:
+        return
+    block = Site(owner)
+    _match_site(block, known, {}, requested, terms, stand_in)
+    if block.structure is not None:
+        site.candidate, site.structure, site.outcome, site.reason = owner, block.structure, "", ""
+    elif block.reason != site.reason:
+        site.reason += f"; together with what calls it ({owner.name}): {block.reason}"
 
 
 def _match_pattern(
@@ -389,11 +433,35 @@ def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, 
             reason = found.reason
         except CaptureError as error:
             reason = str(error)
+    before = f"{reason}; as a loop over experts: " if reason else ""
     try:
-        captured = capture_loop(module, pattern)
+        captured = trace(module, pattern)
     except CaptureError as error:
-        raise CaptureError(f"{reason}; as a loop over experts: {error}" if reason else str(error)) from error
-    return captured, match(captured)
+        raise CaptureError(f"{before}{error}") from error
+    dense = has_dense_products(captured)
+    try:
+        captured = collapse(module, captured)
+        found = match(captured)
+        if not isinstance(found, NoMatch):
+            return captured, found
+        reason = f"{before}{found.reason}"
+    except CaptureError as error:
+        if not dense:
+            raise CaptureError(f"{before}{error}") from error
+    refusals = []
+    for variant in islice(variants(captured), _MAX_VARIANTS):
+        found = match(variant)
+        if isinstance(found, FusedMatch):
+            return variant, found
+        refusals += [found.reason] if isinstance(found, NoMatch) else []
+    if not dense:
+        return captured, NoMatch(reason)
+    lacks = "no routing matrix with zeros for the experts that a token is not routed to was found"
+    return captured, NoMatch(f"dense: every expert is multiplied with every token; {(refusals or [lacks])[0]}", True)
+
+
+# A block has a routing matrix or two (a mask and the weights).
+_MAX_VARIANTS = 4
 
 
 def match_structure(
@@ -611,7 +679,7 @@ def _try_finer(
 def verify_site(built: MXFP4Experts, site: Site) -> Verification:
     """Verify one built site against the module it would replace."""
     assert site.structure is not None
-    if is_loop(built):
+    if is_loop(built) or routes_itself(built):
         return verify_loop(built, site.candidate.module)
     return verify(built, site.candidate.module, site.structure.found)
 
@@ -786,7 +854,7 @@ def _restored(site: MXFP4Experts) -> nn.Module:
 @contextmanager
 def progress_bar(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[int], None]]:
     """A bar over the bytes of the sites' weights, with the time left; None: on a terminal, for long work."""
-    total = sum(p.numel() * p.element_size() for s in sites for p in _weights_of(s.candidate))
+    total = sum(p.numel() * p.element_size() for s in sites for p in _weights_of(s))
     if wanted is None:
         # Short work needs no bar: a gigabyte takes seconds.
         wanted = sys.stderr.isatty() and total > 1 << 28
@@ -802,10 +870,11 @@ def progress_bar(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[i
         yield lambda count: bar.update(count)
 
 
-def _weights_of(candidate: Candidate) -> list[nn.Parameter]:
-    if candidate.kind == "list":
-        return list(candidate.weights.parameters())
-    return list(packed_parameters(candidate.module).values())
+def _weights_of(site: Site) -> list[Stack]:
+    if site.structure is None:
+        return []
+    projections = projections_of(site.structure.found.spec)
+    return [stack(site.candidate.module, n) for p in projections for n in p.source.parameters]
 
 
 def versions_used() -> dict[str, str]:

@@ -22,7 +22,7 @@ from ..passes.capture import Call, CallPattern, TensorInfo
 from ..passes.discover import Candidate, DiscoveryError, experts_implementation, find_candidates, forward_runs
 from ..passes.discover import record_calls as record_real_calls
 from ..passes.experts import projections_of, source_names
-from ..pipeline import Site, apply_skip, check_matches, check_model, match_all, weight_ids
+from ..pipeline import Site, apply_skip, check_matches, check_model, match_all, skip_late, weight_ids
 from ..report import Report
 
 DeviceOf = Callable[[str], torch.device]
@@ -80,10 +80,13 @@ def _plan(
         record_calls(model, candidates, inputs)
         for candidate in candidates:
             device = device_of(candidate.name)
-            candidate.calls[:] = [_moved(call, device) for call in candidate.calls]
+            for one in (candidate, candidate.owner):
+                if one is not None:
+                    one.calls[:] = [_moved(call, device) for call in one.calls]
 
     with experts_implementation(model, "grouped_mm"):
         match_all(model, sites, example_inputs, requested, terms, record=record, stand_in=stand_in)
+    skip_late(sites, skip, report)
     gc.collect()  # exported programs are cyclic garbage that keeps the stand-ins' weights alive
     for site in planned(sites):
         assert site.structure is not None

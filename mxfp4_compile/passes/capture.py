@@ -132,6 +132,8 @@ class Captured:
     constants: dict[str, Tensor]
     pattern: CallPattern
     out_spec: Any = None  # how several outputs are arranged; None for one tensor
+    dense: tuple[fx.Node, ...] = ()  # [E, T, .] rows of all experts and tokens that must be zero but where ids say
+    sentinels: bool = False  # ids that are no expert occur
 
     def node(self, name: str) -> fx.Node:
         """The node named ``name``."""
@@ -148,7 +150,7 @@ def capture(module: nn.Module, pattern: CallPattern) -> Captured:
     error: Exception | None = None
     # Sizes that were equal in both recorded calls are one size (the token count); if that does not hold for
     # this module, let export find out the relations by itself.
-    for shapes in (_named_dims(pattern), _free_dims(pattern)):
+    for shapes in (named_dims(pattern), free_dims(pattern)):
         arg_shapes, kwarg_shapes = pattern.arrange(shapes)
         try:
             with torch.no_grad(), warnings.catch_warnings():
@@ -170,7 +172,8 @@ def capture(module: nn.Module, pattern: CallPattern) -> Captured:
     return _sort_placeholders(program, pattern)
 
 
-def _named_dims(pattern: CallPattern) -> list[Any]:
+def named_dims(pattern: CallPattern) -> list[Any]:
+    """Per leaf, its dynamic dimensions for export: one name for sizes that were equal in the recorded call."""
     dims: dict[int, Any] = {}
 
     def dim(leaf: TensorInfo, d: int, dynamic: frozenset[int]) -> Any:
@@ -184,7 +187,8 @@ def _named_dims(pattern: CallPattern) -> list[Any]:
     ]
 
 
-def _free_dims(pattern: CallPattern) -> list[Any]:
+def free_dims(pattern: CallPattern) -> list[Any]:
+    """Per leaf, its dynamic dimensions for export, which finds out by itself what is equal."""
     return [
         {d: torch.export.Dim.AUTO if d in dyn else torch.export.Dim.STATIC for d in range(len(leaf.shape))}
         if isinstance(leaf, TensorInfo)

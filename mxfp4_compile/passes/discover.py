@@ -6,7 +6,8 @@ Contract: the model runs twice, on tiny inputs of two sizes, without gradients; 
 "Looks like" is structural, never a matter of names:
 - packed: a module with two or more floating 3-D parameters of equal first dimension;
 - list: a ModuleList or ModuleDict of two or more structurally equal children with two or more matrices
-  each, of which the forwards used an input-dependent part.
+  each, of which the forwards used an input-dependent part;
+- block: what only the forwards show (``passes.watch``), or the module around one of the others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Call, describe
+from .sources import listed
+from .watch import Watch, is_plain, same_parameters, subset_of_rows
 
 
 class DiscoveryError(RuntimeError):
@@ -33,9 +36,11 @@ class Candidate:
 
     names: tuple[str, ...]
     module: nn.Module
-    kind: Literal["packed", "list"]
+    kind: Literal["packed", "list", "block"]
     calls: list[Call] = field(default_factory=list)
     listed: nn.Module | None = None  # of kind "list": the list; ``module`` is the one that calls its children
+    owner: Candidate | None = None  # the module that calls this one, of kind "block": with the router, perhaps
+    refusal: str = ""  # why it can be no site, where the forward shows that
 
     @property
     def weights(self) -> nn.Module:
@@ -79,10 +84,9 @@ def _list_candidate(
     model: nn.Module, paths: tuple[str, ...], module: nn.Module, names: dict[int, list[str]]
 ) -> Candidate:
     """A list whose own forward, or else whose owner's, calls its children."""
-    plain = (nn.ModuleList, nn.ModuleDict)
-    if type(module).forward in [cls.forward for cls in plain]:
+    if is_plain(module):
         owner = model.get_submodule(paths[0].rpartition(".")[0])
-        while type(owner).forward in [cls.forward for cls in plain] and owner is not model:
+        while is_plain(owner) and owner is not model:
             paths = tuple(p.rpartition(".")[0] for p in paths)
             owner = model.get_submodule(paths[0].rpartition(".")[0])
         if owner is not model:
@@ -92,17 +96,10 @@ def _list_candidate(
 
 def equal_children(module: nn.Module) -> bool:
     """Whether a list has two or more children with equal parameters, two or more of them matrices."""
-    children = list(module.children())
-    if len(children) < 2:
+    children = [module.get_submodule(name) for name in listed(module)]
+    if len(children) < 2 or sum(p.dim() == 2 for p in children[0].parameters()) < 2:
         return False
-
-    def shape(child: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-        return [(n, tuple(p.shape)) for n, p in child.named_parameters()]
-
-    first = shape(children[0])
-    if sum(len(s) == 2 for _, s in first) < 2:
-        return False
-    return all(shape(child) == first for child in children[1:])
+    return same_parameters(children)
 
 
 # inputs
@@ -196,16 +193,21 @@ def experts_implementation(model: nn.Module, name: str) -> Iterator[None]:
 def record_calls(
     model: nn.Module, candidates: list[Candidate], example_inputs: Any = None, runs: list[Any] | None = None
 ) -> None:
-    """Run the model twice and fill in ``calls`` of each candidate; drop lists that are used as a whole.
+    """Run the model twice and fill in ``calls`` of each candidate and its owner; drop lists used as a whole.
+
+    Modules that only the forward shows to be mixtures of experts (``passes.watch``) are added to ``candidates``.
 
     ``runs``: the inputs of the two forwards, made before, in place of ``forward_runs(model, example_inputs)``.
     Raises DiscoveryError with the reason if the forward fails.
     """
-    packed = [c for c in candidates if c.kind == "packed"]
     lists = [c for c in candidates if c.kind == "list"]
-    if not packed and not lists:
+    watch = Watch(model, {id(c.module) for c in candidates if c.kind == "packed"})
+    if not candidates and not watch.watchers:
         return
-    uses: dict[int, list[list[tuple[int, ...]]]] = {id(c.weights): [] for c in lists}
+    for c in candidates:
+        c.owner = _owner(model, c)
+    recorded = [*candidates, *(c.owner for c in candidates if c.owner is not None)]
+    uses = {id(c): _Uses(c) for c in lists}
     handles = []
 
     def recorder(candidate: Candidate) -> Callable[..., None]:
@@ -214,38 +216,91 @@ def record_calls(
 
         return hook
 
-    def counter(rows: list[int], index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            rows[index] += 1 if first is None else first.numel()
-
-        return hook
-
-    current: dict[int, list[int]] = {}
-    for c in candidates:
+    for c in recorded:
         handles.append(c.module.register_forward_pre_hook(recorder(c), with_kwargs=True))
-    for c in lists:
-        children = list(c.weights.children())
-        current[id(c.weights)] = [0] * len(children)
-        for i, child in enumerate(children):
-            handles.append(child.register_forward_pre_hook(counter(current[id(c.weights)], i), with_kwargs=True))
+    for use in uses.values():
+        handles += use.hooks()
+    watch.start()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), experts_implementation(model, "grouped_mm"):
             for inputs in forward_runs(model, example_inputs) if runs is None else runs:
-                before = {id(c): len(c.calls) for c in candidates}
-                for rows in current.values():
-                    rows[:] = [0] * len(rows)
-                _run(model, inputs)
-                for c in candidates:  # a module called several times in one forward: one call is enough
+                before = {id(c): len(c.calls) for c in recorded}
+                seen = [(s, len(s.calls)) for s in watch.recorded()]
+                try:
+                    _run(model, inputs)
+                except DiscoveryError:
+                    if candidates:
+                        raise
+                    return  # nothing was looked for in particular
+                for c in recorded:  # a module called several times in one forward: one call is enough
                     del c.calls[before[id(c)] + 1 :]
-                for key, rows in current.items():
-                    uses[key].append([tuple(rows)])
+                for watcher, count in seen:
+                    del watcher.calls[count + 1 :]
+                for use in uses.values():
+                    use.finish()
     finally:
+        watch.stop()
         for handle in handles:
             handle.remove()
     for c in lists:
-        if not any(len(set(rows[0])) > 1 for rows in uses[id(c.weights)]):
+        if not uses[id(c)].chosen:
             candidates.remove(c)  # every child got the same rows (layers, not experts), or none was called
+    taken = {id(m) for c in candidates for m in (c.module, c.weights)}
+    for sighting in watch.sightings():
+        if id(sighting.module) not in taken:
+            taken.add(id(sighting.module))
+            candidates.append(
+                Candidate(sighting.paths, sighting.module, "block", sighting.calls, refusal=sighting.refusal)
+            )
+
+
+def _owner(model: nn.Module, candidate: Candidate) -> Candidate | None:
+    """The module around a candidate, unless that is the model or a list."""
+    names = tuple(name.rpartition(".")[0] for name in candidate.names)
+    owner = model.get_submodule(names[0])
+    if owner is model or is_plain(owner) or any(model.get_submodule(name) is not owner for name in names):
+        return None
+    return Candidate(names, owner, "block")
+
+
+class _Uses:
+    """Which rows the children of a list get. ``chosen``: they depend on the input."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.children = [candidate.weights.get_submodule(name) for name in listed(candidate.weights)]
+        self.chosen = False
+        self.rows = [0] * len(self.children)
+        self.given: list[Tensor] = []
+        self.got: dict[int, Tensor] = {}
+
+    def hooks(self) -> list[Any]:
+        def counter(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+                self.rows[index] += 1 if first is None else first.numel()
+                if first is not None and self.given and first.dim() == 2:
+                    self.got[index] = first
+
+            return hook
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            self.got = {}
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if not self.chosen and len(self.got) >= 2:
+                self.chosen = subset_of_rows(self.given, list(self.got.values()))
+            self.given, self.got = [], {}
+
+        handles = [c.register_forward_pre_hook(counter(i), with_kwargs=True) for i, c in enumerate(self.children)]
+        handles.append(self.candidate.module.register_forward_pre_hook(enter, with_kwargs=True))
+        return [*handles, self.candidate.module.register_forward_hook(leave)]
+
+    def finish(self) -> None:
+        """One forward is over."""
+        self.chosen |= len(set(self.rows)) > 1
+        self.rows[:] = [0] * len(self.rows)
 
 
 def _run(model: nn.Module, inputs: Any) -> None:

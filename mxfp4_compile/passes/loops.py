@@ -28,10 +28,10 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
-from .capture import CallPattern, Captured, CaptureError, TensorInfo
+from .capture import CallPattern, Captured, CaptureError, TensorInfo, free_dims, named_dims
 from .discover import equal_children
 from .evaluate import ancestors
-from .sources import stack
+from .sources import listed, stack
 
 aten = torch.ops.aten
 
@@ -167,6 +167,7 @@ _OF_KNOWN: dict[Any, Any] = {
     Tensor.__gt__: operator.gt,
     Tensor.__ge__: operator.ge,
     Tensor.tolist: lambda n: [n],
+    Tensor.__format__: format,  # f"expert_{e}"
 }
 _SAME_NUMBER = {Tensor.squeeze, Tensor.view, Tensor.reshape, Tensor.cpu, Tensor.to, Tensor.long, Tensor.int}
 
@@ -204,32 +205,60 @@ def holds_list(module: nn.Module) -> bool:
 
 def capture_loop(module: nn.Module, pattern: CallPattern) -> Captured:
     """Trace ``module`` and collapse its loop over experts; CaptureError with the reason where that fails."""
+    return collapse(module, trace(module, pattern))
+
+
+def collapse(module: nn.Module, traced: Captured) -> Captured:
+    """The loop over experts of a trace as stacked products; CaptureError with the reason where there is none."""
+    return _Collapse(module, traced).run()
+
+
+def trace(module: nn.Module, pattern: CallPattern) -> Captured:
+    """Trace ``module`` as if every expert had tokens; CaptureError with the reason where it does not trace."""
     example = [leaf.zeros() if isinstance(leaf, TensorInfo) else leaf for leaf in pattern.leaves]
     args, kwargs = pattern.arrange(example)
-    dims = torch.export.Dim
-    shapes = [
-        {d: dims.AUTO if d in dyn else dims.STATIC for d in range(len(leaf.shape))}
-        if isinstance(leaf, TensorInfo)
-        else None
-        for leaf, dyn in zip(pattern.leaves, pattern.dynamic, strict=True)
-    ]
-    arg_shapes, kwarg_shapes = pattern.arrange(shapes)
+    error: Exception | None = None
+    for sizes in (named_dims, free_dims) if sum(map(bool, pattern.dynamic)) > 1 else (free_dims,):
+        arg_shapes, kwarg_shapes = pattern.arrange(sizes(pattern))
+        try:
+            with torch.no_grad(), warnings.catch_warnings(), _without_hooks(module), _casts_of_nothing():
+                warnings.simplefilter("ignore")
+                program = torch.export.export(
+                    _Caller(module),
+                    (args, kwargs),
+                    dynamic_shapes={"args": arg_shapes, "kwargs": kwarg_shapes},
+                    strict=False,
+                ).run_decompositions({})
+            return _sorted(program, pattern)
+        except CaptureError:
+            raise
+        except Exception as failure:
+            error = failure
+    lines = str(error).strip().splitlines()
+    raise CaptureError(
+        f"its loop over experts does not trace: {type(error).__name__}: {(lines or [''])[0][:300]}"
+    ) from error
+
+
+@contextmanager
+def _casts_of_nothing() -> Any:
+    """``module.to(dtype)`` in a forward hands back the module where it changes nothing: export cannot swap weights."""
+    original = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*self.parameters(), *self.buffers()]
+        same = all(
+            (dtype is None or not t.is_floating_point() or t.dtype == dtype) and (device is None or t.device == device)
+            for t in tensors
+        )
+        return self if same else original(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign]
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _without_hooks(module):
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                _Caller(module),
-                (args, kwargs),
-                dynamic_shapes={"args": arg_shapes, "kwargs": kwarg_shapes},
-                strict=False,
-            ).run_decompositions({})
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise CaptureError(
-            f"its loop over experts does not trace: {type(error).__name__}: {(lines or [''])[0][:300]}"
-        ) from error
-    captured = _sorted(program, pattern)
-    return _Collapse(module, captured).run()
+        yield
+    finally:
+        nn.Module.to = original  # type: ignore[method-assign]
 
 
 def _sorted(program: torch.export.ExportedProgram, pattern: CallPattern) -> Captured:
@@ -284,7 +313,7 @@ class _Collapse:
     def __init__(self, module: nn.Module, captured: Captured) -> None:
         self.module, self.captured, self.graph = module, captured, captured.graph
         self.lists = [
-            (name, {child: i for i, child in enumerate(m._modules)})
+            (name, {child: i for i, child in enumerate(listed(m))})
             for name, m in module.named_modules()
             if isinstance(m, (nn.ModuleList, nn.ModuleDict)) and equal_children(m)
         ]
@@ -618,4 +647,7 @@ class _Collapse:
         return experts
 
 
-__all__ = ["capture_loop", "expert_products", "expert_products_transposed", "holds_list", "rows_of_expert"]
+__all__ = [
+    "capture_loop", "collapse", "expert_products", "expert_products_transposed", "holds_list", "rows_of_expert",
+    "trace",
+]  # fmt: skip

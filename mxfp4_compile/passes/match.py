@@ -72,6 +72,7 @@ class FusedMatch:
     topk_weights: fx.Node
     output: fx.Node
     gemms: tuple[ExpertGemm, ...]
+    scale: float = 1.0  # a constant factor of the whole output, which goes into the weights
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ class _Fused:
         recognized = self._find_middle(w if on_input else None)
         w, output, down_bias = self._find_tail(w, on_input)
         self._check_dependence(output, w, on_input)
+        self._check_zeros(w, on_input)
         round_dtype = self.down.node.meta["val"].dtype
         self._check_casts(output, w, round_dtype)
         output = self._extend(output)
@@ -240,7 +242,7 @@ class _Fused:
             ),
             self.top_k,
         )
-        return FusedMatch(spec, x, ids, w, output, (*self.ups, self.down))
+        return FusedMatch(spec, x, ids, w, output, (*self.ups, self.down), self.scale)
 
     # 1. anchors
 
@@ -404,7 +406,7 @@ class _Fused:
         )
         if reason is not None:
             raise _Refused(reason)
-        masked = False
+        masked = self.captured.sentinels
         for region in (selectors, head, tail):
             counted = _counts(region)
             for node in region - cuts:
@@ -423,7 +425,7 @@ class _Fused:
             if not isinstance(condition, fx.Node):
                 return False
             node = condition
-        for part in ancestors([node], stop=cuts - {self.ids}):
+        for part in ancestors([node], stop=cuts):
             value = part.meta.get("val")
             if part in counted or (isinstance(value, Tensor) and value.is_floating_point()):
                 return False
@@ -436,7 +438,6 @@ class _Fused:
         """Ids that are no expert (>= E) must contribute nothing, as in the op, where a graph provides for them."""
         id_values, x_values, _ = (t.clone() for t in self.tables[0])
         id_values.view(-1)[::3] = self.experts
-        y = self._random((id_values.numel(), self.hidden))
         weights = self._random(id_values.shape)
         given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: weights}
         first = self.ups[0]
@@ -454,16 +455,39 @@ class _Fused:
         )
         if found is None:
             raise _Refused("the rows of ids that are no expert are not left out")
-        by_pair = torch.zeros_like(y)
+        y = self._random((len(experts), self.hidden))
+        by_pair = torch.zeros((id_values.numel(), self.hidden), dtype=y.dtype)
         by_pair[real_pairs.nonzero().squeeze(1)[found]] = y[real_rows]
         if not on_input:
             by_pair = by_pair * weights.reshape(-1, 1)
+            by_pair = by_pair * self.scale
         given[self.down.node] = self.down.as_output(y)
         for node in self._bias_nodes(output, [self.down.node, w], (self.down,)):
             given[node] = torch.zeros(node.meta["val"].shape, dtype=torch.float64)
         (out,) = self.probes[0].run([output], given)
         if not _close(by_pair.view(*id_values.shape, self.hidden).sum(1), out):
             raise _Refused("ids that are no expert contribute to the output")
+
+    def _check_zeros(self, w: fx.Node, on_input: bool) -> None:
+        """Where the original multiplies every token with every expert: rows of other experts than the ids' are zero.
+
+        Then so is what becomes of them, as products have no biases; a bias added later shows in the output.
+        """
+        for probe, (id_values, x_values, _) in zip(self.probes, self.tables, strict=True):
+            given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values}
+            if on_input:
+                given[w] = self._random(id_values.shape)
+            for g in self.ups:
+                given[g.node] = g.as_output(self._random((id_values.numel(), g.shape[1])) * 4)
+            for node in self.up_bias_nodes:
+                given[node] = self._random(node.meta["val"].shape)
+            for rows in probe.run(self.captured.dense, given) if self.captured.dense else ():
+                chosen = torch.zeros(rows.shape[1], rows.shape[0], dtype=torch.bool).scatter_(1, id_values, True)
+                if not bool((rows[~chosen.T] == 0).all()):
+                    raise _Refused(
+                        "every expert is multiplied with every token, and the rows of tokens that are not routed to "
+                        "an expert are not proven to be zero"
+                    )
 
     def _check_reads(self, what: str, region: set[fx.Node]) -> None:
         """Refuse if a region reads the values, not just the sizes, of tokens or other float inputs."""
@@ -551,11 +575,12 @@ class _Fused:
 
     def _row_table(self, probe: Evaluator, ids: Tensor, x: Tensor, w: fx.Node | None) -> Tensor:
         g = self.ups[0]
-        rows, selector = probe.run([g.rows, g.selector], {self.ids: ids, self.x: x})
+        given: dict[fx.Node, Any] = {self.ids: ids, self.x: x}
         pair_rows = x.repeat_interleave(self.top_k, 0)
         if w is not None:
-            (value,) = probe.run([w], {})
-            pair_rows = pair_rows * value.reshape(-1, 1)
+            given[w] = self._random(ids.shape)
+            pair_rows = pair_rows * given[w].reshape(-1, 1)
+        rows, selector = probe.run([g.rows, g.selector], given)
         found = _pair_of_row(g.row_matrix(rows), g.experts_of(selector, len(pair_rows)), pair_rows, ids.reshape(-1))
         if found is None:
             raise _Refused("the order of rows depends on the number of tokens")
@@ -616,7 +641,11 @@ class _Fused:
                 last = refusal
                 continue
             for weight in candidates:
+                self.scale = 1.0
                 if self._tail_holds(output, weight, bias, on_input):
+                    return weight, output, bias
+                self.scale = 1.0 if on_input else self._factor(output, weight, bias)
+                if self.scale != 1.0 and self._tail_holds(output, weight, bias, on_input):
                     return weight, output, bias
         if outputs and "last" in locals():
             raise last
@@ -625,34 +654,57 @@ class _Fused:
             "something else happens after the down-projection"
         )
 
+    def _factor(self, output: fx.Node, w: fx.Node, bias: tuple[fx.Node, ...]) -> float:
+        """The constant that the output may be of the weighted sum, 1.0 if there is none."""
+        try:
+            expected, out = self._tail(output, w, bias, False, 0, 1.0, 1.0)
+        except EvaluationError:
+            return 1.0
+        norm = float(expected.square().sum())
+        ratio = float((expected * out).sum()) / norm if expected.shape == out.shape and norm > 0 else 0.0
+        return ratio if math.isfinite(ratio) and ratio != 0 else 1.0
+
     def _tail_holds(self, output: fx.Node, w: fx.Node, bias: tuple[fx.Node, ...], on_input: bool) -> bool:
         cases = [(i, 1.0, 1.0) for i in range(len(self.tables))] + [(0, *scales) for scales in _SCALES]
         for i, y_scale, w_scale in cases:
-            id_values, x_values, table = self.tables[i]
-            y = self._random((id_values.numel(), self.hidden)) * y_scale
-            weights = self._random(id_values.shape) * w_scale
-            given: dict[fx.Node, Any] = {
-                self.ids: id_values,
-                self.x: x_values,
-                self.down.node: self.down.as_output(y),
-                w: weights,
-            }
-            expected = y
-            for node in bias:
-                given[node] = self._random(node.meta["val"].shape) * y_scale
-                expected = expected + given[node][id_values.reshape(-1)[table]]
-            by_pair = torch.empty_like(expected)
-            by_pair[table] = expected
-            if not on_input:
-                by_pair = by_pair * weights.reshape(-1, 1)
-            expected = by_pair.view(*id_values.shape, self.hidden).sum(1)
             try:
-                (out,) = self.probes[i].run([output], given)
+                expected, out = self._tail(output, w, bias, on_input, i, y_scale, w_scale)
             except EvaluationError:
                 return False
             if not _close(expected, out, y_scale * (1.0 if on_input else w_scale)):
                 return False
         return True
+
+    def _tail(
+        self,
+        output: fx.Node,
+        w: fx.Node,
+        bias: tuple[fx.Node, ...],
+        on_input: bool,
+        i: int,
+        y_scale: float,
+        w_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """What the output should be on probe ``i``, and what it is."""
+        id_values, x_values, table = self.tables[i]
+        y = self._random((id_values.numel(), self.hidden)) * y_scale
+        weights = self._random(id_values.shape) * w_scale
+        given: dict[fx.Node, Any] = {
+            self.ids: id_values,
+            self.x: x_values,
+            self.down.node: self.down.as_output(y),
+            w: weights,
+        }
+        expected = y
+        for node in bias:
+            given[node] = self._random(node.meta["val"].shape) * y_scale
+            expected = expected + given[node][id_values.reshape(-1)[table]]
+        by_pair = torch.empty_like(expected)
+        by_pair[table] = expected
+        if not on_input:
+            by_pair = by_pair * (weights * self.scale).reshape(-1, 1)
+        (out,) = self.probes[i].run([output], given)
+        return by_pair.view(*id_values.shape, self.hidden).sum(1), out
 
     # 5. casts and dtypes
 
@@ -702,9 +754,8 @@ def _pair_of_row(rows: Tensor, experts: Tensor, pair_rows: Tensor, ids: Tensor) 
     direction = torch.randn(rows.shape[1], dtype=rows.dtype, generator=torch.Generator().manual_seed(2))
     key_rows = rows @ direction + math.pi * experts.to(rows.dtype)
     key_pairs = pair_rows @ direction + math.pi * ids.to(rows.dtype)
-    pair = (key_rows.unsqueeze(1) - key_pairs.unsqueeze(0)).abs().argmin(1)
-    if not torch.equal(pair.sort().values, torch.arange(len(pair))):
-        return None
+    pair = torch.empty_like(ids, dtype=torch.int64)
+    pair[key_rows.argsort()] = key_pairs.argsort()
     if not torch.equal(experts.to(ids.dtype), ids[pair]) or not _close(rows, pair_rows[pair]):
         return None
     return pair

@@ -124,12 +124,15 @@ def _moe_call(
     layout: str,
 ) -> fx.Node:
     (up, up_bias), (down, down_bias) = slots["up"], slots["down"]
+    weights = mapped[found.topk_weights]
+    if found.scale != 1.0:
+        weights = graph.call_function(torch.ops.aten.mul.Tensor, (weights, found.scale))
     return graph.call_function(
         schema.moe,
         (
             mapped[found.x],
             mapped[found.topk_ids],
-            mapped[found.topk_weights],
+            weights,
             up,
             down,
             up_bias,

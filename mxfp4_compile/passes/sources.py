@@ -15,6 +15,12 @@ import torch
 from torch import Tensor, nn
 
 
+def listed(owner: nn.Module) -> list[str]:
+    """The names of a list's or dict's experts, in order: its children with parameters (no dropout and the like)."""
+    children = owner._modules.items()
+    return [name for name, child in children if child is not None and any(True for _ in child.parameters())]
+
+
 def members(module: nn.Module, name: str) -> tuple[str, ...]:
     """The names of the real parameters behind ``name``, in the experts' order."""
     if "#" in name:
@@ -25,7 +31,7 @@ def members(module: nn.Module, name: str) -> tuple[str, ...]:
     star = parts.index("*")
     prefix, rest = parts[:star], parts[star + 1 :]
     owner = module.get_submodule(".".join(prefix))
-    return tuple(".".join([*prefix, child, *rest]) for child in owner._modules)
+    return tuple(".".join([*prefix, child, *rest]) for child in listed(owner))
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,8 @@ class _Check:
         if not isinstance(value, torch.SymInt):
             return False
         sizes = {str(d) for n in self.cuts for d in (*n.meta["val"].shape, n.meta["val"].numel())}
+        # Every token for every expert.
+        sizes |= {str(n.meta["val"].shape[0] * n.meta["val"].shape[1]) for n in self.captured.dense}
         return str(value) in sizes
 
     def _ids_row_by_row(self, node: fx.Node, name: str, data: list[fx.Node]) -> str | None:

@@ -1,6 +1,7 @@
 """Verify a site that holds its router and calls its experts in a loop: the whole block, eager against rewritten.
 
-Contract: as in ``verify``; no more than one expert's dequantized weights exist at a time.
+Contract: as in ``verify``; no more than one expert's dequantized weights exist at a time where experts are modules of
+a list. Where the block multiplies packed weights itself, one block's dequantized weights exist while it is verified.
 
 1. A copy of the original block calls the original experts, each on its dequantized weights, made for that call.
 2. Both run on the same hidden states: one token, a prime number, all tokens equal (most experts get none), a
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .. import mx
 from ..ops import schema
 from ..ops.registry import get_backend
 from .capture import TensorInfo
 from .experts import MXFP4Experts
-from .sources import members
+from .sources import listed, members
 from .verify import Verification, VerificationError, _judge
 
 
@@ -30,19 +32,25 @@ def is_loop(site: MXFP4Experts) -> bool:
     return any("*" in name.split(".") for p in site.projections for name in p.source.parameters)
 
 
+def routes_itself(site: MXFP4Experts) -> bool:
+    """Whether a fused site's router is in it: no argument holds ids."""
+    return site.plan.params is not None and all(info.dtype.is_floating_point for info in site.plan.pattern.tensors)
+
+
 def verify_loop(site: MXFP4Experts, original: nn.Module, seed: int = 0) -> Verification:
     """Compare ``site`` with ``original``; VerificationError with both errors if they disagree."""
     generator = torch.Generator().manual_seed(seed)
     dtype = site.plan.weight_dtype
     slack = get_backend(site.backend).slack(site.layout)
-    experts = _Experts(site, original)
+    experts = _Experts(site, original) if is_loop(site) else _Packed(site, original)
+    ids_at = _ids_argument(site)
     eager = experts.block(dtype)
     squared = torch.zeros(3, dtype=torch.float64)
     used: set[int] = set()
     cases = 0
     with torch.no_grad():
         for sizes, equal in (((1, 1), False), ((1, 13), False), ((2, 7), True), ((3, 37), False), ((4, 64), False)):
-            leaves = _inputs(site, sizes, equal, generator)
+            leaves = _inputs(site, sizes, equal, generator, ids_at)
             args, kwargs = site.plan.pattern.arrange(leaves)
             try:
                 theirs = eager(*args, **kwargs)
@@ -97,19 +105,43 @@ def _compared(ours: Any, theirs: Any, truth: Any) -> Tensor:
     return total
 
 
-def _inputs(site: MXFP4Experts, sizes: tuple[int, int], equal: bool, generator: torch.Generator) -> list[Any]:
-    """Leaves of a call: dimensions that varied between calls get these sizes, one alone their product."""
+def _ids_argument(site: MXFP4Experts) -> int | None:
+    """Which tensor argument holds the expert ids, if one does: where the router is not in the site."""
+    graph = site.rewritten.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"][: len(site.plan.pattern.tensors)]
+    for node in graph.nodes:
+        if node.target == schema.moe:
+            ids = node.args[1]
+            while isinstance(ids, fx.Node) and ids.op == "call_function" and len(ids.all_input_nodes) == 1:
+                ids = ids.all_input_nodes[0]
+            return inputs.index(ids) if ids in inputs and not ids.meta["val"].is_floating_point() else None
+    return None
+
+
+def _inputs(
+    site: MXFP4Experts, sizes: tuple[int, int], equal: bool, generator: torch.Generator, ids_at: int | None = None
+) -> list[Any]:
+    """Leaves of a call: dimensions that varied between calls get these sizes, one alone their product.
+
+    ``ids_at``: the tensor argument that holds expert ids, which are drawn at random.
+    """
     recorded = sorted(
         {n for i, d in zip(site.plan.pattern.leaves, site.plan.pattern.dynamic, strict=True)
          if isinstance(i, TensorInfo) for n in (i.shape[k] for k in d)}
     )  # fmt: skip
     out: list[Any] = []
+    tensors = 0
     for info, dynamic in zip(site.plan.pattern.leaves, site.plan.pattern.dynamic, strict=True):
         if not isinstance(info, TensorInfo):
             out.append(info)
             continue
+        tensors += 1
         own = iter(sizes if len(dynamic) > 1 else (sizes[0] * sizes[1] if len(recorded) == 1 else sizes[-1],))
         shape = [next(own, 1) if k in dynamic else n for k, n in enumerate(info.shape)]
+        if tensors - 1 == ids_at:
+            drawn = torch.randint(site.projections[0].shape[0], shape, generator=generator)
+            out.append(drawn.to(info.dtype).to(info.device))
+            continue
         if not info.dtype.is_floating_point:
             out.append(torch.zeros(shape, dtype=info.dtype, device=info.device))
             continue
@@ -130,7 +162,7 @@ class _Experts:
         self.site, self.original = site, original
         name = site.projections[0].source.parameters[0]
         self.prefix = name.split(".*.")[0] if ".*." in name else ""
-        self.children = list(original.get_submodule(self.prefix)._modules)
+        self.children = listed(original.get_submodule(self.prefix))
         self.biases = site.dequantized_biases()
 
     def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -155,9 +187,9 @@ class _Experts:
     def block(self, dtype: torch.dtype) -> nn.Module:
         """A copy of the block whose experts are made when they are called."""
         memo: dict[int, Any] = {}
-        listed = self.original.get_submodule(self.prefix)
-        for child in listed._modules.values():
-            memo[id(child)] = child
+        owner = self.original.get_submodule(self.prefix)
+        for name in self.children:
+            memo[id(owner._modules[name])] = owner._modules[name]
         config = getattr(self.original, "config", None)
         if config is not None:
             memo[id(config)] = config
@@ -167,6 +199,47 @@ class _Experts:
         owner = block.get_submodule(self.prefix)
         for expert, name in enumerate(self.children):
             owner._modules[name] = _Lazy(self, expert, dtype)
+        return block
+
+
+class _Packed:
+    """Experts in packed weights that the block itself multiplies: its copy has all of them dequantized at once."""
+
+    def __init__(self, site: MXFP4Experts, original: nn.Module) -> None:
+        self.site, self.original = site, original
+        params = site.plan.params
+        assert params is not None
+        self.params = params
+        self.biases = {p.slot: site.canonical_bias(p) for p in site.projections}
+
+    def run(self, expert: int, dtype: torch.dtype, x: Tensor) -> Tensor:
+        """One expert as the spec describes it, without rounding in between."""
+        hidden = self.params.activate(self._project(0, expert, x.to(dtype)))
+        return self._project(1, expert, hidden)
+
+    def _project(self, index: int, expert: int, x: Tensor) -> Tensor:
+        projection = self.site.projections[index]
+        packed, scales = self.site.canonical(projection, slice(expert, expert + 1))
+        y = x @ mx.dequantize(packed[0], scales[0], projection.shape[2], x.dtype).T
+        bias = self.biases[projection.slot]
+        return y if bias is None else y + bias[expert].to(x.dtype)
+
+    def block(self, dtype: torch.dtype) -> nn.Module:
+        """A copy of the block with the dequantized weights."""
+        memo: dict[int, Any] = {}
+        for projection in self.site.projections:
+            for name in (m for n in projection.source.parameters for m in members(self.original, n)):
+                memo[id(self.original.get_parameter(name))] = self.original.get_parameter(name)
+        config = getattr(self.original, "config", None)
+        if config is not None:
+            memo[id(config)] = config
+        block = copy.deepcopy(self.original, memo)
+        for hooks in (block._forward_hooks, block._forward_pre_hooks):
+            hooks.clear()
+        for projection in self.site.projections:
+            for name, value in self.site.dequantized(projection, dtype=dtype).items():
+                owner, _, leaf = name.rpartition(".")
+                block.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         return block
 
 
@@ -182,10 +255,11 @@ class _Lazy(nn.Module):
 class _Recorder(fx.Interpreter):
     """The rewritten graph with the op's result computed by the original experts in fp32."""
 
-    def __init__(self, site: MXFP4Experts, experts: _Experts) -> None:
+    def __init__(self, site: MXFP4Experts, experts: _Experts | _Packed) -> None:
         super().__init__(site.rewritten)
         self.site, self.experts = site, experts
         self.used: set[int] = set()
+        self.on_input = site.plan.params is not None and site.plan.params.weight_on_input
 
     def truth(self, leaves: list[Any]) -> Any:
         """What the block returns then."""
@@ -197,12 +271,18 @@ class _Recorder(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         x, ids, weights = args[:3]
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in ids.unique().tolist():
+        known = ids[ids < self.site.projections[0].shape[0]]  # the others are no expert
+        for expert in known.unique().tolist():
             token, column = torch.where(ids == expert)
-            rows = self.experts.run(expert, torch.float32, x[token].float())
-            out.index_add_(0, token, rows.float() * weights[token, column, None].float())
+            weight = weights[token, column, None].float()
+            rows = x[token].float()
+            if self.on_input:
+                rows = self.experts.run(expert, torch.float32, rows * weight).float()
+            else:
+                rows = self.experts.run(expert, torch.float32, rows).float() * weight
+            out.index_add_(0, token, rows)
             self.used.add(expert)
         return out.to(x.dtype)
 
 
-__all__ = ["is_loop", "verify_loop"]
+__all__ = ["is_loop", "routes_itself", "verify_loop"]
