@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import mx
+from .checkpoint.registration import require_transformers_5
 from .environment import Hardware, hardware, versions
 from .pipeline import optimize
 from .report import Report
@@ -181,6 +182,7 @@ def load(directory: Path) -> Any:
             raise FileNotFoundError(f"the demo model is incomplete: {directory / name} is missing")
     from transformers import AutoModelForCausalLM
 
+    require_transformers_5("the demo model")
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True

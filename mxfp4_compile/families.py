@@ -105,7 +105,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         ffn_config=dict(ffn_hidden_size=F, hidden_size=H, moe_num_experts=E, moe_top_k=K),
     ),
     "deepseek_ocr2": dict(vision_config=_SAM),
-    "deepseek_v3": dict(head_dim=8),
+    "deepseek_v2": dict(num_key_value_heads=4),
+    "deepseek_v3": dict(head_dim=8, num_key_value_heads=4),
     "deepseek_v32": dict(num_key_value_heads=4),
     "deepseek_v4": dict(mlp_layer_types=_each("hash_moe", "moe")),
     "diffusion_gemma": dict(enable_moe_block=True, canvas_length=8),
@@ -122,6 +123,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4": dict(enable_moe_block=True),
     "glm4v_moe": dict(
         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2], partial_rotary_factor=0.5),
+        rope_scaling=dict(rope_type="default", mrope_section=[1, 1, 2]),
     ),
     "glm5_next": dict(
         num_key_value_heads=4,
@@ -130,13 +132,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
         layer_types=_each("linear_attention", "full_attention"),
     ),
     "glm_moe_dsa": dict(num_key_value_heads=4),
-    "granitemoehybrid": dict(layer_types=_each("full_attention", "linear_attention")),
+    "granitemoehybrid": dict(layer_types=lambda n: [kind for kind, _ in zip(_HYBRID * n, range(n))]),
     "hy_v4": dict(indexer_types=_each("full")),
     "inkling2": dict(vision_config=dict(text_hidden_size=H), audio_config=dict(text_hidden_size=H)),
     "kimi_linear": dict(layer_types=_each("full_attention")),
     "lfm2_moe": dict(layer_types=_each("conv", "full_attention")),
     "llama4": dict(moe_layers=_layer_ids, num_experts_per_tok=1),
-    "longcat_flash": dict(head_dim=8),
+    "longcat_flash": dict(head_dim=8, num_key_value_heads=4),
     "mistral_large4": dict(num_key_value_heads=4),
     "muse_spark": dict(
         audio_config=dict(num_hidden_layers=1, patch_sizes=[4], hidden_sizes=[H], depths=[1]),
@@ -146,6 +148,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron_h": dict(layers_block_type=_each("moe", "attention")),
     "qwen3_5_moe": dict(layer_types=_each("linear_attention", "full_attention")),
     "qwen3_next": dict(layer_types=_each("linear_attention", "full_attention")),
+    "qwen3_omni_moe": dict(rope_scaling=dict(rope_type="default", mrope_section=[3, 3, 2])),
+    "qwen3_vl_moe": dict(rope_scaling=dict(rope_type="default", mrope_section=[3, 3, 2])),
     "qwen4_exp": dict(
         layer_types=_each("linear_attention", "full_attention"),
         indexer_n_heads=2,
@@ -181,7 +185,7 @@ _CLASS_SUFFIXES = (
 _TOWER_WORDS = ("vision", "audio", "image", "video", "code2wav", "backbone_config")
 _DECORATOR = re.compile(r"^@use_experts_implementation\b", re.MULTILINE)
 # Experts that are modules of a list or packed weights read one expert at a time.
-_LISTED = re.compile(r"experts = nn\.Module(List|Dict)|class \w*Experts?\(nn\.Module|ParallelExperts\(")
+_LISTED = re.compile(r"experts = nn\.Module(List|Dict)|class \w*Experts?(Gemm|GLU)?\(nn\.Module")
 _DECORATED_CLASS = re.compile(r"^@use_experts_implementation\b[^\n]*(?:\n[^\n]*)*?\nclass (\w+)", re.MULTILINE)
 
 
@@ -341,7 +345,10 @@ def _build_config(
         sub_special = {} if sub_tower else dict(special)
         if isinstance(special.get(key), dict):
             sub_special.update(special[key])
-        kwargs[key] = _build_config(sub, sub_special, layers, overrides, used, tower=sub_tower, arguments=sub_arguments)
+        built = _build_config(sub, sub_special, layers, overrides, used, tower=sub_tower, arguments=sub_arguments)
+        # Not all of transformers 4 take objects, nor more in a dictionary than they know.
+        named = {*_config_fields(sub), *EXTRA.get(sub.__name__, {}), "model_type"}
+        kwargs[key] = built if dataclasses.is_dataclass(cls) else {k: v for k, v in built.to_dict().items() if k in named}
     for key, value in {**(TOWER if tower else GEN), **mine}.items():
         if key not in fields or key in kwargs:
             continue
@@ -451,7 +458,8 @@ def _keep_in_fp32(model: nn.Module, dtype: torch.dtype) -> None:
         patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     if not patterns or dtype not in (torch.float16, torch.bfloat16):
         return
-    keep = re.compile("|".join(re.escape(p).replace(r"\*", ".*") for p in sorted(patterns)))
+    # Whole components of a name: "gate" is not "gate_proj".
+    keep = re.compile("|".join(rf"(^|\.){re.escape(p)}($|\.)".replace(r"\*", ".*") for p in sorted(patterns)))
     for prefix, module in model.named_modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.is_floating_point() and keep.search(f"{prefix}.{name}"):

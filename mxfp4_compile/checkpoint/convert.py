@@ -49,6 +49,7 @@ from .files import (
 )
 from .formats import NOTE, OWN, Scheme, check_format, scheme_of
 from .plan import expert_parameters, plan_sites, planned
+from .registration import require_transformers_5
 from .sources import ExpertSource
 from .writing import (
     ExpertWeight,
@@ -103,6 +104,7 @@ def convert(
     """
     started = time.perf_counter()
     check_format(format)
+    require_transformers_5("converting a checkpoint")
     mx.check_scale_rule(scale_rule)
     origin, target = Path(source).absolute(), Path(out).absolute()
     if target == origin:

@@ -54,6 +54,7 @@ from ..runtime import attach
 from .files import CheckpointError, Weights, weight_files
 from .formats import OWN, Scheme, scheme_of
 from .plan import expert_parameters, plan_sites, planned, stand_in
+from .registration import require_transformers_5
 from .sources import ExpertSource, Names
 
 _PLACEHOLDER = "mxfp4_bytes"
@@ -158,6 +159,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Called before the model exists, and again with the device map that "auto" became."""
+        require_transformers_5("loading a checkpoint with MXFP4 experts")
         if self.model is not None and isinstance(kwargs.get("device_map"), dict):
             self.device_map = kwargs["device_map"]
             self._drop_placeholders()
@@ -506,6 +508,7 @@ def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: An
 
     import transformers
 
+    require_transformers_5("loading a checkpoint with MXFP4 experts")
     known = [
         n
         for n in inspect.signature(Mxfp4CompileConfig.__init__).parameters

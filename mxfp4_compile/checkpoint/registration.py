@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from .files import CheckpointError
+
 
 def _quantizer(module: ModuleType) -> None:
     importlib.import_module(f"{__package__}.loading")
@@ -70,3 +72,14 @@ def register() -> None:
             part(module)
     if later:
         sys.meta_path.insert(0, _Finder(later))
+
+
+def require_transformers_5(what: str) -> None:
+    """CheckpointError where transformers cannot say which tensors of a checkpoint make up which parameters."""
+    if importlib.util.find_spec("transformers.core_model_loading") is None:
+        version = importlib.import_module("transformers").__version__
+        raise CheckpointError(
+            f"{what} needs transformers 5 (5.17 or later was tested), which says how checkpoints become parameters; "
+            f"this is {version}. With it optimize(), restore() and generate() work in memory, and the state_dict of an "
+            "optimized model can be saved and loaded"
+        )

@@ -44,6 +44,7 @@ from .formats import (
     gpt_oss_config,
     own_config,
 )
+from .registration import require_transformers_5
 
 # Some experts of one parameter in canonical form: slice -> (packed [e, n, ceil(k/2)], scales [e, n, ceil(k/32)]).
 Codes = Callable[[slice], tuple[Tensor, Tensor]]
@@ -89,6 +90,7 @@ def save(
     cannot express, and for a disk that is full or may not be written.
     """
     check_format(format)
+    require_transformers_5("saving a checkpoint")
     sites = mxfp4_sites(model)
     if not sites:
         raise CheckpointError("this model has no MXFP4 experts: optimize() it first")

@@ -106,7 +106,10 @@ def call_pattern(first: Call, second: Call | None = None) -> CallPattern:
         if isinstance(a, TensorInfo) and isinstance(b, TensorInfo):
             if a.dtype != b.dtype or len(a.shape) != len(b.shape):
                 raise CaptureError("an argument changes its dtype or rank from call to call")
-            dynamic.append(frozenset(d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n))
+            varied = {d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n}
+            if 0 in varied and a.dtype.is_floating_point:
+                varied.update(range(1, len(a.shape) - 1))  # [batch, length, width]: the length may vary, too
+            dynamic.append(frozenset(varied))
             continue
         for value in (a, b):
             if not isinstance(value, _PLAIN):

@@ -58,11 +58,15 @@ class _AllInUse(TorchFunctionMode):
     """Answers what only data can tell as if every expert had at least two rows.
 
     ``hit``: tensors that hold the number of an expert known from the loop, by id (kept alive).
+    ``places``: elements of integer vectors of fixed length (one per expert); what compares one with a number
+    asks whether an expert has rows. ``sizes``: their values, as sizes that the trace does not know.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.hit: dict[int, tuple[Tensor, int]] = {}
+        self.places: dict[int, Tensor] = {}
+        self.sizes: dict[int, tuple[Tensor, Any]] = {}
         self.sliced: Any = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,12 +81,25 @@ class _AllInUse(TorchFunctionMode):
                 return self._nonzero(func, args, kwargs)
             if func in (Tensor.unbind, torch.unbind) and self._all_hit(args[0]):  # what iterating calls
                 return tuple(self._know(args[0][e], e) for e in range(args[0].shape[0]))
+            if func in (Tensor.unbind, torch.unbind) and _is_vector(args[0]):
+                return tuple(self._place(part) for part in func(*args, **kwargs))
+            if id(args[0]) in self.places and (func in _COMPARED or func is Tensor.__bool__):
+                count = self._size(args[0])
+                torch._check(count >= 2)
+                return count != 0 if func is Tensor.__bool__ else _COMPARED[func](count, *args[1:])
             if func is Tensor.numpy:
                 return _Counts(self._counts(args[0]))
             if func is Tensor.tolist and args[0].dim() == 1 and not args[0].dtype.is_floating_point:
                 return self._counts(args[0])
             if func is Tensor.__getitem__:
                 return self._getitem(args[0], args[1])
+            if func is Tensor.__setitem__ and isinstance(args[1], slice) and isinstance(args[2], Tensor):
+                return self._setitem(*args)
+            if func in (Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes):
+                sizes = args[1] if len(args) > 1 else kwargs.get("split_size", kwargs.get("split_size_or_sections"))
+                dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+                if isinstance(sizes, (list, tuple)) and dim == 0 and any(map(_unknown, sizes)):
+                    return self._split(args[0], sizes)
         result = func(*args, **kwargs)
         if func in (torch.cat, torch.concat) and self.sliced is not None and free_unbacked_symbols(result.shape[0]):
             # The slices make up what was sliced (else the probes in ``match`` find rows missing).
@@ -100,6 +117,36 @@ class _AllInUse(TorchFunctionMode):
 
     def _all_hit(self, tensor: Tensor) -> bool:
         return self.hit.get(id(tensor), (None, 0))[1] == -1
+
+    def _place(self, part: Tensor) -> Tensor:
+        self.places[id(part)] = part
+        return part
+
+    def _size(self, tensor: Tensor) -> Any:
+        if id(tensor) not in self.sizes:
+            self.sizes[id(tensor)] = (tensor, tensor.item())
+        return self.sizes[id(tensor)][1]
+
+    def _rows(self, tensor: Tensor, index: slice) -> Tensor | None:
+        """The row numbers of a slice between sizes the trace does not know, so that their number is one it does."""
+        if index.step is not None:
+            return None
+        start, stop = (self._size(b) if isinstance(b, Tensor) else b for b in (index.start, index.stop))
+        if not isinstance(start, torch.SymInt) and not isinstance(stop, torch.SymInt):
+            return None
+        start, stop = 0 if start is None else start, tensor.shape[0] if stop is None else stop
+        length = stop - start
+        torch._check(length >= 2)
+        torch._check(start >= 0)
+        torch._check(stop <= tensor.shape[0])
+        return torch.arange(length, device=tensor.device) + start  # type: ignore[call-overload, no-any-return]
+
+    def _setitem(self, tensor: Tensor, index: slice, value: Tensor) -> None:
+        rows = self._rows(tensor, index)
+        if rows is None:
+            Tensor.__setitem__(tensor, index, value)
+        else:
+            tensor.index_copy_(0, rows, value)
 
     def _nonzero(self, func: Any, args: Any, kwargs: Any) -> Any:
         mask = args[0]
@@ -125,25 +172,40 @@ class _AllInUse(TorchFunctionMode):
             counts.append(count)
         return counts
 
+    def _split(self, tensor: Tensor, sizes: Any) -> tuple[Tensor, ...]:
+        """Parts of sizes the trace does not know, as slices between their sums."""
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(self._getitem(tensor, slice(start, start + size)))
+            start = start + size
+        return tuple(parts)
+
     def _getitem(self, tensor: Tensor, index: Any) -> Any:
         number = self._number(index) if isinstance(index, Tensor) else None
         if number is not None and isinstance(index, Tensor):
             return tensor[number] if index.dim() == 0 else tensor[number].unsqueeze(0)
-        if isinstance(index, tuple) and index and isinstance(index[0], Tensor):
-            number = self._number(index[0])
-            if number is not None and index[0].dim() == 0:
-                return tensor[(number, *index[1:])]
-        if isinstance(index, slice) and index.step is None and isinstance(index.stop, torch.SymInt):
-            # A slice between sizes the trace does not know, as an index whose length it does.
-            start = index.start or 0
-            length = index.stop - start
-            torch._check(length >= 2)
-            torch._check(index.stop <= tensor.shape[0])
-            self.sliced = tensor.shape[0]
-            return tensor.index_select(0, torch.arange(length, device=tensor.device) + start)  # type: ignore[call-overload]
+        if isinstance(index, tuple):
+            # Only where all that chooses comes first: a number between slices arranges the result differently.
+            chosen = [isinstance(i, (Tensor, int, torch.SymInt)) and not isinstance(i, bool) for i in index]
+            numbers = [self._number(i) if isinstance(i, Tensor) and i.dim() == 0 else None for i in index]
+            if any(n is not None for n in numbers) and chosen == sorted(chosen, reverse=True):
+                return tensor[tuple(i if n is None else n for i, n in zip(index, numbers, strict=True))]
+        if isinstance(index, slice):
+            rows = self._rows(tensor, index)
+            if rows is not None:
+                self.sliced = tensor.shape[0]
+                return tensor.index_select(0, rows)
+            if index == slice(None) and self._all_hit(tensor):
+                return self._know(Tensor.__getitem__(tensor, index), -1)
         result = Tensor.__getitem__(tensor, index)
         known = self._number(tensor)
-        return result if known is None else self._know(result, known)
+        if known is not None:
+            return self._know(result, known)
+        return self._place(result) if isinstance(index, int) and _is_vector(tensor) else result
+
+
+def _unknown(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 class _Counts(list):  # type: ignore[type-arg]
@@ -156,16 +218,24 @@ class _Counts(list):  # type: ignore[type-arg]
         return self
 
 
-_OF_KNOWN: dict[Any, Any] = {
-    Tensor.item: int,
-    Tensor.__int__: int,
-    Tensor.__index__: int,
+def _is_vector(tensor: Tensor) -> bool:
+    """Whether a tensor is a vector of integers of a length that the trace knows."""
+    return tensor.dim() == 1 and isinstance(tensor.shape[0], int) and tensor.dtype in (torch.int32, torch.int64)
+
+
+_COMPARED: dict[Any, Any] = {
     Tensor.__eq__: operator.eq,
     Tensor.__ne__: operator.ne,
     Tensor.__lt__: operator.lt,
     Tensor.__le__: operator.le,
     Tensor.__gt__: operator.gt,
     Tensor.__ge__: operator.ge,
+}
+_OF_KNOWN: dict[Any, Any] = {
+    **_COMPARED,
+    Tensor.item: int,
+    Tensor.__int__: int,
+    Tensor.__index__: int,
     Tensor.tolist: lambda n: [n],
     Tensor.__format__: format,  # f"expert_{e}"
 }
@@ -467,6 +537,10 @@ class _Collapse:
         if node in products:
             role, owner = products[node]
             return ("product", role, "own" if owner == expert else owner)
+        if node in self._joined(products):
+            return ("joined", node.name)
+        if node.target == operator.getitem and node.args[0] in self._joined(products):
+            return ("part", node.args[0].name, "own" if node.args[1] == expert else node.args[1])  # type: ignore[union-attr]
         if not self._reaches(node, products):
             share = self._share(node)
             if share is not None:
@@ -474,17 +548,42 @@ class _Collapse:
             if node.op == "placeholder":
                 return ("placeholder", node.name)
             return "outside"  # rows and routing: execution on probes tells what they are
+        if node.target == aten.cat.default:
+            parts: Any = node.args[0]
+            if len(parts) == len({e for _, e in products.values()}) and len(parts) > 1:
+                # All experts' rows together: the same to every expert if each part is the same to its own.
+                forms = {self._form(part, products, e, {}) for e, part in enumerate(parts)}
+                if len(forms) == 1:
+                    return ("joined", *node.args[1:], *forms)
         flat, _ = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
         return (str(node.target), *(self._form(a, products, expert, memo) for a in flat))
 
     def _reaches(self, node: fx.Node, products: dict[fx.Node, tuple[str, int]]) -> bool:
-        if not hasattr(self, "_below"):
-            below: set[fx.Node] = set()
+        return bool(self._owners(products)[node])
+
+    def _owners(self, products: dict[fx.Node, tuple[str, int]]) -> dict[fx.Node, frozenset[int]]:
+        """The experts whose products each node depends on."""
+        if not hasattr(self, "_owned"):
+            owned: dict[fx.Node, frozenset[int]] = {}
             for n in self.graph.nodes:
-                if n in products or any(a in below for a in n.all_input_nodes):
-                    below.add(n)
-            self._below = below
-        return node in self._below
+                own = frozenset({products[n][1]} if n in products else ())
+                owned[n] = own.union(*(owned[a] for a in n.all_input_nodes))
+            self._owned = owned
+        return self._owned
+
+    def _joined(self, products: dict[fx.Node, tuple[str, int]]) -> set[fx.Node]:
+        """Tensors of several experts' rows that several experts read: these are the same for all of them."""
+        if not hasattr(self, "_read_by_several"):
+            readers: dict[fx.Node, set[int]] = {}
+            for product, (_, expert) in products.items():
+                waiting = list(product.all_input_nodes)
+                while waiting:
+                    node = waiting.pop()
+                    if len(self._owners(products)[node]) > 1 and expert not in readers.setdefault(node, set()):
+                        readers[node].add(expert)
+                        waiting.extend(node.all_input_nodes)
+            self._read_by_several = {node for node, experts in readers.items() if len(experts) > 1}
+        return self._read_by_several
 
     # 4. one node per projection
 

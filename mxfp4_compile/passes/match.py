@@ -1,6 +1,7 @@
 """Match: a captured graph -> MoESpec, SplitSpec, or a reason.
 
-Contract: the graph is read, never changed. Nothing is concluded from names (of modules, classes, or
+Contract: the graph is read, never changed (but for a gather of each pair's routing weight, where the graph
+has those of all experts). Nothing is concluded from names (of modules, classes, or
 ops) beyond the anchors, the expert GEMMs that ``forms`` finds. What lies between them is cut into three
 regions, and each is compared, by running it in fp64 on random values, with what a mixture of experts
 computes. Spelling therefore does not matter, and a region that merely looks right does not pass.
@@ -196,6 +197,8 @@ class _Fused:
         if n_down != self.hidden:
             raise _Refused(f"the experts' output width {n_down} is not their input width {self.hidden}")
         symbols = graph_symbols(self.graph)
+        self.token_counts = self._token_counts(symbols)
+        symbols = [s for s in symbols if s not in self.token_counts]
         if not 1 <= len(symbols) <= 2:
             raise _Refused(f"the graph has {len(symbols)} free sizes, one or two (of the tokens) were expected")
         self.symbols = symbols
@@ -242,6 +245,8 @@ class _Fused:
             ),
             self.top_k,
         )
+        if self._by_expert(w):
+            w = self._gathered(w)
         return FusedMatch(spec, x, ids, w, output, (*self.ups, self.down), self.scale)
 
     # 1. anchors
@@ -265,14 +270,31 @@ class _Fused:
 
     def _sizes(self, tokens: int) -> dict[Any, int]:
         """Values of the free sizes that make ``tokens``: a batch of rows where there are two."""
+        counts = dict.fromkeys(self.token_counts, tokens)
         if len(self.symbols) == 1:
-            return {self.symbols[0]: tokens}
+            return {self.symbols[0]: tokens, **counts}
         batch = next(b for b in (2, 3, 5, 1) if tokens % b == 0) if tokens > 1 else 1
-        return {self.symbols[0]: batch, self.symbols[1]: tokens // batch}
+        return {self.symbols[0]: batch, self.symbols[1]: tokens // batch, **counts}
+
+    def _token_counts(self, symbols: Sequence[Any]) -> set[Any]:
+        """The free sizes that were batch times length in the recorded call. (The op refuses ids of another number.)"""
+        recorded: dict[Any, int] = {}
+        for name, info in zip(self.captured.inputs, self.captured.pattern.tensors, strict=True):
+            for size, number in zip(self.captured.node(name).meta["val"].shape, info.shape, strict=True):
+                if isinstance(size, torch.SymInt) and size.node.expr in symbols:
+                    recorded[size.node.expr] = number
+        found = set()
+        for name, info in zip(self.captured.inputs, self.captured.pattern.tensors, strict=True):
+            shape = self.captured.node(name).meta["val"].shape
+            varying = [s for s in symbols if any(s in free_symbols(d) for d in shape[:2])]
+            if len(shape) == 3 and len(varying) == 2:
+                tokens = math.prod(info.shape[:2])
+                found |= {s for s, number in recorded.items() if number == tokens and s not in varying}
+        return found if len(symbols) > 2 else set()
 
     def _sized(self, node: fx.Node) -> bool:
         """Whether the node's shape follows from the token count."""
-        return all(free_symbols(d) <= set(self.symbols) for d in node.meta["val"].shape)
+        return all(free_symbols(d) <= {*self.symbols, *self.token_counts} for d in node.meta["val"].shape)
 
     def _make_probe(self, tokens: int) -> Evaluator:
         sizes = self._sizes(tokens)
@@ -402,7 +424,13 @@ class _Fused:
             self._check_reads(what, region)
         names = {g.weight for g in (*self.ups, self.down)}
         reason = check_structure(
-            self.captured, gemms, names, (self.x, self.ids, w), (selectors, head, middle, tail), self.top_k
+            self.captured,
+            gemms,
+            names,
+            (self.x, self.ids, w),
+            (selectors, head, middle, tail),
+            self.top_k,
+            self.experts,
         )
         if reason is not None:
             raise _Refused(reason)
@@ -438,7 +466,7 @@ class _Fused:
         """Ids that are no expert (>= E) must contribute nothing, as in the op, where a graph provides for them."""
         id_values, x_values, _ = (t.clone() for t in self.tables[0])
         id_values.view(-1)[::3] = self.experts
-        weights = self._random(id_values.shape)
+        weights = self._random(shape_of(w, self._sizes(self.probe_tokens[0])))
         given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: weights}
         first = self.ups[0]
         rows, selector = self.probes[0].run([first.rows, first.selector], given)
@@ -459,8 +487,7 @@ class _Fused:
         by_pair = torch.zeros((id_values.numel(), self.hidden), dtype=y.dtype)
         by_pair[real_pairs.nonzero().squeeze(1)[found]] = y[real_rows]
         if not on_input:
-            by_pair = by_pair * weights.reshape(-1, 1)
-            by_pair = by_pair * self.scale
+            by_pair = by_pair * (self._weights_of_pairs(w, weights, id_values) * self.scale).reshape(-1, 1)
         given[self.down.node] = self.down.as_output(y)
         for node in self._bias_nodes(output, [self.down.node, w], (self.down,)):
             given[node] = torch.zeros(node.meta["val"].shape, dtype=torch.float64)
@@ -560,7 +587,7 @@ class _Fused:
         tokens += tokens % 2
         tables, probes = self.tables, self.probes
         probe = self._make_probe(tokens)
-        sizes = self._sizes(tokens)
+        self.last_sizes = sizes = self._sizes(tokens)
         self.probes = [*probes, probe]
         id_values, x_values = self._ids(shape_of(self.ids, sizes)), self._random(shape_of(self.x, sizes))
         table = self._row_table(probe, id_values, x_values, w)
@@ -632,7 +659,9 @@ class _Fused:
                 else [
                     n
                     for n in sorted(region, key=lambda n: -self.order[n])
-                    if is_float(n) and self._sized(n) and n.meta["val"].shape == self.ids.meta["val"].shape
+                    if is_float(n)
+                    and self._sized(n)
+                    and (n.meta["val"].shape == self.ids.meta["val"].shape or self._by_expert(n))
                 ]
             )
             try:
@@ -653,6 +682,29 @@ class _Fused:
             "the output is not the sum of the experts' outputs (plus bias) times the routing weights: "
             "something else happens after the down-projection"
         )
+
+    def _by_expert(self, node: fx.Node) -> bool:
+        """Whether a node may be routing weights of all experts [T, E], of which the ids choose some."""
+        value = node.meta["val"]
+        return bool(value.dim() == 2 and value.shape[1] == self.experts > self.top_k and _same_rows(node, self.ids))
+
+    def _weights_of_pairs(self, w: fx.Node, values: Tensor, ids: Tensor) -> Tensor:
+        """Each pair's routing weight [T, K], of ``values`` of ``w``."""
+        return values.gather(1, ids.clamp(max=self.experts - 1)) if self._by_expert(w) else values
+
+    def _gathered(self, w: fx.Node) -> fx.Node:
+        """A new node with each pair's weight, of routing weights of all experts. Ids past the last contribute nothing."""
+        last = max((n for n in (w, self.ids)), key=lambda n: self.order[n])
+        if last.op == "placeholder":
+            last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        made = []
+        with self.graph.inserting_after(last):
+            made.append(self.graph.call_function(torch.ops.aten.clamp.default, (self.ids, None, self.experts - 1)))
+        with self.graph.inserting_after(made[0]):
+            made.append(self.graph.call_function(torch.ops.aten.gather.default, (w, 1, made[0])))
+        made[0].meta["val"] = self.ids.meta["val"]
+        made[1].meta["val"] = w.meta["val"].new_empty(self.ids.meta["val"].shape)
+        return made[1]
 
     def _factor(self, output: fx.Node, w: fx.Node, bias: tuple[fx.Node, ...]) -> float:
         """The constant that the output may be of the weighted sum, 1.0 if there is none."""
@@ -688,7 +740,8 @@ class _Fused:
         """What the output should be on probe ``i``, and what it is."""
         id_values, x_values, table = self.tables[i]
         y = self._random((id_values.numel(), self.hidden)) * y_scale
-        weights = self._random(id_values.shape) * w_scale
+        sizes = self._sizes(self.probe_tokens[i]) if i < len(self.probe_tokens) else self.last_sizes
+        weights = self._random(shape_of(w, sizes)) * w_scale
         given: dict[fx.Node, Any] = {
             self.ids: id_values,
             self.x: x_values,
@@ -702,7 +755,7 @@ class _Fused:
         by_pair = torch.empty_like(expected)
         by_pair[table] = expected
         if not on_input:
-            by_pair = by_pair * (weights * self.scale).reshape(-1, 1)
+            by_pair = by_pair * (self._weights_of_pairs(w, weights, id_values) * self.scale).reshape(-1, 1)
         (out,) = self.probes[i].run([output], given)
         return by_pair.view(*id_values.shape, self.hidden).sum(1), out
 
@@ -791,8 +844,9 @@ def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
             if constant is not None and constant.numel() == 1:
                 yield float(constant)
             continue
-        if op_name(node) in SHAPING:
-            continue  # sizes and dimensions are no numbers of a formula, and every number costs probes
+        name = op_name(node)
+        if name in SHAPING or name == "rows_of_expert" or (name == "full" and is_integer(node)):
+            continue  # sizes, dimensions and experts are no numbers of a formula, and every number costs probes
         for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 if abs(value) < (1e30 if isinstance(value, float) else 1e9):  # slice ends are no numbers of a formula

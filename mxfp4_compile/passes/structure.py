@@ -10,7 +10,7 @@ nothing in the region can tell those apart. So, in the parts that choose experts
 2. ids become numbers or masks row by row, never across a token's row of ids;
 3. rows are not cut at a constant place;
 4. rows are gathered and summed by linear ops only: others may act on some magnitudes alone;
-5. integers do not come from floats narrower than fp32;
+5. integers do not come from floats narrower than fp32, unless those are 0 or 1;
 6. nothing else is read: no weight's values, no other input.
 """
 
@@ -95,9 +95,10 @@ def check_structure(
     cuts: tuple[fx.Node, fx.Node, fx.Node],
     regions: tuple[set[fx.Node], set[fx.Node], set[fx.Node], set[fx.Node]],
     top_k: int,
+    experts: int,
 ) -> str | None:
     """Apply the rules; ``cuts``: tokens, ids, weights; ``regions``: choice of experts, rows, activation, sum."""
-    return _Check(captured, set(gemms), set(weights), cuts, regions, top_k).run()
+    return _Check(captured, set(gemms), set(weights), cuts, regions, top_k, experts).run()
 
 
 class _Check:
@@ -109,8 +110,10 @@ class _Check:
         cuts: tuple[fx.Node, fx.Node, fx.Node],
         regions: tuple[set[fx.Node], set[fx.Node], set[fx.Node], set[fx.Node]],
         top_k: int,
+        experts: int,
     ) -> None:
         self.captured, self.gemms, self.weights, self.cuts, self.top_k = captured, gemms, weights, set(cuts), top_k
+        self.experts = experts
         self.ids = cuts[1]
         self.choice, self.rows, self.middle, self.tail = (r - self.cuts - gemms for r in regions)
         self.region = self.choice | self.rows | self.middle | self.tail
@@ -207,7 +210,8 @@ class _Check:
                 return f"{node.name} ({node.target}) is no linear op"
         elif isinstance(value, Tensor):
             for n in node.all_input_nodes:
-                if _is_float(n) and n in self.region and n not in self.middle and n.meta["val"].dtype.itemsize < 4:
+                narrow = _is_float(n) and n.meta["val"].dtype.itemsize < 4
+                if narrow and n in self.region and n not in self.middle and not _zeros_and_ones(n):
                     return f"{node.name} takes ids or positions from {n.meta['val'].dtype}"
         if node not in self.choice or name in ("where", "masked_fill"):
             return self._ids_row_by_row(node, name, data)
@@ -248,7 +252,7 @@ class _Check:
         if isinstance(value.shape[dim], int):
             # Within a row of ids only all columns together are looked at.
             several = source is self.ids or (_ID in self.taint.get(source, ()) and not _is_float(source))
-            if name == "select" and _all_selected(source, dim):
+            if name == "select" and _all_selected(source, dim, self.experts):
                 return None
             return f"{node.name} takes some of a token's ids" if several and value.shape[dim] > 1 else None
         if name == "slice":
@@ -258,15 +262,25 @@ class _Check:
         return f"{node.name} takes some of the rows"
 
 
-def _all_selected(source: fx.Node, dim: int) -> bool:
-    """Whether every place along ``dim``, wider than a token's ids, is selected: one for each expert of a loop."""
+def _all_selected(source: fx.Node, dim: int, experts: int) -> bool:
+    """Whether every place along ``dim``, wider than a token's ids, is selected: one for each expert of a loop.
+
+    The place after the last expert's, of ids that are none, may be left out.
+    """
     value = source.meta["val"]
     at = {
         int(n.args[2]) % value.shape[dim]  # type: ignore[arg-type]
         for n in source.users
         if op_name(n) == "select" and int(n.args[1]) % value.dim() == dim % value.dim()  # type: ignore[arg-type]
     }
-    return bool(len(at) == value.shape[dim])
+    return at == set(range(value.shape[dim])) or (at == set(range(experts)) and value.shape[dim] == experts + 1)
+
+
+def _zeros_and_ones(node: fx.Node) -> bool:
+    """Whether a node holds nothing but 0 and 1, which every float dtype represents: a scatter of them into zeros."""
+    base = node.args[0] if node.args else None
+    marked = op_name(node) == "scatter" and node.args[3] in (0, 1) and not node.kwargs
+    return marked and isinstance(base, fx.Node) and op_name(base) in ("zeros", "zeros_like", "new_zeros")
 
 
 def _nodes(args: Iterable[Any]) -> list[fx.Node]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import mx
+from ..ops import schema
 from ..ops.registry import get_backend
 from .capture import TensorInfo
 from .experts import BLUEPRINT, MXFP4Experts
@@ -90,7 +91,7 @@ def verify(site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0) -
     """
     generator = torch.Generator().manual_seed(seed)
     experts = site.projections[0].shape[0]
-    ids_at, top_k = _roles(site, found)
+    ids_at, by_expert, top_k = _roles(site, found)
     groups = _groups(site, original)
     squared = torch.zeros(3, dtype=torch.float64)
     cases = checked = 0
@@ -100,9 +101,9 @@ def verify(site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0) -
     for start, stop in groups:
         narrow = slice(start, stop)
         try:
-            outcome = _compare_group(site, original, narrow, ids_at, top_k, generator, dtype)
+            outcome = _compare_group(site, original, narrow, ids_at, by_expert, top_k, generator, dtype)
         except _NeedsAllExperts:
-            outcome = _compare_group(site, original, slice(0, experts), ids_at, top_k, generator, dtype)
+            outcome = _compare_group(site, original, slice(0, experts), ids_at, by_expert, top_k, generator, dtype)
         for ours, theirs, truth in outcome:
             cases += 1
             delta = torch.tensor(
@@ -139,15 +140,20 @@ class _NeedsAllExperts(Exception):
     """The original module does not run with a part of its experts."""
 
 
-def _roles(site: MXFP4Experts, found: Any) -> tuple[int, int]:
-    """Index (among the tensor arguments) of the expert ids, and K."""
+def _roles(site: MXFP4Experts, found: Any) -> tuple[int, int | None, int]:
+    """Indices (among the tensor arguments) of the expert ids and of routing weights of all experts, and K."""
     infos = site.plan.pattern.tensors
     integer = [i for i, info in enumerate(infos) if not info.dtype.is_floating_point and info.dtype != torch.bool]
     if len(integer) != 1:
         raise VerificationError(f"{len(integer)} integer arguments, one with the expert ids was expected")
     index = integer[0]
     top_k = found.spec.top_k if isinstance(found, FusedMatch) else int(infos[index].shape[-1])
-    return index, top_k
+    inputs = [n for n in site.rewritten.graph.nodes if n.op == "placeholder"][: len(infos)]
+    by_expert = None
+    for node in site.rewritten.graph.nodes:
+        if node.target == schema.moe and node.args[2].target == torch.ops.aten.gather.default:
+            by_expert = next((i for i, n in enumerate(inputs) if n is node.args[2].args[0]), None)
+    return index, by_expert, top_k
 
 
 def _groups(site: MXFP4Experts, original: nn.Module) -> list[tuple[int, int]]:
@@ -169,6 +175,7 @@ def _compare_group(
     original: nn.Module,
     narrow: slice,
     ids_at: int,
+    by_expert: int | None,
     top_k: int,
     generator: torch.Generator,
     dtype: torch.dtype,
@@ -182,6 +189,8 @@ def _compare_group(
             inputs = _inputs(site, tokens, ids_at, narrow.stop - narrow.start, pattern, generator)
             shifted = list(inputs)
             shifted[ids_at] = inputs[ids_at] + narrow.start
+            if by_expert is not None:
+                shifted[by_expert] = inputs[by_expert].roll(narrow.start, 1)
             try:
                 theirs = _call(own, site, inputs)
                 truth = _call(exact, site, [t.float() if t.is_floating_point() else t for t in inputs])
@@ -240,6 +249,8 @@ def _inputs(
     out: list[Tensor] = []
     for index, info in enumerate(infos):
         shape = tuple(tokens if n == recorded and d == 0 else n for d, n in enumerate(info.shape))
+        if len(shape) == 3 and info.shape[0] * info.shape[1] == recorded != info.shape[0]:
+            shape = (1, tokens, shape[2])  # batch and length apart
         if index == ids_at:
             out.append(_ids(shape, experts, pattern, generator).to(info.dtype).to(info.device))
         elif info.dtype.is_floating_point and len(shape) == 2 and shape[1] == infos[ids_at].shape[-1]:
