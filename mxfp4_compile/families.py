@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import math
@@ -41,6 +42,13 @@ def _layer_ids(n: int) -> list[int]:
 def _each(*pattern: Any) -> Callable[[int], list[Any]]:
     """A table value with one entry per layer, `pattern` repeated."""
     return lambda n: [pattern[i % len(pattern)] for i in range(n)]
+
+
+def _granite_kinds(n: int) -> list[str]:
+    """granitemoehybrid's layers: one with attention, one without, by the names that the installed version knows."""
+    four = importlib.metadata.version("transformers").startswith("4.")
+    kinds = ("attention", "mamba") if four else ("full_attention", "linear_attention")
+    return [kinds[i % 2] for i in range(n)]
 
 
 # A value that is a function is called with the number of layers.
@@ -132,7 +140,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         layer_types=_each("linear_attention", "full_attention"),
     ),
     "glm_moe_dsa": dict(num_key_value_heads=4),
-    "granitemoehybrid": dict(layer_types=lambda n: [kind for kind, _ in zip(_HYBRID * n, range(n))]),
+    "granitemoehybrid": dict(layer_types=_granite_kinds),
     "hy_v4": dict(indexer_types=_each("full")),
     "inkling2": dict(vision_config=dict(text_hidden_size=H), audio_config=dict(text_hidden_size=H)),
     "kimi_linear": dict(layer_types=_each("full_attention")),
@@ -347,8 +355,9 @@ def _build_config(
             sub_special.update(special[key])
         built = _build_config(sub, sub_special, layers, overrides, used, tower=sub_tower, arguments=sub_arguments)
         # Not all of transformers 4 take objects, nor more in a dictionary than they know.
-        named = {*_config_fields(sub), *EXTRA.get(sub.__name__, {}), "model_type"}
-        kwargs[key] = built if dataclasses.is_dataclass(cls) else {k: v for k, v in built.to_dict().items() if k in named}
+        known = {*_config_fields(sub), *EXTRA.get(sub.__name__, {}), "model_type"}
+        named = {k: v for k, v in built.to_dict().items() if k in known}
+        kwargs[key] = built if dataclasses.is_dataclass(cls) else named
     for key, value in {**(TOWER if tower else GEN), **mine}.items():
         if key not in fields or key in kwargs:
             continue

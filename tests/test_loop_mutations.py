@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
-from loop_models import E, GatedMLP, H, K, LoopMoE, Model
+from loop_models import E, GatedMLP, H, K, LoopMoE, Model, RemoteMoE
 from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError
+from mxfp4_compile.passes.capture import CallPattern, CaptureError, call_pattern, describe
+from mxfp4_compile.passes.loops import capture_loop
 
 
 class OtherActivation(LoopMoE):
@@ -128,6 +131,112 @@ class Dense(LoopMoE):
 
     def step(self, e, x, weights, out, column, token):
         return super().step(e, x, weights, out, column, token) + (0.25 if e == E - 1 else 0)
+
+
+# Of the proof that an expert without tokens contributes nothing: each differs from a mixture of experts, or may
+# differ, only where an expert has no tokens.
+
+
+class BiasMeanForAll(LoopMoE):
+    """Adds the mean of its output bias to every token."""
+
+    def __init__(self):
+        super().__init__(functools.partial(GatedMLP, bias=True))
+
+    def step(self, e, x, weights, out, column, token):
+        return super().step(e, x, weights, out, column, token) + self.experts[e].down_proj.bias.mean()
+
+
+class CountTerm(LoopMoE):
+    def step(self, e, x, weights, out, column, token):
+        return super().step(e, x, weights, out, column, token) + token.shape[0] * 1e-3
+
+
+class CountTermTakenBack(LoopMoE):
+    """Is zero in the sum over all experts: only the proof can tell."""
+
+    def forward(self, hidden_states):
+        out, logits = super().forward(hidden_states)
+        return out - hidden_states.shape[0] * hidden_states.shape[1] * K, logits
+
+    def step(self, e, x, weights, out, column, token):
+        return super().step(e, x, weights, out, column, token) + token.shape[0]
+
+
+class RowSumForAll(LoopMoE):
+    def step(self, e, x, weights, out, column, token):
+        rows = self.experts[e](x[token]) * weights[token, column, None]
+        return out.index_add_(0, token, rows) + rows.sum(0)
+
+
+class RowMeanForAll(LoopMoE):
+    def step(self, e, x, weights, out, column, token):
+        rows = self.experts[e](x[token]) * weights[token, column, None]
+        return out.index_add_(0, token, rows) + rows.mean(0, keepdim=True)
+
+
+class ConstantForAll(LoopMoE):
+    """Adds a constant outside its rows, for each expert that has tokens; all of them together are zero."""
+
+    def step(self, e, x, weights, out, column, token):
+        return super().step(e, x, weights, out, column, token) + (0.25 if e % 2 else -0.25)
+
+
+class ParameterForAll(LoopMoE):
+    def __init__(self):
+        super().__init__(ScaledExpert)
+
+    def step(self, e, x, weights, out, column, token):
+        return super().step(e, x, weights, out, column, token) + 0 * self.experts[e].scale
+
+
+class HalvesTheSum(LoopMoE):
+    """Scales what other experts added."""
+
+    def step(self, e, x, weights, out, column, token):
+        return super().step(e, x, weights, out * 0.5 if e == 3 else out, column, token)
+
+
+class ParameterOnTokens(LoopMoE):
+    """One expert's parameter scales the whole sum."""
+
+    def __init__(self):
+        super().__init__(ScaledExpert)
+
+    def step(self, e, x, weights, out, column, token):
+        return super().step(e, x, weights, out * self.experts[e].scale, column, token)
+
+
+class OffsetByCount(RemoteMoE):
+    """Adds the number of the first expert's rows to the joined rows."""
+
+    def infer(self, x, ids, weights):
+        return super().infer(x, ids, weights) + (ids == 0).nonzero().shape[0] * 1e-3
+
+
+UNPROVEN = {
+    BiasMeanForAll: "expert 0",
+    CountTerm: "expert 0",
+    CountTermTakenBack: "expert 0",
+    RowSumForAll: "expert 0",
+    RowMeanForAll: "expert 0",
+    ConstantForAll: "expert 1",
+    ParameterForAll: "expert 0",
+    HalvesTheSum: "expert 3",
+    ParameterOnTokens: "expert 0",
+    OffsetByCount: "a part of the tokens",
+}
+
+
+def pattern() -> CallPattern:
+    sizes = [torch.zeros(b, n, H) for b, n in ((2, 9), (3, 11))]
+    return call_pattern(*(describe((x,), {}) for x in sizes))
+
+
+@pytest.mark.parametrize("mutation", UNPROVEN, ids=lambda m: m.__name__)
+def test_contribution_without_tokens_is_refused_by_proof(mutation: type[nn.Module]) -> None:
+    with pytest.raises(CaptureError, match=f"{UNPROVEN[mutation]}.*(reaches the output beside|has added) its rows"):
+        capture_loop(mutation().eval(), pattern())
 
 
 MUTATIONS = [

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from .capture import CallPattern, Captured, CaptureError, TensorInfo, free_dims, named_dims
 from .discover import equal_children
 from .evaluate import ancestors
+from .idle import check_idle
 from .sources import listed, stack
 
 aten = torch.ops.aten
@@ -410,6 +411,7 @@ class _Collapse:
         if len(set(counts.values())) != 1:
             raise CaptureError(f"the projections exist for different numbers of experts: {counts}")
         self._check_same(roles)
+        self._check_idle(roles)
         return self._rebuilt(roles)
 
     def _product(self, node: fx.Node) -> _Product | None:
@@ -519,6 +521,15 @@ class _Collapse:
                         f"expert {expert} computes something else than expert 0 before {role}: "
                         "the experts are not the same function with different weights"
                     )
+
+    def _check_idle(self, roles: dict[str, list[_Product]]) -> None:
+        experts: dict[Any, int] = {}
+        for found in roles.values():
+            for p in found:
+                for symbol in free_unbacked_symbols(p.rows.meta["val"].shape[0]):
+                    experts.setdefault(symbol, p.expert)
+        known = {n: self._share(n) for n in self.graph.nodes}
+        check_idle(self.graph, experts, lambda n: None if known[n] is None else known[n][1])  # type: ignore[index]
 
     def _form(
         self, node: Any, products: dict[fx.Node, tuple[str, int]], expert: int, memo: dict[fx.Node, Hashable]

@@ -215,7 +215,7 @@ class _Fused:
         recognized = self._find_middle(w if on_input else None)
         w, output, down_bias = self._find_tail(w, on_input)
         self._check_dependence(output, w, on_input)
-        self._check_zeros(w, on_input)
+        self._check_zeros(output, w, down_bias)
         round_dtype = self.down.node.meta["val"].dtype
         self._check_casts(output, w, round_dtype)
         output = self._extend(output)
@@ -247,6 +247,8 @@ class _Fused:
         )
         if self._by_expert(w):
             w = self._gathered(w)
+        if output.meta["val"].dim() == 3:
+            output = self._flattened(output)
         return FusedMatch(spec, x, ids, w, output, (*self.ups, self.down), self.scale)
 
     # 1. anchors
@@ -492,28 +494,37 @@ class _Fused:
         for node in self._bias_nodes(output, [self.down.node, w], (self.down,)):
             given[node] = torch.zeros(node.meta["val"].shape, dtype=torch.float64)
         (out,) = self.probes[0].run([output], given)
-        if not _close(by_pair.view(*id_values.shape, self.hidden).sum(1), out):
+        if not _close(by_pair.view(*id_values.shape, self.hidden).sum(1), out.reshape(-1, self.hidden)):
             raise _Refused("ids that are no expert contribute to the output")
 
-    def _check_zeros(self, w: fx.Node, on_input: bool) -> None:
-        """Where the original multiplies every token with every expert: rows of other experts than the ids' are zero.
+    def _check_zeros(self, output: fx.Node, w: fx.Node, down_bias: tuple[fx.Node, ...]) -> None:
+        """Where the original multiplies every token with every expert: other experts than the ids' do not count.
 
-        Then so is what becomes of them, as products have no biases; a bias added later shows in the output.
+        Either their rows are zero, and so is what becomes of them, as products have no biases (a bias added later
+        shows in the output); or the output is the same whatever they give.
         """
+        dense, elsewhere = self.captured.dense, self.captured.elsewhere
+        if not dense:
+            return
         for probe, (id_values, x_values, _) in zip(self.probes, self.tables, strict=True):
-            given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values}
-            if on_input:
-                given[w] = self._random(id_values.shape)
-            for g in self.ups:
-                given[g.node] = g.as_output(self._random((id_values.numel(), g.shape[1])) * 4)
-            for node in self.up_bias_nodes:
+            tokens, pairs = x_values.shape[0], id_values.numel()
+            all_sizes = [self._sizes(t) for t in (*self.probe_tokens, self.last_tokens)]
+            sizes = next(s for s in all_sizes if shape_of(self.x, s)[0] == tokens)
+            given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: self._random(shape_of(w, sizes))}
+            for g in (*self.ups, self.down):
+                given[g.node] = g.as_output(self._random((pairs, g.shape[1])) * 4)
+            for node in (*self.up_bias_nodes, *down_bias):
                 given[node] = self._random(node.meta["val"].shape)
-            for rows in probe.run(self.captured.dense, given) if self.captured.dense else ():
-                chosen = torch.zeros(rows.shape[1], rows.shape[0], dtype=torch.bool).scatter_(1, id_values, True)
-                if not bool((rows[~chosen.T] == 0).all()):
+            chosen = torch.zeros(tokens, self.experts, dtype=torch.bool).scatter_(1, id_values, True).T
+            if all(bool((rows[~chosen] == 0).all()) for rows in probe.run(dense, given)):
+                continue
+            for scale in (1.0, 1e6):
+                other = {n: self._random((tokens, *n.meta["val"].shape[1:])) * scale for n in elsewhere}
+                wanted = [output, self.down.rows]
+                if not all(map(torch.equal, probe.run(wanted, given), probe.run(wanted, {**given, **other}))):
                     raise _Refused(
                         "every expert is multiplied with every token, and the rows of tokens that are not routed to "
-                        "an expert are not proven to be zero"
+                        "an expert are not proven to be zero, nor to count for nothing"
                     )
 
     def _check_reads(self, what: str, region: set[fx.Node]) -> None:
@@ -580,14 +591,17 @@ class _Fused:
         return self.down.row_matrix(rows)
 
     def _find_middle(self, w: fx.Node | None) -> Any:
-        region = ancestors([self.down.rows], stop=[*(g.node for g in self.ups), self.ids, self.x])
+        gemms = (*self.ups, self.down)
+        stop = [*(g.node for g in self.ups), *(g.selector for g in gemms), self.ids, self.x]
+        region = ancestors([self.down.rows], stop=stop)
         constants = list(_constants(region, self.captured))
         # Enough tokens that all pairs of probe values find a place at once where the layer is narrow.
         tokens = max(6, math.ceil(_MIN_PROBES / (self.intermediate * self.top_k)))
         tokens += tokens % 2
         tables, probes = self.tables, self.probes
         probe = self._make_probe(tokens)
-        self.last_sizes = sizes = self._sizes(tokens)
+        self.last_tokens = tokens
+        sizes = self._sizes(tokens)
         self.probes = [*probes, probe]
         id_values, x_values = self._ids(shape_of(self.ids, sizes)), self._random(shape_of(self.x, sizes))
         table = self._row_table(probe, id_values, x_values, w)
@@ -642,12 +656,11 @@ class _Fused:
         downstream = _descendants(self.down.node)
         outputs = [
             n
-            for n in sorted(downstream, key=lambda n: self.order[n])
-            if is_float(n)
-            and n.meta["val"].dim() == 2
+            for n in sorted(filter(is_float, downstream), key=lambda n: (n.meta["val"].dim(), self.order[n]))
+            if n.meta["val"].dim()
             and self._sized(n)
-            and _same_rows(n, self.x)
-            and n.meta["val"].shape[1] == self.hidden
+            and n.meta["val"].shape[-1] == self.hidden
+            and (_same_rows(n, self.x) if n.meta["val"].dim() == 2 else self._by_batch(n))
         ]
         for output in outputs:
             if not _covers(output, downstream):
@@ -658,9 +671,8 @@ class _Fused:
                 if on_input and w is not None
                 else [
                     n
-                    for n in sorted(region, key=lambda n: -self.order[n])
-                    if is_float(n)
-                    and self._sized(n)
+                    for n in sorted(filter(is_float, region), key=lambda n: (self._by_expert(n), -self.order[n]))
+                    if self._sized(n)
                     and (n.meta["val"].shape == self.ids.meta["val"].shape or self._by_expert(n))
                 ]
             )
@@ -683,6 +695,41 @@ class _Fused:
             "something else happens after the down-projection"
         )
 
+    def _by_batch(self, node: fx.Node) -> bool:
+        """Whether a node may be [batch, length, H] with as many rows as there are tokens."""
+        sizes = self._sizes(6)
+        shape = shape_of(node, sizes)
+        return len(shape) == 3 and node.meta["val"].shape[1] != 1 and shape[0] * shape[1] == shape_of(self.x, sizes)[0]
+
+    def _flattened(self, output: fx.Node) -> fx.Node:
+        """A new node [T, H] for an output [batch, length, H], which is made of it again for those who read it."""
+        reshape, value = torch.ops.aten.reshape.default, output.meta["val"]
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        lead: list[Any] = []
+        for size in value.shape[:2]:
+            found = [
+                (n, d)
+                for n in map(self.captured.node, self.captured.inputs)
+                for d, own in enumerate(n.meta["val"].shape)
+                if str(own) == str(size)
+            ]
+            if isinstance(size, int) or not found:
+                lead.append(size if isinstance(size, int) else -1)
+                continue
+            with self.graph.inserting_after(last):
+                lead.append(self.graph.call_function(torch.ops.aten.sym_size.int, found[0]))
+            lead[-1].meta["val"] = size
+        if lead.count(-1) > 1:
+            raise _Refused("the output's batch and length are no sizes of the inputs")
+        with self.graph.inserting_after(output):
+            flat = self.graph.call_function(reshape, (output, [-1, self.hidden]))
+        with self.graph.inserting_after(flat):
+            back = self.graph.call_function(reshape, (flat, [*lead, self.hidden]))
+        flat.meta["val"] = value.new_empty((value.shape[0] * value.shape[1], self.hidden))
+        back.meta["val"] = value
+        output.replace_all_uses_with(back, delete_user_cb=lambda user: user is not flat)
+        return flat
+
     def _by_expert(self, node: fx.Node) -> bool:
         """Whether a node may be routing weights of all experts [T, E], of which the ids choose some."""
         value = node.meta["val"]
@@ -693,7 +740,7 @@ class _Fused:
         return values.gather(1, ids.clamp(max=self.experts - 1)) if self._by_expert(w) else values
 
     def _gathered(self, w: fx.Node) -> fx.Node:
-        """A new node with each pair's weight, of routing weights of all experts. Ids past the last contribute nothing."""
+        """A new node: each pair's weight, of routing weights of all experts; ids past the last count for nothing."""
         last = max((n for n in (w, self.ids)), key=lambda n: self.order[n])
         if last.op == "placeholder":
             last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
@@ -740,7 +787,7 @@ class _Fused:
         """What the output should be on probe ``i``, and what it is."""
         id_values, x_values, table = self.tables[i]
         y = self._random((id_values.numel(), self.hidden)) * y_scale
-        sizes = self._sizes(self.probe_tokens[i]) if i < len(self.probe_tokens) else self.last_sizes
+        sizes = self._sizes((*self.probe_tokens, self.last_tokens)[i])
         weights = self._random(shape_of(w, sizes)) * w_scale
         given: dict[fx.Node, Any] = {
             self.ids: id_values,
@@ -757,7 +804,7 @@ class _Fused:
         if not on_input:
             by_pair = by_pair * (self._weights_of_pairs(w, weights, id_values) * self.scale).reshape(-1, 1)
         (out,) = self.probes[i].run([output], given)
-        return by_pair.view(*id_values.shape, self.hidden).sum(1), out
+        return by_pair.view(*id_values.shape, self.hidden).sum(1), out.reshape(-1, self.hidden)
 
     # 5. casts and dtypes
 

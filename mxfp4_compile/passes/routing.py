@@ -9,7 +9,8 @@ graph alone (``_Places``): ``one_hot``, or a ``scatter`` into a constant, and po
 2. Of floats (weights): ids are the places, the weights are read there; the matrix is made again from both.
 3. Dense products ``bmm(X [E, T, K], W)`` of every token with every expert become ``expert_products`` on the rows
    X[id, t] alone, put back among zeros. That is the same if X is zero elsewhere, which ``match`` proves by running it
-   (``Captured.dense``): a zero row gives a zero row, since the products have no bias.
+   (``Captured.dense``): a zero row gives a zero row, since the products have no bias. It is also the same if the
+   output does not depend on what stands there (``Captured.elsewhere``), since a zero of the matrix is its factor.
 """
 
 from __future__ import annotations
@@ -186,6 +187,7 @@ class _Variant:
         self.ids: fx.Node | None = None
         self.experts = int(matrix.meta["val"].shape[-1])
         self.dense: list[fx.Node] = []
+        self.elsewhere: list[fx.Node] = []
 
     def run(self) -> Captured | None:
         value = self.matrix.meta["val"]
@@ -220,6 +222,7 @@ class _Variant:
             old.out_spec,
         )
         new.dense, new.sentinels = tuple(self.dense), not value.is_floating_point()
+        new.elsewhere = tuple(self.elsewhere)
         return new
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -293,6 +296,7 @@ class _Variant:
         back = self._call(aten.reshape.default, product, [-1, self.places.columns, out])
         tokens = self._call(aten.sym_size.int, ids, 0)
         zeros = self._call(aten.new_zeros.default, product, [tokens, self.experts, out])
+        self.elsewhere.append(zeros)
         put = self._call(aten.scatter.src, zeros, 1, places(out), back)
         by_expert = self._call(aten.transpose.int, put, 0, 1)
         return self._call(aten.clone.default, by_expert, memory_format=torch.contiguous_format)

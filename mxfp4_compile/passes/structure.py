@@ -32,9 +32,9 @@ _CREATE = frozenset(
     "zeros zeros_like new_zeros empty empty_like new_empty ones ones_like new_ones full full_like new_full "
     "scalar_tensor arange".split()
 )
-# Ops whose numbers are sizes and dimensions.
+# Ops whose numbers are sizes, dimensions and numbers of experts.
 SHAPING = _LAYOUT | frozenset(
-    "slice narrow select split split_with_sizes chunk unbind cat stack index index_select".split()
+    "slice narrow select split split_with_sizes chunk unbind cat stack index index_select rows_of_expert".split()
 )
 _SIZES = frozenset("sym_size sym_numel sym_stride".split())
 _COMPARE = frozenset("ge gt le lt eq ne isin maximum minimum clamp clamp_min clamp_max sym_max sym_min sym_ite".split())
