@@ -421,6 +421,7 @@ class _Collapse:
                 "no two projections whose rows an index chooses: fewer than two matrices per expert are multiplied "
                 "with rows whose number depends on the routing"
             )
+        roles, self.sentinels = self._without_weights(roles)
         counts = {role: len(found) for role, found in roles.items()}
         for role, found in roles.items():
             self._check_role(role, found)
@@ -429,6 +430,23 @@ class _Collapse:
         self._check_same(roles)
         self._check_idle(roles)
         return self._rebuilt(roles)
+
+    def _without_weights(self, roles: dict[str, list[_Product]]) -> tuple[dict[str, list[_Product]], int]:
+        """How many experts past the last multiply nothing, although one of the projections has room for them.
+
+        That projection's role then names the others alone. What becomes of the tokens of the rest is the matcher's.
+        """
+        sizes = {role: stack(self.module, role).shape[0] for role in roles}
+        experts, everyone = min(sizes.values()), max(sizes.values())
+        renamed: dict[str, list[_Product]] = {}
+        for role, found in roles.items():
+            plain = not set("*#@") & set(role)
+            if sizes[role] > experts and plain and {p.expert for p in found} == set(range(experts)):
+                role = f"{role}@{experts}"
+                for product in found:
+                    product.role = role
+            renamed[role] = found
+        return renamed, everyone - experts
 
     def _product(self, node: fx.Node) -> _Product | None:
         if node.op != "call_function":
@@ -618,6 +636,7 @@ class _Collapse:
         old = self.captured
         graph = fx.Graph()
         new = Captured(graph, list(old.inputs), {}, dict(old.buffers), dict(old.constants), old.pattern, old.out_spec)
+        new.sentinels = self.sentinels
         mapped: dict[fx.Node, fx.Node] = {}
         used = self._weights_used_elsewhere(roles)
         for node in self.graph.nodes:
