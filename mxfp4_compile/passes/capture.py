@@ -137,7 +137,7 @@ class Captured:
     out_spec: Any = None  # how several outputs are arranged; None for one tensor
     dense: tuple[fx.Node, ...] = ()  # [E, T, .] rows of all experts and tokens that must be zero but where ids say
     elsewhere: tuple[fx.Node, ...] = ()  # [T, E, .] what stands for dense products where ids do not say: zeros
-    sentinels: bool = False  # ids that are no expert occur
+    sentinels: int = 0  # so many ids from E on, which are no experts, occur
 
     def node(self, name: str) -> fx.Node:
         """The node named ``name``."""

@@ -206,8 +206,7 @@ def record_calls(
         return
     for c in candidates:
         c.owner = _owner(model, c)
-    # A block that only the forward shows may get its rows sorted already: the router is around it.
-    around = {id(w.owner): _owner(model, Candidate(w.paths, w.owner, "block")) for w in watch.recorded()}
+    around = {id(m): _owner(model, Candidate(paths, m, "block")) for paths, m in watch.sorted_outside()}
     recorded = [*candidates, *(o for o in (*(c.owner for c in candidates), *around.values()) if o is not None)]
     uses = {id(c): _Uses(c) for c in lists}
     handles = []

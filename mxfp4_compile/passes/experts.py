@@ -310,6 +310,8 @@ class MXFP4Experts(nn.Module):
         values = [given[member + suffix] for member in members(self.original, name)]
         if "#" in name:
             return values[0].reshape(experts, -1, *values[0].shape[1:])
+        if "@" in name:
+            return values[0][:experts]
         return torch.stack(values) if "*" in name.split(".") else values[0]
 
     def _write(self, projection: Projection, packed: Tensor, scales: Tensor) -> None:

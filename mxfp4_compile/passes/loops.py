@@ -66,8 +66,9 @@ class _AllInUse(TorchFunctionMode):
     What has been written to since (another version) is not what was remembered.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, without_last: bool) -> None:
         super().__init__()
+        self.without_last = without_last
         self.hit: dict[int, tuple[Tensor, int]] = {}
         self.places: dict[int, tuple[Tensor, Tensor, int]] = {}
         self.made: dict[int, tuple[list[int], Tensor, str, tuple[Any, ...]]] = {}
@@ -210,7 +211,8 @@ class _AllInUse(TorchFunctionMode):
         mask = args[0]
         if mask.dim() == 1 and isinstance(mask.shape[0], int):
             # Of a fixed number of places: the experts that were hit. All of them are.
-            numbers = self._know(torch.arange(mask.shape[0], device=mask.device), -1)
+            places = mask.shape[0] - (1 if self.without_last else 0)
+            numbers = self._know(torch.arange(places, device=mask.device), -1)
             if func is torch.where or kwargs.get("as_tuple"):
                 return (numbers,)
             return self._know(numbers.unsqueeze(-1), -1)
@@ -309,12 +311,18 @@ _TURNED = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
 class _Caller(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
+    """Runs the module as if every expert had rows.
+
+    A mask may have a place more than there are experts, for ids that are none. Where the loop would take such an
+    expert's weights, which do not exist, the original fails with such ids, and the place counts as never hit.
+    """
+
+    def __init__(self, module: nn.Module, without_last: bool) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.without_last = module, without_last
 
     def forward(self, args: Any, kwargs: Any) -> Any:
-        with _AllInUse():
+        with _AllInUse(self.without_last):
             return self.module(*args, **kwargs)
 
 
@@ -351,13 +359,15 @@ def trace(module: nn.Module, pattern: CallPattern) -> Captured:
     example = [leaf.zeros() if isinstance(leaf, TensorInfo) else leaf for leaf in pattern.leaves]
     args, kwargs = pattern.arrange(example)
     error: Exception | None = None
-    for sizes in (named_dims, free_dims) if sum(map(bool, pattern.dynamic)) > 1 else (free_dims,):
-        arg_shapes, kwarg_shapes = pattern.arrange(sizes(pattern))
+    without_last = False
+    waiting = [named_dims, free_dims] if sum(map(bool, pattern.dynamic)) > 1 else [free_dims]
+    while waiting:
+        arg_shapes, kwarg_shapes = pattern.arrange(waiting[0](pattern))
         try:
             with torch.no_grad(), warnings.catch_warnings(), _without_hooks(module), _casts_of_nothing():
                 warnings.simplefilter("ignore")
                 program = torch.export.export(
-                    _Caller(module),
+                    _Caller(module, without_last),
                     (args, kwargs),
                     dynamic_shapes={"args": arg_shapes, "kwargs": kwarg_shapes},
                     strict=False,
@@ -365,8 +375,14 @@ def trace(module: nn.Module, pattern: CallPattern) -> Captured:
             return _sorted(program, pattern)
         except CaptureError:
             raise
+        except IndexError as failure:
+            error = error or failure
+            if without_last:
+                waiting.pop(0)
+            without_last = True
         except Exception as failure:
             error = failure
+            waiting.pop(0)
     lines = str(error).strip().splitlines()
     raise CaptureError(
         f"its loop over experts does not trace: {type(error).__name__}: {(lines or [''])[0][:300]}"
@@ -467,6 +483,7 @@ class _Collapse:
                 "no two projections whose rows an index chooses: fewer than two matrices per expert are multiplied "
                 "with rows whose number depends on the routing"
             )
+        roles, self.sentinels = self._without_weights(roles)
         counts = {role: len(found) for role, found in roles.items()}
         for role, found in roles.items():
             self._check_role(role, found)
@@ -475,6 +492,23 @@ class _Collapse:
         self._check_same(roles)
         self._check_idle(roles)
         return self._rebuilt(roles)
+
+    def _without_weights(self, roles: dict[str, list[_Product]]) -> tuple[dict[str, list[_Product]], int]:
+        """How many experts past the last multiply nothing, although one of the projections has room for them.
+
+        That projection's role then names the others alone. What becomes of the tokens of the rest is the matcher's.
+        """
+        sizes = {role: stack(self.module, role).shape[0] for role in roles}
+        experts, everyone = min(sizes.values()), max(sizes.values())
+        renamed: dict[str, list[_Product]] = {}
+        for role, found in roles.items():
+            plain = not set("*#@") & set(role)
+            if sizes[role] > experts and plain and {p.expert for p in found} == set(range(experts)):
+                role = f"{role}@{experts}"
+                for product in found:
+                    product.role = role
+            renamed[role] = found
+        return renamed, everyone - experts
 
     def _product(self, node: fx.Node) -> _Product | None:
         if node.op != "call_function":
@@ -670,6 +704,7 @@ class _Collapse:
         old = self.captured
         graph = fx.Graph()
         new = Captured(graph, list(old.inputs), {}, dict(old.buffers), dict(old.constants), old.pattern, old.out_spec)
+        new.sentinels = self.sentinels
         mapped: dict[fx.Node, fx.Node] = {}
         used = self._weights_used_elsewhere(roles)
         for node in self.graph.nodes:

@@ -73,6 +73,7 @@ class FusedMatch:
     topk_weights: fx.Node
     output: fx.Node
     gemms: tuple[ExpertGemm, ...]
+    sentinels: int = 0  # so many ids from E on name experts without weights
     scale: float = 1.0  # a constant factor of the whole output, which goes into the weights
 
 
@@ -251,7 +252,9 @@ class _Fused:
             w = self._gathered(w)
         if output.meta["val"].dim() == 3:
             output = self._flattened(output)
-        return FusedMatch(spec, x, ids, w, output, (*self.ups, self.down), self.scale)
+        self._absorb(output, w)
+        sentinels = self.captured.sentinels
+        return FusedMatch(spec, x, ids, w, output, (*self.ups, self.down), sentinels, self.scale)
 
     # 1. anchors
 
@@ -438,19 +441,25 @@ class _Fused:
         )
         if reason is not None:
             raise _Refused(reason)
-        masked = self.captured.sentinels
+        masked = self.captured.sentinels > 0
         for region in (selectors, head, tail):
-            counted = _counts(region)
-            for node in region - cuts:
-                # Ids that are none of these experts, as of experts without weights.
-                masked |= op_name(node) == "one_hot" and node.meta["val"].shape[-1] > self.experts
-                if op_name(node) in _BRANCHES:
-                    if node in counted or not self._chooses_by_id(node, cuts, counted):
-                        raise _Refused(f"{node.name} ({node.target}) branches outside the activation")
-                    # Comparing ids alone (one_hot, counting) provides for no others than the experts'.
-                    masked |= op_name(node) in _SELECTING
+            masked |= self._branches_by_id(region, cuts)
         if masked:
             self._check_sentinels(output, w, on_input)
+
+    def _branches_by_id(self, region: set[fx.Node], cuts: set[fx.Node]) -> bool:
+        """Whether a region leaves out ids; refuses if it branches on anything but ids."""
+        masked = False
+        counted = _counts(region)
+        for node in region - cuts:
+            # Ids that are none of these experts.
+            masked |= op_name(node) == "one_hot" and node.meta["val"].shape[-1] > self.experts
+            if op_name(node) in _BRANCHES:
+                if node in counted or not self._chooses_by_id(node, cuts, counted):
+                    raise _Refused(f"{node.name} ({node.target}) branches outside the activation")
+                # Comparing ids alone (one_hot, counting) provides for no others than the experts'.
+                masked |= op_name(node) in _SELECTING
+        return masked
 
     def _chooses_by_id(self, node: fx.Node, cuts: set[fx.Node], counted: set[fx.Node]) -> bool:
         """Whether a branch follows from expert ids alone: probes that hit every expert see what it does."""
@@ -471,7 +480,8 @@ class _Fused:
     def _check_sentinels(self, output: fx.Node, w: fx.Node, on_input: bool) -> None:
         """Ids that are no expert (>= E) must contribute nothing, as in the op, where a graph provides for them."""
         id_values, x_values, _ = (t.clone() for t in self.tables[0])
-        id_values.view(-1)[::3] = self.experts
+        others = id_values.view(-1)[::3]
+        others[:] = self.experts + torch.arange(len(others)) % max(self.captured.sentinels, 1)
         weights = self._random(shape_of(w, self._sizes(self.probe_tokens[0])))
         given: dict[fx.Node, Any] = {self.ids: id_values, self.x: x_values, w: weights}
         first = self.ups[0]
@@ -712,6 +722,7 @@ class _Fused:
             node.kwargs = {"dtype": dtype}
             node.meta["val"] = output.meta["val"].new_empty(output.meta["val"].shape, dtype=dtype)
         output.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not narrow)
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         return narrow
 
     def _by_batch(self, node: fx.Node) -> bool:
@@ -747,6 +758,7 @@ class _Fused:
         flat.meta["val"] = value.new_empty((value.shape[0] * value.shape[1], self.hidden))
         back.meta["val"] = value
         output.replace_all_uses_with(back, delete_user_cb=lambda user: user is not flat)
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         return flat
 
     def _by_expert(self, node: fx.Node) -> bool:
@@ -768,6 +780,7 @@ class _Fused:
             made.append(self.graph.call_function(torch.ops.aten.clamp.default, (self.ids, None, self.experts - 1)))
         with self.graph.inserting_after(made[0]):
             made.append(self.graph.call_function(torch.ops.aten.gather.default, (w, 1, made[0])))
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         made[0].meta["val"] = self.ids.meta["val"]
         made[1].meta["val"] = w.meta["val"].new_empty(self.ids.meta["val"].shape)
         return made[1]
@@ -824,6 +837,79 @@ class _Fused:
             by_pair = by_pair * (self._weights_of_pairs(w, weights, id_values) * self.scale).reshape(-1, 1)
         (out,) = self.probes[i].run([output], given)
         return by_pair.view(*id_values.shape, self.hidden).sum(1), out.reshape(-1, self.hidden)
+
+    def _absorb(self, output: fx.Node, w: fx.Node) -> None:
+        """Put x * (the weights of ids from E on) in the place of a loop over experts that hand the token on.
+
+        Such experts have no weights (longcat_flash). Their loop finds its rows by nonzero, whose size only the device
+        knows: neither a CUDA graph nor a compiled one takes it. Where it cannot be proven to be this, it stays.
+        """
+        if self.captured.sentinels < 1 or w.meta["val"].shape != self.ids.meta["val"].shape:
+            return
+        later = _descendants(output)
+        sums = [n for n in later if n is not output and is_float(n) and n.meta["val"].shape == output.meta["val"].shape]
+        for final in sorted(sums, key=lambda n: -self.order[n]):
+            if _covers(final, later) and self._hands_on(output, w, final):
+                break
+        else:
+            return
+        x, ids, dtype = self.x, self.ids, final.meta["val"].dtype
+        aten = torch.ops.aten
+        with self.graph.inserting_after(final):
+            chosen = self.graph.call_function(aten.ge.Scalar, (ids, self.experts))
+        chosen.meta["val"] = ids.meta["val"].new_empty(ids.meta["val"].shape, dtype=torch.bool)
+        value, before = w.meta["val"], chosen
+
+        def then(target: Any, args: Any, shape: Any, kind: torch.dtype, **kwargs: Any) -> fx.Node:
+            nonlocal before
+            with self.graph.inserting_after(before):
+                before = self.graph.call_function(target, args, kwargs)
+            before.meta["val"] = value.new_empty(shape, dtype=kind)
+            return before
+
+        kept = then(aten.mul.Tensor, (w, chosen), value.shape, value.dtype)
+        total = then(aten.sum.dim_IntList, (kept, [1], True), (value.shape[0], 1), value.dtype)
+        wide = torch.promote_types(value.dtype, x.meta["val"].dtype)
+        part = then(aten.mul.Tensor, (x, total), x.meta["val"].shape, wide)
+        if wide != dtype:
+            part = then(aten._to_copy.default, (part,), x.meta["val"].shape, dtype, dtype=dtype)
+        result = then(aten.add.Tensor, (output, part), x.meta["val"].shape, dtype)
+        final.replace_all_uses_with(result)
+        self.graph.eliminate_dead_code()
+
+    def _hands_on(self, output: fx.Node, w: fx.Node, final: fx.Node) -> bool:
+        """Whether ``final`` is ``output`` + x * (the weights of ids from E on), for all ids and token counts."""
+        cuts = (self.x, self.ids, w, output)
+        region = _read_by([final], stop=cuts)
+        try:
+            self._branches_by_id(region, set(cuts))
+        except _Refused:
+            return False
+        nothing: set[fx.Node] = set()
+        names = {g.weight for g in (*self.ups, self.down)}
+        regions = (nothing, nothing, nothing, region)
+        if check_structure(self.captured, (), names, cuts, regions, self.top_k, self.experts) is not None:
+            return False
+        everyone = self.experts + self.captured.sentinels
+        for tokens, probe in zip(self.probe_tokens, self.probes, strict=False):
+            sizes = self._sizes(tokens)
+            for lowest, scale in ((0, 1.0), (0, 1e3), (self.experts, 1.0), (0, 1e-3)):
+                shape = shape_of(self.ids, sizes)
+                ids = torch.randint(lowest, everyone, tuple(shape), generator=self.generator)
+                given: dict[fx.Node, Any] = {
+                    self.ids: ids,
+                    self.x: self._random(shape_of(self.x, sizes)) * scale,
+                    w: self._random(shape_of(w, sizes)),
+                    output: self._random(shape_of(output, sizes)) * scale,
+                }
+                try:
+                    (out,) = probe.run([final], given)
+                except EvaluationError:
+                    return False
+                weight = (given[w] * (ids >= self.experts)).sum(1, keepdim=True)
+                if not _close(given[output] + given[self.x] * weight, out, scale):
+                    return False
+        return True
 
     # 5. casts and dtypes
 

@@ -33,7 +33,7 @@ def prep_program(
 ) -> fx.GraphModule:
     """Build the prep program of one projection."""
     graph = fx.Graph()
-    labels = str.maketrans({".": "_", "*": "each", "#": "_by_"})
+    labels = str.maketrans({".": "_", "*": "each", "#": "_by_", "@": "_of_"})
     parts = [graph.placeholder(name.translate(labels)) for name in projection.source.parameters]
     if projection.source.transposed:
         parts = [graph.call_function(aten.transpose.int, (part, 1, 2)) for part in parts]

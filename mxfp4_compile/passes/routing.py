@@ -221,7 +221,7 @@ class _Variant:
             old.pattern,
             old.out_spec,
         )
-        new.dense, new.sentinels = tuple(self.dense), not value.is_floating_point()
+        new.dense, new.sentinels = tuple(self.dense), int(not value.is_floating_point())
         new.elsewhere = tuple(self.elsewhere)
         return new
 

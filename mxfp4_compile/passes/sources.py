@@ -1,7 +1,8 @@
 """Where a projection's weights lie in the original module: one packed parameter, or one parameter per expert.
 
 A name with a ``*`` component ("experts.*.up_proj.weight") stands for the parameters of all children of that
-list or dict, in its order: expert e is child e. "w1#8" is a 2-D parameter [8 * n, k] read as [8, n, k]. Every
+list or dict, in its order: expert e is child e. "w1#8" is a 2-D parameter [8 * n, k] read as [8, n, k]. "w1@8" are
+the first 8 experts of a packed parameter [10, ., .] whose others no forward multiplies. Every
 other name is an ordinary packed parameter [E, ., .]. ``Stack`` reads all of them a few experts at a time, so
 that experts which lie apart never exist as a second copy.
 """
@@ -23,8 +24,8 @@ def listed(owner: nn.Module) -> list[str]:
 
 def members(module: nn.Module, name: str) -> tuple[str, ...]:
     """The names of the real parameters behind ``name``, in the experts' order."""
-    if "#" in name:
-        return (name.partition("#")[0],)
+    if "#" in name or "@" in name:
+        return (name.replace("@", "#").partition("#")[0],)
     if "*" not in name.split("."):
         return (name,)
     parts = name.split(".")
@@ -70,13 +71,25 @@ def stack(module: nn.Module, name: str) -> Stack:
     if "#" in name:
         experts = int(name.partition("#")[2])
         shape = (experts, shape[0] // experts, *shape[1:])
+    elif "@" in name:
+        parts = (parts[0][: int(name.partition("@")[2])],)
+        shape = tuple(parts[0].shape)
     elif "*" in name.split("."):
         shape = (len(parts), *shape)
     return Stack(parts, shape)
 
 
 def unstack(module: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
-    """The inverse: a stacked value [e, ...] as the real parameters' values (of the first e experts)."""
+    """The inverse: a stacked value [e, ...] as the real parameters' values (of the first e experts).
+
+    Experts that no forward multiplies come out as zeros.
+    """
+    if "@" in name:
+        (real,) = members(module, name)
+        experts, others = int(name.partition("@")[2]), module.get_parameter(real).shape[0]
+        if value.shape[0] == experts:
+            value = torch.cat([value, value.new_zeros(others - experts, *value.shape[1:])])
+        return {real: value}
     if "#" in name:
         return {members(module, name)[0]: value.flatten(0, 1)}
     if "*" in name.split("."):

@@ -92,12 +92,15 @@ def check_structure(
     captured: Captured,
     gemms: Iterable[fx.Node],
     weights: Iterable[str],
-    cuts: tuple[fx.Node, fx.Node, fx.Node],
+    cuts: tuple[fx.Node, ...],
     regions: tuple[set[fx.Node], set[fx.Node], set[fx.Node], set[fx.Node]],
     top_k: int,
     experts: int,
 ) -> str | None:
-    """Apply the rules; ``cuts``: tokens, ids, weights; ``regions``: choice of experts, rows, activation, sum."""
+    """Apply the rules; ``cuts``: tokens, ids, weights, and what else is given.
+
+    ``regions``: choice of experts, rows, activation, sum.
+    """
     return _Check(captured, set(gemms), set(weights), cuts, regions, top_k, experts).run()
 
 
@@ -107,7 +110,7 @@ class _Check:
         captured: Captured,
         gemms: set[fx.Node],
         weights: set[str],
-        cuts: tuple[fx.Node, fx.Node, fx.Node],
+        cuts: tuple[fx.Node, ...],
         regions: tuple[set[fx.Node], set[fx.Node], set[fx.Node], set[fx.Node]],
         top_k: int,
         experts: int,
@@ -252,7 +255,7 @@ class _Check:
         if isinstance(value.shape[dim], int):
             # Within a row of ids only all columns together are looked at.
             several = source is self.ids or (_ID in self.taint.get(source, ()) and not _is_float(source))
-            if name == "select" and _all_selected(source, dim, self.experts):
+            if name == "select" and _all_selected(source, dim, self.experts, self.captured.sentinels):
                 return None
             return f"{node.name} takes some of a token's ids" if several and value.shape[dim] > 1 else None
         if name == "slice":
@@ -262,10 +265,10 @@ class _Check:
         return f"{node.name} takes some of the rows"
 
 
-def _all_selected(source: fx.Node, dim: int, experts: int) -> bool:
+def _all_selected(source: fx.Node, dim: int, experts: int, sentinels: int) -> bool:
     """Whether every place along ``dim``, wider than a token's ids, is selected: one for each expert of a loop.
 
-    The place after the last expert's, of ids that are none, may be left out.
+    The places after the last expert's, of ids that are none, may be left out.
     """
     value = source.meta["val"]
     at = {
@@ -273,7 +276,8 @@ def _all_selected(source: fx.Node, dim: int, experts: int) -> bool:
         for n in source.users
         if op_name(n) == "select" and int(n.args[1]) % value.dim() == dim % value.dim()  # type: ignore[arg-type]
     }
-    return at == set(range(value.shape[dim])) or (at == set(range(experts)) and value.shape[dim] == experts + 1)
+    places = value.shape[dim]
+    return at == set(range(places)) or (at == set(range(experts)) and places <= experts + max(sentinels, 1))
 
 
 def _zeros_and_ones(node: fx.Node) -> bool:

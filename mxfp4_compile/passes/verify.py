@@ -92,6 +92,7 @@ def verify(site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     experts = site.projections[0].shape[0]
     ids_at, by_expert, top_k = _roles(site, found)
+    others = found.sentinels if isinstance(found, FusedMatch) else 0
     groups = _groups(site, original)
     squared = torch.zeros(3, dtype=torch.float64)
     cases = checked = 0
@@ -101,9 +102,10 @@ def verify(site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0) -
     for start, stop in groups:
         narrow = slice(start, stop)
         try:
-            outcome = _compare_group(site, original, narrow, ids_at, by_expert, top_k, generator, dtype)
+            outcome = _compare_group(site, original, narrow, ids_at, by_expert, top_k, others, generator, dtype)
         except _NeedsAllExperts:
-            outcome = _compare_group(site, original, slice(0, experts), ids_at, by_expert, top_k, generator, dtype)
+            everyone = slice(0, experts)
+            outcome = _compare_group(site, original, everyone, ids_at, by_expert, top_k, others, generator, dtype)
         for ours, theirs, truth in outcome:
             cases += 1
             delta = torch.tensor(
@@ -177,6 +179,7 @@ def _compare_group(
     ids_at: int,
     by_expert: int | None,
     top_k: int,
+    others: int,
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -185,10 +188,16 @@ def _compare_group(
     exact = _with_weights(site, original, narrow, torch.float32 if dtype.itemsize < 8 else dtype)
     out = []
     with torch.no_grad():
-        for tokens, pattern in _routings(narrow.stop - narrow.start, top_k):
+        for tokens, pattern in _routings(narrow.stop - narrow.start, top_k, others):
             inputs = _inputs(site, tokens, ids_at, narrow.stop - narrow.start, pattern, generator)
+            real = torch.ones_like(inputs[ids_at], dtype=torch.bool)
+            if pattern == "without weights":  # some ids of experts past the last one that has weights
+                real = (torch.rand(real.shape, generator=generator) > 0.4).to(real.device)
+                drawn = torch.randint(others, real.shape, generator=generator).to(inputs[ids_at])
+                last = site.projections[0].shape[0]
+                inputs[ids_at] = torch.where(real, inputs[ids_at], last + drawn)
             shifted = list(inputs)
-            shifted[ids_at] = inputs[ids_at] + narrow.start
+            shifted[ids_at] = torch.where(real, inputs[ids_at] + narrow.start, inputs[ids_at])
             if by_expert is not None:
                 shifted[by_expert] = inputs[by_expert].roll(narrow.start, 1)
             try:
@@ -231,12 +240,14 @@ def _with_weights(site: MXFP4Experts, original: nn.Module, narrow: slice, dtype:
     return module
 
 
-def _routings(experts: int, top_k: int) -> Iterator[tuple[int, str]]:
+def _routings(experts: int, top_k: int, others: int) -> Iterator[tuple[int, str]]:
     yield 1, "random"
     yield 13, "random"
     yield 7, "one"
     if experts > top_k:
         yield 11, "skip last"
+    if others:
+        yield 17, "without weights"
 
 
 def _inputs(

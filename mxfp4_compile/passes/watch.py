@@ -6,6 +6,9 @@ convolutions) show nothing:
 
 - apart: a module whose children hold one 3-D weight [E, ., .] each (as convolutions do, too), of which two or more were
   called with rows and whole numbers, as many as there are experts or rows: which rows are whose;
+- flattened: two or more matrices [E * N, K] of one module, of equal shape, that a forward viewed as [E, N, K];
+- uneven: a module with 3-D weights of unequal first dimensions (some experts have no weights of their own), called with
+  rows and as many (lists of) whole numbers;
 - masked: a list of equal children that all got the same rows, where what a child gives counts for some of the rows
   only, or not at all: each is run for every token, and a mask chooses;
 - retrieved: two or more tables [N, D] of equal shape, looked up by the same integers, which their owner computed.
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 from .capture import Call, describe
 from .sources import listed
@@ -68,7 +72,8 @@ class Watch:
         paths: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             paths.setdefault(id(module), []).append(name)
-        self.watchers: list[_Apart | _Masked | _Retrieved] = []
+        self.watchers: list[_Apart | _Flattened | _Uneven | _Masked | _Retrieved] = []
+        parents = {id(c): m for m in model.modules() for c in m.children()}
         for module in model.modules():
             own = tuple(paths[id(module)])
             if module is model or id(module) in known:
@@ -76,6 +81,10 @@ class Watch:
             weights = [c for c in module.children() if _lone(c, 3) is not None]
             if len(weights) >= 2 and len({_lone(c, 3).shape[0] for c in weights}) == 1:  # type: ignore[union-attr]
                 self.watchers.append(_Apart(own, module, weights))
+            if _flat(module):
+                self.watchers.append(_Flattened(paths, module, parents, model))
+            elif sum(_is_stack(p) for p in module._parameters.values()) >= 2:
+                self.watchers.append(_Uneven(own, module))
             tables = _tables(module)
             if tables:
                 self.watchers.append(_Retrieved(own, module, tables))
@@ -85,21 +94,33 @@ class Watch:
                     if len(children) >= 2 and same_parameters(children) and _has_matrix(children[0]):
                         self.watchers.append(_Masked(own, module, children, listed_module))
         self.handles: list[Any] = []
+        self.views: _Views | None = None
 
     def start(self) -> None:
         """Set the hooks."""
+        flattened = [w for w in self.watchers if isinstance(w, _Flattened)]
+        if flattened:
+            self.views = _Views(flattened)
+            self.views.__enter__()
         for watcher in self.watchers:
             self.handles += watcher.hooks()
 
     def stop(self) -> None:
         """Remove the hooks."""
+        if self.views is not None:
+            self.views.__exit__(None, None, None)
+            self.views = None
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
-    def recorded(self) -> list[_Apart]:
+    def recorded(self) -> list[_Apart | _Flattened | _Uneven]:
         """The watchers that keep calls."""
-        return [w for w in self.watchers if isinstance(w, _Apart)]
+        return [w for w in self.watchers if isinstance(w, (_Apart, _Flattened, _Uneven))]
+
+    def sorted_outside(self) -> list[tuple[tuple[str, ...], nn.Module]]:
+        """Paths and modules that may be given rows in the experts' order: the router is around them."""
+        return [(w.paths, w.owner) for w in self.watchers if isinstance(w, _Apart)]
 
     def sightings(self) -> Iterator[Sighting]:
         """What the forwards since ``start`` showed."""
@@ -161,6 +182,98 @@ class _Apart:
             refusal=f"its grouped projections {', '.join(names)} are called one at a time while its own forward never "
             "is: something else (attention) lies between them, and a site is one call of one module",
         )
+
+
+def _is_stack(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.dim() == 3 and parameter.is_floating_point() and parameter.shape[0] >= 2
+
+
+def _flat(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own matrices of which another has the same shape."""
+    own = [p for p in module._parameters.values() if p is not None and p.dim() == 2 and p.is_floating_point()]
+    shapes = [p.shape for p in own]
+    return [p for p in own if shapes.count(p.shape) >= 2]
+
+
+class _Flattened:
+    """The site is the module whose forward takes the views, which may lie around the one that owns the weights."""
+
+    def __init__(
+        self, paths: dict[int, list[str]], owner: nn.Module, parents: dict[int, nn.Module], model: nn.Module
+    ) -> None:
+        self.all_paths, self.weights = paths, {id(p) for p in _flat(owner)}
+        self.around = [owner]
+        while (parent := parents.get(id(self.around[-1]))) is not None and parent is not model:
+            self.around.append(parent)
+        self.active: list[tuple[nn.Module, Call, dict[int, int]]] = []
+        self.calls: list[Call] = []
+        self.module: nn.Module | None = None
+
+    def hooks(self) -> list[Any]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.active.append((module, describe(args, kwargs), {}))
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            _, call, viewed = self.active.pop()
+            experts = list(viewed.values())
+            if any(experts.count(e) >= 2 for e in experts) and self.module in (None, module):
+                self.module = module
+                self.calls.append(call)
+
+        handles = []
+        for module in self.around:
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        return handles
+
+    def viewed(self, matrix: Tensor, result: Tensor) -> None:
+        """A forward viewed ``matrix`` as ``result``."""
+        if id(matrix) in self.weights and self.active and result.dim() == 3 and result.shape[0] >= 2:
+            if result.shape[0] * result.shape[1] == matrix.shape[0] and result.shape[2] == matrix.shape[1]:
+                self.active[-1][2][id(matrix)] = int(result.shape[0])
+
+    def sighting(self) -> Sighting | None:
+        self.active = []  # of a forward that failed
+        if self.module is None:
+            return None
+        return Sighting(tuple(self.all_paths[id(self.module)]), self.module, self.calls)
+
+
+class _Views(TorchFunctionMode):
+    """Tells watchers which matrices a forward views as stacks."""
+
+    def __init__(self, watchers: list[_Flattened]) -> None:
+        super().__init__()
+        self.watchers = watchers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _VIEWS and isinstance(args[0], Tensor) and args[0].dim() == 2 and isinstance(result, Tensor):
+            for watcher in self.watchers:
+                watcher.viewed(args[0], result)
+        return result
+
+
+_VIEWS = (Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten)
+
+
+class _Uneven:
+    def __init__(self, paths: tuple[str, ...], module: nn.Module) -> None:
+        self.paths, self.module = paths, module
+        self.calls: list[Call] = []
+        self.routed = False
+
+    def hooks(self) -> list[Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.calls.append(describe(args, kwargs))
+            rows = [t.shape[0] for t in _tensors(args, kwargs) if t.is_floating_point() and t.dim() == 2]
+            ids = [t for t in _tensors(args, kwargs) if t.dtype in (torch.int64, torch.int32) and t.dim() in (1, 2)]
+            self.routed |= any(t.shape[0] in rows for t in ids)
+
+        return [self.module.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def sighting(self) -> Sighting | None:
+        return Sighting(self.paths, self.module, self.calls) if self.routed else None
 
 
 class _Retrieved:
