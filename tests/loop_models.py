@@ -124,6 +124,76 @@ class LoopMoE(nn.Module):
         return out.index_add_(0, token, current.to(x.dtype))
 
 
+class CountsMoE(RemoteMoE):
+    """As transformers 4 spells it: it goes through the counts as a tensor, and slices between sums of them."""
+
+    @torch.no_grad()
+    def infer(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        order = ids.view(-1).argsort()
+        rows = x[order // ids.shape[1]]
+        outputs, start = [], 0
+        for i, count in enumerate(F.one_hot(ids, len(self.experts)).sum(dim=(0, 1))):
+            if count == 0:
+                continue
+            end = start + count
+            outputs.append(self.experts[i](rows[start:end]))
+            start = end
+        joined = torch.cat(outputs, dim=0)
+        back = torch.empty_like(joined)
+        back[order] = joined
+        return back.view(*ids.shape, -1).type(weights.dtype).mul_(weights.unsqueeze(-1)).sum(dim=1).type(back.dtype)
+
+
+class AllWeightsMoE(LoopMoE):
+    """Its routing weights are those of all experts, zero for those that a token does not go to."""
+
+    def step(self, e: Tensor | int, x: Tensor, weights: Tensor, out: Tensor, column: Tensor, token: Tensor) -> Tensor:
+        current = self.experts[e](x[token]) * self.dense[token, self.column(e), None]
+        return out.index_add_(0, token, current)
+
+    def column(self, e: Tensor | int) -> Tensor | int:
+        return e
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = F.softmax(self.gate(hidden_states).flatten(0, 1), dim=-1).topk(K, dim=-1)
+        self.dense = values.new_zeros(values.shape[0], E).scatter(1, ids, values)
+        try:
+            return super().forward(hidden_states)
+        finally:
+            del self.dense
+
+
+class OffsetsMoE(nn.Module):
+    """Packed weights, rows sorted by expert, each expert's written into its slice (aria's of transformers 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.up = nn.Parameter(torch.randn(E, H, 2 * MI))
+        self.down = nn.Parameter(torch.randn(E, MI, H))
+
+    def offsets(self, counts: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(1, dtype=torch.long, device=counts.device), counts.cumsum(0)])
+
+    def products(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        out = rows.new_zeros(rows.shape[0], weight.shape[2])
+        offsets = self.offsets(counts)
+        for e in range(weight.shape[0]):
+            start, end = offsets[e], offsets[e + 1]
+            out[start:end] = rows[start:end] @ weight[e]
+        return out
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.view(-1, H)
+        values, ids = self.gate(x).topk(K, dim=-1)
+        counts = F.one_hot(ids, E).sum(dim=(0, 1))
+        order = ids.view(-1).argsort()
+        gate, up = self.products(x[order // K], self.up, counts).chunk(2, dim=-1)
+        y = self.products(F.silu(gate) * up, self.down, counts)
+        back = torch.zeros_like(y).index_copy_(0, order, y).view(-1, K, H)
+        return (back * values.softmax(-1).unsqueeze(-1)).sum(1).view_as(hidden_states)
+
+
 class Model(nn.Module):
     """Two blocks with a residual; takes hidden states."""
 

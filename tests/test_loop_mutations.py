@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from loop_models import E, GatedMLP, H, K, LoopMoE, Model, RemoteMoE
+from loop_models import AllWeightsMoE, E, GatedMLP, H, K, LoopMoE, Model, OffsetsMoE, RemoteMoE
 from torch import nn
 
 import mxfp4_compile
@@ -118,6 +118,33 @@ class ScaledExpert(GatedMLP):
 class OwnScale(LoopMoE):
     def __init__(self):
         super().__init__(ScaledExpert)
+
+
+class OtherWeights(AllWeightsMoE):
+    def column(self, e):
+        return (e + 1) % E
+
+
+class OffsetsWritten(OffsetsMoE):
+    """Its sums of counts are changed after they were made."""
+
+    def offsets(self, counts):
+        offsets = super().offsets(counts)
+        offsets[1] -= 1
+        return offsets
+
+
+class CountsWritten(OffsetsMoE):
+    def offsets(self, counts):
+        counts = counts.clone()
+        sums = counts.cumsum(0)
+        counts[0] += 1
+        return torch.cat([torch.zeros(1, dtype=torch.long), sums - counts + counts.roll(1)])
+
+
+class GateOfOthers(OffsetsMoE):
+    def products(self, rows, weight, counts):
+        return super().products(rows, weight, counts).roll(1, 0)
 
 
 class Positional(LoopMoE):
@@ -242,7 +269,7 @@ def test_contribution_without_tokens_is_refused_by_proof(mutation: type[nn.Modul
 MUTATIONS = [
     OtherActivation, NextExpert, SameExpert, WeightTwice, WeightTwiceForOne, ShiftedTokens, ShiftedOutput, OtherColumn,
     Capped, ScaledByCount, ManyTokensOnly, Clamped, Overwrites, EmptyAddsSomething, Residual, UsesOutput, OwnScale,
-    Positional, Dense,
+    Positional, Dense, OtherWeights, OffsetsWritten, CountsWritten, GateOfOthers,
 ]  # fmt: skip
 QUICK = {OtherActivation, NextExpert, Capped, ScaledByCount, EmptyAddsSomething, ShiftedOutput}
 
