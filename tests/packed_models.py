@@ -1,4 +1,4 @@
-"""Experts in packed or flattened weights that a loop multiplies, in the style of transformers 5; mutations as overrides."""
+"""Experts in packed or flattened weights that a loop multiplies, in the style of transformers 5."""
 
 from __future__ import annotations
 

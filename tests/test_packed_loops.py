@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_models import E, OTHERS, Flattened, H, K, Model, WithoutWeights
+from packed_models import OTHERS, E, Flattened, H, K, Model, WithoutWeights
 from torch import nn
 
 import mxfp4_compile
@@ -38,7 +38,7 @@ def test_families(family: str, dtype: torch.dtype) -> None:
 
 class OtherExpertsMatrix(Flattened):
     def matrices(self, e):
-        w1, v1, w2 = super().matrices(e)
+        w1, v1, _ = super().matrices(e)
         return w1, v1, super().matrices((e + 1) % E)[2]
 
 
