@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 if not transformers.__version__.startswith("4.57."):
     pytest.skip("for transformers 4.57", allow_module_level=True)
 
-import mxfp4_compile  # noqa: E402
+import mxfp4_compile.passes.discover  # noqa: E402
 from mxfp4_compile import CheckpointError, OptimizeError  # noqa: E402
 from mxfp4_compile.families import listed_families, tiny_inputs, tiny_model, undecorated_families  # noqa: E402
 
@@ -24,12 +27,23 @@ LISTED = [
     "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4v_moe", "hunyuan_v1_moe",
     "jamba", "minimax", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe",
 ]  # fmt: skip
-# Packed experts in a loop.
-PACKED = ["gpt_oss"]
+# Packed experts, in loops over all or over sorted rows, and dense products of every token with every expert.
+PACKED = [
+    "aria", "dbrx", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "jetmoe", "llama4", "longcat_flash",
+    "qwen3_vl_moe",
+]  # fmt: skip
 FUSED = [*LISTED, *PACKED]
 # What each lacks, in words of the report's reason.
-REFUSED: dict[str, str] = {}
-CAUSAL = [f for f in FUSED if f not in ("glm4v_moe", "qwen3_omni_moe")]
+REFUSED = {
+    "nllb_moe": "the experts depend on their order|does not trace",
+    "switch_transformers": "a mask of tokens, no index",
+    "vitpose_backbone": "a child is one matrix, not an up- and a down-projection",
+}
+# Of these families only some modules are rewritten: what the others lack.
+PARTLY = {"jetmoe": "something else \\(attention\\) lies between them"}
+# Its own forward does not run in 4.57.6 once it has experts.
+BROKEN = ["doge"]
+CAUSAL = [f for f in FUSED if f not in ("aria", "glm4v_moe", "llama4", "qwen3_omni_moe", "qwen3_vl_moe", "jetmoe")]
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +54,7 @@ def tiny(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def test_every_family_is_in_one_of_the_lists() -> None:
-    assert sorted([*FUSED, *REFUSED]) == sorted({*listed_families(), *undecorated_families()})
+    assert sorted([*FUSED, *REFUSED, *BROKEN]) == sorted({*listed_families(), *undecorated_families()})
 
 
 @pytest.mark.parametrize("family", FUSED)
@@ -49,9 +63,13 @@ def test_rewritten_verified_and_put_back(family: str) -> None:
     inputs = tiny_inputs(model)
     keys = set(model.state_dict())
     # A causal LM needs no example inputs.
-    mxfp4_compile.optimize(model, example_inputs=None if family in CAUSAL else inputs)
-    assert {s.outcome for s in model.mxfp4_report.sites} == {"fused"}
-    assert all(s.error <= 1.5 * s.original_error + 2e-3 for s in model.mxfp4_report.sites)
+    mxfp4_compile.optimize(model, example_inputs=None if family in CAUSAL else inputs, strict=family not in PARTLY)
+    fused = [s for s in model.mxfp4_report.sites if s.outcome == "fused"]
+    assert fused
+    assert all(s.error <= 1.5 * s.original_error + 2e-3 for s in fused)
+    left = [s for s in model.mxfp4_report.sites if s.outcome != "fused"]
+    assert bool(left) == (family in PARTLY)
+    assert all(re.search(PARTLY[family], s.reason) for s in left)
     longer = tiny_inputs(model, batch=3, length=14, seed=1)
     with torch.no_grad():
         ours = [model(**x).logits for x in (inputs, longer)]
@@ -69,7 +87,37 @@ def test_refused_with_the_property_it_lacks(family: str) -> None:
     mxfp4_compile.optimize(model, example_inputs=inputs, strict=False)
     assert model.mxfp4_report.sites
     assert {s.outcome for s in model.mxfp4_report.sites} <= {"unmatched", "dense"}
-    assert all(REFUSED[family] in s.reason for s in model.mxfp4_report.sites)
+    assert all(re.search(REFUSED[family], s.reason) for s in model.mxfp4_report.sites)
+
+
+@pytest.mark.parametrize("family", BROKEN)
+def test_does_not_run_by_itself(family: str) -> None:
+    model = tiny(family)
+    with pytest.raises(TypeError, match="must be Tensor, not tuple"):
+        model(**tiny_inputs(model))
+    with pytest.raises((OptimizeError, mxfp4_compile.passes.discover.DiscoveryError)):
+        mxfp4_compile.optimize(model)
+
+
+def test_gpt_oss_as_it_computes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its experts multiply every token with every expert unless they are on a CPU."""
+    from transformers.models.gpt_oss import modeling_gpt_oss as module
+
+    source = textwrap.dedent(inspect.getsource(module.GptOssExperts.forward))
+    fork = 'hidden_states.device.type == "cpu" or self.training'
+    assert fork in source
+    space = dict(vars(module))
+    exec(source.replace(fork, "self.training"), space)
+    monkeypatch.setattr(module.GptOssExperts, "forward", space["forward"])
+    model = tiny("gpt_oss")
+    mxfp4_compile.optimize(model)
+    (site,) = model.mxfp4_report.sites
+    assert (site.outcome, site.module_class) == ("fused", "GptOssMLP")
+    inputs = tiny_inputs(model, batch=3, length=5)
+    with torch.no_grad():
+        ours = model(**inputs).logits
+        theirs = mxfp4_compile.restore(model)(**inputs).logits
+    assert (ours - theirs).norm() <= 0.05 * theirs.norm()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])

@@ -206,7 +206,8 @@ def record_calls(
         return
     for c in candidates:
         c.owner = _owner(model, c)
-    recorded = [*candidates, *(c.owner for c in candidates if c.owner is not None)]
+    around = {id(m): _owner(model, Candidate(paths, m, "block")) for paths, m in watch.sorted_outside()}
+    recorded = [*candidates, *(o for o in (*(c.owner for c in candidates), *around.values()) if o is not None)]
     uses = {id(c): _Uses(c) for c in lists}
     handles = []
 
@@ -249,8 +250,9 @@ def record_calls(
     for sighting in watch.sightings():
         if id(sighting.module) not in taken:
             taken.add(id(sighting.module))
+            owner = around.get(id(sighting.module))
             candidates.append(
-                Candidate(sighting.paths, sighting.module, "block", sighting.calls, refusal=sighting.refusal)
+                Candidate(sighting.paths, sighting.module, "block", sighting.calls, None, owner, sighting.refusal)
             )
 
 

@@ -16,6 +16,7 @@ projection of all experts is ONE node, so that ``match`` treats it like packed e
 
 from __future__ import annotations
 
+import itertools
 import operator
 import warnings
 from collections.abc import Hashable, Iterable
@@ -60,15 +61,18 @@ class _AllInUse(TorchFunctionMode):
 
     ``hit``: tensors that hold the number of an expert known from the loop, by id (kept alive).
     ``places``: elements of integer vectors of fixed length (one per expert); what compares one with a number
-    asks whether an expert has rows. ``sizes``: their values, as sizes that the trace does not know.
+    asks whether an expert has rows. ``made``: integers made of others, so that the length of a slice between two
+    sums of counts is the one count by which they differ. ``sizes``: values, as sizes that the trace does not know.
+    What has been written to since (another version) is not what was remembered.
     """
 
     def __init__(self, without_last: bool) -> None:
         super().__init__()
         self.without_last = without_last
         self.hit: dict[int, tuple[Tensor, int]] = {}
-        self.places: dict[int, Tensor] = {}
-        self.sizes: dict[int, tuple[Tensor, Any]] = {}
+        self.places: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self.made: dict[int, tuple[list[int], Tensor, str, tuple[Any, ...]]] = {}
+        self.sizes: dict[int, tuple[int, Tensor, Any]] = {}
         self.sliced: Any = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,7 +88,7 @@ class _AllInUse(TorchFunctionMode):
             if func in (Tensor.unbind, torch.unbind) and self._all_hit(args[0]):  # what iterating calls
                 return tuple(self._know(args[0][e], e) for e in range(args[0].shape[0]))
             if func in (Tensor.unbind, torch.unbind) and _is_vector(args[0]):
-                return tuple(self._place(part) for part in func(*args, **kwargs))
+                return tuple(self._place(part, args[0], i) for i, part in enumerate(func(*args, **kwargs)))
             if id(args[0]) in self.places and (func in _COMPARED or func is Tensor.__bool__):
                 count = self._size(args[0])
                 torch._check(count >= 2)
@@ -103,6 +107,8 @@ class _AllInUse(TorchFunctionMode):
                 if isinstance(sizes, (list, tuple)) and dim == 0 and any(map(_unknown, sizes)):
                     return self._split(args[0], sizes)
         result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.dtype in (torch.int32, torch.int64):
+            self._make(func, args, result)
         if func in (torch.cat, torch.concat) and self.sliced is not None and free_unbacked_symbols(result.shape[0]):
             # The slices make up what was sliced (else the probes in ``match`` find rows missing).
             torch._check(result.shape[0] == self.sliced)
@@ -120,20 +126,71 @@ class _AllInUse(TorchFunctionMode):
     def _all_hit(self, tensor: Tensor) -> bool:
         return self.hit.get(id(tensor), (None, 0))[1] == -1
 
-    def _place(self, part: Tensor) -> Tensor:
-        self.places[id(part)] = part
+    def _place(self, part: Tensor, vector: Tensor, index: int) -> Tensor:
+        self.places[id(part)] = (part, vector, index)
         return part
 
-    def _size(self, tensor: Tensor) -> Any:
-        if id(tensor) not in self.sizes:
-            self.sizes[id(tensor)] = (tensor, tensor.item())
-        return self.sizes[id(tensor)][1]
+    def _make(self, func: Any, args: Any, result: Tensor) -> None:
+        """Remember how an integer or a vector of integers was made."""
+        known = None
+        if result.dim() == 0 and func in _ADDED and len(args) == 2:
+            if any(isinstance(a, Tensor) and (id(a) in self.places or id(a) in self.made) for a in args):
+                known = ("sum", args)
+        elif not _is_vector(result):
+            return
+        elif func in (torch.cumsum, Tensor.cumsum) and _is_vector(args[0]):
+            known = ("sums", args[:1])
+        elif func in (torch.cat, torch.concat) and all(map(_is_vector, args[0])):
+            known = ("joined", tuple(args[0]))
+        elif func is torch.zeros:
+            known = ("zeros", ())
+        elif func in _SAME_NUMBER and args[0] is not result and _is_vector(args[0]):
+            known = ("same", args[:1])
+        if known is not None:
+            self.made[id(result)] = (_versions(result, *known[1]), result, *known)
+
+    def _origin(self, tensor: Tensor) -> tuple[str, tuple[Any, ...]]:
+        """How an integer or a vector was made, if neither it nor what it was made of has been changed."""
+        versions, _, kind, parts = self.made.get(id(tensor), ([], tensor, "", ()))
+        return (kind, parts) if versions == _versions(tensor, *parts) else ("", ())
+
+    def _size(self, tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        version, _, size = self.sizes.get(id(tensor), (-1, tensor, None))
+        if version != tensor._version:
+            kind, parts = self._origin(tensor)
+            if kind:
+                size = sum(map(self._size, parts))
+            elif id(tensor) in self.places:
+                _, vector, index = self.places[id(tensor)]
+                size = self._entries(vector)[index]
+            else:
+                size = tensor.item()
+            self.sizes[id(tensor)] = (tensor._version, tensor, size)
+        return size
+
+    def _entries(self, vector: Tensor) -> list[Any]:
+        """The values in a vector, as sizes."""
+        version, _, entries = self.sizes.get(id(vector), (-1, vector, None))
+        if version != vector._version:
+            kind, parts = self._origin(vector)
+            if kind == "sums":
+                entries = list(itertools.accumulate(self._entries(parts[0])))
+            elif kind in ("joined", "same"):
+                entries = [e for part in parts for e in self._entries(part)]
+            elif kind == "zeros":
+                entries = [0] * int(vector.shape[0])
+            else:
+                entries = [Tensor.__getitem__(vector, e).item() for e in range(int(vector.shape[0]))]
+            self.sizes[id(vector)] = (vector._version, vector, entries)
+        return entries  # type: ignore[no-any-return]
 
     def _rows(self, tensor: Tensor, index: slice) -> Tensor | None:
         """The row numbers of a slice between sizes the trace does not know, so that their number is one it does."""
         if index.step is not None:
             return None
-        start, stop = (self._size(b) if isinstance(b, Tensor) else b for b in (index.start, index.stop))
+        start, stop = self._size(index.start), self._size(index.stop)
         if not isinstance(start, torch.SymInt) and not isinstance(stop, torch.SymInt):
             return None
         start, stop = 0 if start is None else start, tensor.shape[0] if stop is None else stop
@@ -204,7 +261,7 @@ class _AllInUse(TorchFunctionMode):
         known = self._number(tensor)
         if known is not None:
             return self._know(result, known)
-        return self._place(result) if isinstance(index, int) and _is_vector(tensor) else result
+        return self._place(result, tensor, index) if isinstance(index, int) and _is_vector(tensor) else result
 
 
 def _unknown(size: Any) -> bool:
@@ -219,6 +276,10 @@ class _Counts(list):  # type: ignore[type-arg]
 
     def astype(self, dtype: Any) -> _Counts:
         return self
+
+
+def _versions(*tensors: Any) -> list[int]:
+    return [t._version for t in tensors if isinstance(t, Tensor)]
 
 
 def _is_vector(tensor: Tensor) -> bool:
@@ -242,6 +303,7 @@ _OF_KNOWN: dict[Any, Any] = {
     Tensor.tolist: lambda n: [n],
     Tensor.__format__: format,  # f"expert_{e}"
 }
+_ADDED = {Tensor.__add__, Tensor.__radd__, Tensor.add, torch.add}
 _SAME_NUMBER = {Tensor.squeeze, Tensor.view, Tensor.reshape, Tensor.cpu, Tensor.to, Tensor.long, Tensor.int}
 
 
@@ -551,6 +613,12 @@ class _Collapse:
                     len(product.node.users),
                 )
                 if reference.setdefault(role, form) != form:
+                    others = self._owners(nodes)[product.rows] - {expert}
+                    if others:
+                        raise CaptureError(
+                            f"the rows of expert {expert} before {role} come out of a tensor that holds the output of "
+                            f"expert {min(others)}: the experts depend on their order"
+                        )
                     raise CaptureError(
                         f"expert {expert} computes something else than expert 0 before {role}: "
                         "the experts are not the same function with different weights"
@@ -778,7 +846,11 @@ class _Collapse:
                     count = graph.call_function(aten.sym_size.int, (mapped[node], 0))
                     count.meta["val"] = value.shape[0]
                     return count
-        raise CaptureError("what chooses an expert's rows is not an index")
+        masked = any(
+            isinstance(v, Tensor) and v.dtype == torch.bool for v in (n.meta.get("val") for n in rows.all_input_nodes)
+        )
+        what = "a mask of tokens" if masked else "something"
+        raise CaptureError(f"what chooses an expert's rows is {what}, no index")
 
     def _experts_of_rows(self, graph: fx.Graph, mapped: dict[fx.Node, fx.Node], found: list[_Product]) -> fx.Node:
         """[S] expert of each row."""

@@ -220,6 +220,8 @@ class _Fused:
         round_dtype = self.down.node.meta["val"].dtype
         self._check_casts(output, w, round_dtype)
         output = self._extend(output)
+        if output.meta["val"].dtype == torch.float32 != x.meta["val"].dtype:
+            output = self._narrowed(output)
         if output.meta["val"].dtype != x.meta["val"].dtype:
             raise _Refused(f"the output is {output.meta['val'].dtype}, the tokens are {x.meta['val'].dtype}")
         spec = MoESpec(
@@ -450,6 +452,8 @@ class _Fused:
         masked = False
         counted = _counts(region)
         for node in region - cuts:
+            # Ids that are none of these experts.
+            masked |= op_name(node) == "one_hot" and node.meta["val"].shape[-1] > self.experts
             if op_name(node) in _BRANCHES:
                 if node in counted or not self._chooses_by_id(node, cuts, counted):
                     raise _Refused(f"{node.name} ({node.target}) branches outside the activation")
@@ -705,6 +709,22 @@ class _Fused:
             "something else happens after the down-projection"
         )
 
+    def _narrowed(self, output: fx.Node) -> fx.Node:
+        """A new node: a sum in fp32, to which the block adds more before it rounds, in the tokens' dtype.
+
+        The op gives its sum in that dtype; one rounding more, which verification judges.
+        """
+        with self.graph.inserting_after(output):
+            narrow = self.graph.call_function(torch.ops.aten._to_copy.default, (output,))
+        with self.graph.inserting_after(narrow):
+            wide = self.graph.call_function(torch.ops.aten._to_copy.default, (narrow,))
+        for node, dtype in ((narrow, self.x.meta["val"].dtype), (wide, torch.float32)):
+            node.kwargs = {"dtype": dtype}
+            node.meta["val"] = output.meta["val"].new_empty(output.meta["val"].shape, dtype=dtype)
+        output.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not narrow)
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        return narrow
+
     def _by_batch(self, node: fx.Node) -> bool:
         """Whether a node may be [batch, length, H] with as many rows as there are tokens."""
         sizes = self._sizes(6)
@@ -738,6 +758,7 @@ class _Fused:
         flat.meta["val"] = value.new_empty((value.shape[0] * value.shape[1], self.hidden))
         back.meta["val"] = value
         output.replace_all_uses_with(back, delete_user_cb=lambda user: user is not flat)
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         return flat
 
     def _by_expert(self, node: fx.Node) -> bool:
@@ -759,6 +780,7 @@ class _Fused:
             made.append(self.graph.call_function(torch.ops.aten.clamp.default, (self.ids, None, self.experts - 1)))
         with self.graph.inserting_after(made[0]):
             made.append(self.graph.call_function(torch.ops.aten.gather.default, (w, 1, made[0])))
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         made[0].meta["val"] = self.ids.meta["val"]
         made[1].meta["val"] = w.meta["val"].new_empty(self.ids.meta["val"].shape)
         return made[1]
@@ -974,9 +996,8 @@ def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
             if constant is not None and constant.numel() == 1:
                 yield float(constant)
             continue
-        name = op_name(node)
-        if name in SHAPING or name == "rows_of_expert" or (name == "full" and is_integer(node)):
-            continue  # sizes, dimensions and experts are no numbers of a formula, and every number costs probes
+        if op_name(node) in SHAPING or is_integer(node) or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+            continue  # sizes, positions and experts are no numbers of a formula, and every number costs probes
         for value in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 if abs(value) < (1e30 if isinstance(value, float) else 1e9):  # slice ends are no numbers of a formula

@@ -136,7 +136,7 @@ def _scattered(node: fx.Node, value: Tensor) -> _Places | None:
     fill = _fill(base)
     if fill is None:
         return None
-    return _Places(index, shape.shape[-1], fill, fill == 0 and source == 1)
+    return _Places(index, shape.shape[-1], fill, fill == 0 and isinstance(source, int) and source == 1)
 
 
 def _fill(node: fx.Node) -> float | None:
@@ -279,7 +279,6 @@ class _Variant:
         """The product of the rows that ids name, among zeros."""
         assert self.ids is not None
         all_rows, ids = self.mapped[rows], self.ids
-        self.dense.append(all_rows)
         width, out = int(rows.meta["val"].shape[2]), int(node.meta["val"].shape[2])
 
         def places(size: int) -> fx.Node:
@@ -299,7 +298,9 @@ class _Variant:
         self.elsewhere.append(zeros)
         put = self._call(aten.scatter.src, zeros, 1, places(out), back)
         by_expert = self._call(aten.transpose.int, put, 0, 1)
-        return self._call(aten.clone.default, by_expert, memory_format=torch.contiguous_format)
+        result = self._call(aten.clone.default, by_expert, memory_format=torch.contiguous_format)
+        self.dense.append(all_rows)
+        return result
 
 
 __all__ = ["has_dense_products", "variants"]

@@ -97,7 +97,10 @@ def check_structure(
     top_k: int,
     experts: int,
 ) -> str | None:
-    """Apply the rules; ``cuts``: tokens, ids, weights, and what else is given; ``regions``: choice of experts, rows, activation, sum."""
+    """Apply the rules; ``cuts``: tokens, ids, weights, and what else is given.
+
+    ``regions``: choice of experts, rows, activation, sum.
+    """
     return _Check(captured, set(gemms), set(weights), cuts, regions, top_k, experts).run()
 
 

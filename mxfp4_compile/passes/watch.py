@@ -118,6 +118,10 @@ class Watch:
         """The watchers that keep calls."""
         return [w for w in self.watchers if isinstance(w, (_Apart, _Flattened, _Uneven))]
 
+    def sorted_outside(self) -> list[tuple[tuple[str, ...], nn.Module]]:
+        """Paths and modules that may be given rows in the experts' order: the router is around them."""
+        return [(w.paths, w.owner) for w in self.watchers if isinstance(w, _Apart)]
+
     def sightings(self) -> Iterator[Sighting]:
         """What the forwards since ``start`` showed."""
         for watcher in self.watchers:
