@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Call, describe
+from .wrapped import on_execution_device, underlying
 
 
 class DiscoveryError(RuntimeError):
@@ -113,6 +114,7 @@ def default_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
 
     Raises DiscoveryError if the model's main input is not token ids: then ``example_inputs`` are needed.
     """
+    model = underlying(model)
     parameters = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
     if "input_ids" not in parameters or config is None:
@@ -210,7 +212,7 @@ def record_calls(
 
     def recorder(candidate: Candidate) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            candidate.calls.append(describe(args, kwargs))
+            candidate.calls.append(on_execution_device(module, describe(args, kwargs)))
 
         return hook
 
