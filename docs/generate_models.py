@@ -201,8 +201,8 @@ What `mxfp4_compile.optimize` does to the mixture-of-experts families of transfo
 in bf16), optimizes and verifies it on the CPU; `pytest -m slow tests/test_models_doc.py` compares.
 
 - **sites**: experts modules of the tiny model, of one kind.
-- **outcome**: *fused*: one `mxfp4::moe` call per site; *split*: a `mxfp4::grouped_linear` per projection around a middle
-  that no fused kernel knows; *dense*: every token meets every expert, nothing is routed; *unmatched*: refused, with
+- **outcome**: *fused*: one `mxfp4::moe` call per site; *split*: a `mxfp4::grouped_linear` per projection around a
+  middle that no fused kernel knows; *dense*: every token meets every expert, nothing is routed; *unmatched*: refused, with
   the reason (`strict=True` raises it).
 - **weights**: how the original module holds them. E experts, N outputs, K inputs.
 - **gate**: where the activated half of the up-projection lies: in halves, interleaved, or in a parameter apart.
@@ -210,7 +210,10 @@ in bf16), optimizes and verifies it on the CPU; `pytest -m slow tests/test_model
 - **error**: relative error of the rewritten module against an fp32 run of the original on the same dequantized weights;
   **own**: that of the original module in bf16. Quantization itself is not in it: both sides have the same weights.
 """
-_COLUMNS = ("family", "module", "sites", "outcome", "weights", "activation", "gate", "biases", "weight on", "error", "own")
+_COLUMNS = (
+    "family", "module", "sites", "outcome", "weights", "activation", "gate", "biases", "weight on", "error", "own",
+)  # fmt: skip
+_FACTS = ("class", "sites", "outcome", "weights", "activation", "gate", "biases", "weighted")
 
 
 def page() -> str:
@@ -227,8 +230,8 @@ def _section(version: str, rows: Rows) -> str:
     reasons = []
     for family, kinds in rows.items():
         for k in kinds:
-            cells = [family, k["class"], k["sites"], k["outcome"], k["weights"], k["activation"], k["gate"], k["biases"],
-                     k["weighted"], _number(k["error"]), _number(k["original"])]  # fmt: skip
+            facts = [k[c] for c in _FACTS]
+            cells = [family, *facts, _number(k["error"]), _number(k["original"])]
             lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
             if k["reason"]:
                 reasons.append(f"- {family}, {k['class'] or 'model'} ({k['outcome']}): {_cell(k['reason'])}")

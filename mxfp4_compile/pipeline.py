@@ -12,6 +12,7 @@ import fnmatch
 import gc
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -157,12 +158,15 @@ def optimize(
             verify_structures(todo, scale_rule, model)
         report.notes += dict.fromkeys(n for s in todo if s.structure is not None for n in s.structure.choice.notes)
         prepared: dict[tuple[int, ...], MXFP4Experts] = {}
+        waiting = Counter(s.candidate.weights for s in todo)  # blocks may share one list of experts
         try:
             for site in sites:
                 if site.structure is None:
                     report.sites.append(left_alone(site))
                 else:
-                    report.sites.append(install_site(model, site, scale_rule, verify, advance, prepared))
+                    waiting[site.candidate.weights] -= 1
+                    last = not waiting[site.candidate.weights]
+                    report.sites.append(install_site(model, site, scale_rule, verify, advance, prepared, last=last))
         finally:
             # Also where memory runs out half-way: what was changed so far is told and guarded.
             report.seconds = time.perf_counter() - started
@@ -223,7 +227,7 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
             path = f"{paths[candidate.weights]}.{name}"
             if _is_dtensor(parameter):
                 raise OptimizeError(f"{path} is a DTensor: tensor- or expert-parallel experts are not supported yet")
-            if loaded and parameter.device.type == "meta" and not (offload_hook(candidate.weights) or offload_hook(model)):
+            if loaded and parameter.device.type == "meta" and not offload_hook(model):
                 raise OptimizeError(f"{path} is on the meta device: load the model's weights first")
             if parameter.is_floating_point() and parameter.dtype not in _WEIGHT_DTYPES:
                 raise OptimizeError(
@@ -240,8 +244,8 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
 
 def check_wrapped(model: nn.Module, candidate: Candidate, *, loaded: bool = True) -> None:
     """OptimizeError if accelerate keeps an experts module's weights elsewhere, or PEFT adapts one of its modules."""
-    for name, parameter in candidate.module.named_parameters() if loaded else ():
-        hook = offload_hook(candidate.module) or offload_hook(model)
+    hook = (offload_hook(candidate.module) or offload_hook(model)) if loaded else None
+    for name, parameter in candidate.module.named_parameters():
         if parameter.device.type == "meta" and hook:
             raise OptimizeError(
                 f"{candidate.name}.{name} is on the meta device: accelerate's {hook} keeps it on the CPU or disk and "
@@ -633,8 +637,13 @@ def install_site(
     advance: Callable[[int], None],
     prepared: dict[tuple[int, ...], MXFP4Experts],
     reader: ExpertReader | None = None,
+    *,
+    last: bool = True,
 ) -> SiteReport:
-    """Put the rewritten module in a site's place; ``reader``: where its weights are, if not in the module."""
+    """Put the rewritten module in a site's place; ``reader``: where its weights are, if not in the module.
+
+    ``last``: no other site is still to be made from the same weights, which are released then.
+    """
     structure = site.structure
     assert structure is not None
     module, spec = site.candidate.module, structure.found.spec
@@ -679,7 +688,8 @@ def install_site(
     for name in site.candidate.names:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, built)
-    release(module, source_names(projections))
+    if last:
+        release(module, source_names(projections))
     return replace(
         base,
         bytes_after=built.expert_bytes(),

@@ -64,7 +64,8 @@ def test_differences_are_found() -> None:
 
 def test_a_family_is_surveyed() -> None:
     (row,) = doc.survey("gpt_oss")
-    assert (row["outcome"], row["sites"], row["biases"], row["gate"]) == ("fused", 2, "yes", "interleaved, first activated")
+    assert (row["outcome"], row["sites"], row["biases"]) == ("fused", 2, "yes")
+    assert row["gate"] == "interleaved, first activated"
     assert row["weights"] == "packed [E, K, N]"
     assert 0 < row["error"] < 1.5 * row["original"]
 

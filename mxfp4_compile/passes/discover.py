@@ -72,7 +72,11 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         if packed_parameters(module):
             found.append(Candidate(tuple(names[key]), module, "packed"))
         elif isinstance(module, (nn.ModuleList, nn.ModuleDict)) and equal_children(module):
-            found.append(_list_candidate(model, tuple(names[key]), module, names))
+            # A list that several blocks share is called by each of them, after a router of its own.
+            owned = [_list_candidate(model, (path,), module, names) for path in names[key]]
+            found += {id(c.module): c for c in owned if c.module is not module}.values()
+            if all(c.module is module for c in owned):
+                found.append(_list_candidate(model, tuple(names[key]), module, names))
     return found
 
 
