@@ -29,8 +29,8 @@ LISTED = [
 ]  # fmt: skip
 # Packed experts, in loops over all or over sorted rows, and dense products of every token with every expert.
 PACKED = [
-    "aria", "dbrx", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "jetmoe", "llama4", "longcat_flash",
-    "qwen3_vl_moe",
+    "aria", "dbrx", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "jetmoe", "llama4",
+    "longcat_flash", "qwen3_vl_moe",
 ]  # fmt: skip
 FUSED = [*LISTED, *PACKED]
 # What each lacks, in words of the report's reason.

@@ -101,9 +101,6 @@ def check_structure(
 
     ``regions``: choice of experts, rows, activation, sum.
     """
-
-    ``regions``: choice of experts, rows, activation, sum.
-    """
     return _Check(captured, set(gemms), set(weights), cuts, regions, top_k, experts).run()
 
 
