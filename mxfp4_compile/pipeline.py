@@ -12,6 +12,7 @@ import fnmatch
 import gc
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,7 @@ from .passes.routing import has_dense_products, variants
 from .passes.sources import Stack, members, stack
 from .passes.verify import Verification, VerificationError, check_weights, verify
 from .passes.verify_loop import is_loop, routes_itself, verify_loop
+from .passes.wrapped import adapter_on, carry_hooks, offload_hook, unhooked
 from .report import Report, SiteReport
 from .runtime import attach, detach
 
@@ -159,12 +161,15 @@ def optimize(
             verify_structures(todo, scale_rule, model)
         report.notes += dict.fromkeys(n for s in todo if s.structure is not None for n in s.structure.choice.notes)
         prepared: dict[tuple[int, ...], MXFP4Experts] = {}
+        waiting = Counter(s.candidate.weights for s in todo)  # blocks may share one list of experts
         try:
             for site in sites:
                 if site.structure is None:
                     report.sites.append(left_alone(site))
                 else:
-                    report.sites.append(install_site(model, site, scale_rule, verify, advance, prepared))
+                    waiting[site.candidate.weights] -= 1
+                    last = not waiting[site.candidate.weights]
+                    report.sites.append(install_site(model, site, scale_rule, verify, advance, prepared, last=last))
         finally:
             # Also where memory runs out half-way: what was changed so far is told and guarded.
             report.seconds = time.perf_counter() - started
@@ -219,22 +224,14 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
     if loaded and quantization is not None:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method")
         raise OptimizeError(f"this model is quantized already ({method}); optimize() takes bf16, fp16 or fp32 experts")
+    paths = {module: name for name, module in model.named_modules()}
     for candidate in candidates:
         for name, parameter in candidate.weights.named_parameters():
-            path = f"{candidate.name}.{name}"
+            path = f"{paths[candidate.weights]}.{name}"
             if _is_dtensor(parameter):
                 raise OptimizeError(f"{path} is a DTensor: tensor- or expert-parallel experts are not supported yet")
-            if loaded and parameter.device.type == "meta":
-                hook = _offload_hook(candidate.weights, model)
-                raise OptimizeError(
-                    f"{path} is on the meta device: "
-                    + (
-                        f"accelerate's {hook} keeps it on the CPU or disk and loads it for each call. Offloaded "
-                        "experts are not supported: load the model with a device_map that keeps the experts on a device"
-                        if hook
-                        else "load the model's weights first"
-                    )
-                )
+            if loaded and parameter.device.type == "meta" and not offload_hook(model):
+                raise OptimizeError(f"{path} is on the meta device: load the model's weights first")
             if parameter.is_floating_point() and parameter.dtype not in _WEIGHT_DTYPES:
                 raise OptimizeError(
                     f"{path} is {parameter.dtype}: quantized already; optimize() takes bf16, fp16 or fp32 experts"
@@ -242,18 +239,29 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
         sharding = _sharding(candidate.module)
         if sharding:
             raise OptimizeError(f"{candidate.name} {sharding}, which is not supported yet")
+        if candidate.kind != "list":  # which lists are experts shows in their use
+            check_wrapped(model, candidate, loaded=loaded)
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise OptimizeError("this model is tensor-parallel (tp_plan), which is not supported yet")
 
 
-def _offload_hook(module: nn.Module, model: nn.Module) -> str | None:
-    """The name of the accelerate hook that offloads weights of ``module``, or None."""
-    for part in (*module.modules(), *model.modules()):
-        hook = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", None) or [hook]:
-            if getattr(one, "offload", False):
-                return type(one).__name__
-    return None
+def check_wrapped(model: nn.Module, candidate: Candidate, *, loaded: bool = True) -> None:
+    """OptimizeError if accelerate keeps an experts module's weights elsewhere, or PEFT adapts one of its modules."""
+    hook = (offload_hook(candidate.module) or offload_hook(model)) if loaded else None
+    for name, parameter in candidate.module.named_parameters():
+        if parameter.device.type == "meta" and hook:
+            raise OptimizeError(
+                f"{candidate.name}.{name} is on the meta device: accelerate's {hook} keeps it on the CPU or disk and "
+                "loads it for each call. Offloaded experts are not supported here: "
+                "mxfp4_compile.load(path, device_map=...) quantizes them while it reads them, or load the model with "
+                "a device_map that keeps the experts on a device"
+            )
+    adapted = adapter_on(model, candidate.name)
+    if adapted:
+        raise OptimizeError(
+            f"{adapted}: adapters on experts are not supported. Call merge_and_unload() on the PEFT model and optimize "
+            "what it returns; adapters on attention may stay"
+        )
 
 
 # Attributes by which experts modules say that they hold a part of the experts, or more than one copy of some.
@@ -337,6 +345,9 @@ def match_all(
     for candidate in candidates:
         if id(candidate) not in old:  # the forwards showed it
             sites.append(Site(candidate, outcome="unmatched" if candidate.refusal else "", reason=candidate.refusal))
+    for site in sites:
+        if not site.outcome and site.candidate.kind == "list" and site.candidate.calls:
+            check_wrapped(model, site.candidate)
     known: dict[Any, Structure | NoMatch] = {}
     patterns: dict[Any, CallPattern] = {}
     for site in sites:
@@ -412,7 +423,8 @@ def _match_pattern(
     module = site.candidate.module
     key = (structure_key(module), pattern)
     if key not in known:
-        known[key] = match_structure(stand_in(module, pattern), pattern, requested, terms)
+        with unhooked(module):
+            known[key] = match_structure(stand_in(module, pattern), pattern, requested, terms)
     result = known[key]
     if isinstance(result, NoMatch):
         site.outcome = "dense" if result.dense else "unmatched"
@@ -679,9 +691,10 @@ def _try_finer(
 def verify_site(built: MXFP4Experts, site: Site) -> Verification:
     """Verify one built site against the module it would replace."""
     assert site.structure is not None
-    if is_loop(built) or routes_itself(built):
-        return verify_loop(built, site.candidate.module)
-    return verify(built, site.candidate.module, site.structure.found)
+    with unhooked(site.candidate.module):
+        if is_loop(built) or routes_itself(built):
+            return verify_loop(built, site.candidate.module)
+        return verify(built, site.candidate.module, site.structure.found)
 
 
 def install_site(
@@ -692,8 +705,13 @@ def install_site(
     advance: Callable[[int], None],
     prepared: dict[tuple[int, ...], MXFP4Experts],
     reader: ExpertReader | None = None,
+    *,
+    last: bool = True,
 ) -> SiteReport:
-    """Put the rewritten module in a site's place; ``reader``: where its weights are, if not in the module."""
+    """Put the rewritten module in a site's place; ``reader``: where its weights are, if not in the module.
+
+    ``last``: no other site is still to be made from the same weights, which are released then.
+    """
     structure = site.structure
     assert structure is not None
     module, spec = site.candidate.module, structure.found.spec
@@ -730,13 +748,16 @@ def install_site(
         "_forward_hooks",
         "_forward_pre_hooks",
         "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
         "_forward_pre_hooks_with_kwargs",
     ):
         setattr(built, hooks, copy.copy(getattr(module, hooks)))
+    carry_hooks(module, built)
     for name in site.candidate.names:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, built)
-    release(module, source_names(projections))
+    if last:
+        release(module, source_names(projections))
     return replace(
         base,
         bytes_after=built.expert_bytes(),

@@ -95,3 +95,60 @@ def test_refused_with_the_reason(block: type[nn.Module], reason: str) -> None:
         mxfp4_compile.optimize(model, example_inputs=(inputs(),))
     assert "layers.0" in str(raised.value)
     assert isinstance(model.layers[0], block)
+
+
+# shared and tied experts
+
+
+def test_shared_blocks_stay_shared() -> None:
+    model = Model(RemoteMoE, torch.float32)
+    model.layers[1] = model.layers[0]
+    x = inputs(dtype=torch.float32)
+    mxfp4_compile.optimize(model, example_inputs=(x,))
+    assert model.layers[0] is model.layers[1]
+    (site,) = model.mxfp4_report.sites
+    assert site.names == ("layers.0", "layers.1")
+    with torch.no_grad():
+        ours = model(x)
+        mxfp4_compile.restore(model)
+        assert model.layers[0] is model.layers[1] and isinstance(model.layers[0], RemoteMoE)
+        torch.testing.assert_close(ours, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_one_list_of_experts_in_two_blocks() -> None:
+    """Each block has its router; the weights exist once, before and after."""
+    model = Model(RemoteMoE, torch.float32)
+    model.layers[1].experts = model.layers[0].experts
+    x = inputs(dtype=torch.float32)
+    mxfp4_compile.optimize(model, example_inputs=(x,))
+    first, second = model.layers
+    assert first is not second and not torch.equal(first.gate.weight, second.gate.weight)
+    for slot in ("up", "down"):
+        assert first.weights(slot)[0].data_ptr() == second.weights(slot)[0].data_ptr()
+    with torch.no_grad():
+        ours = model(x)
+        mxfp4_compile.restore(model)
+        assert model.layers[0].experts is model.layers[1].experts
+        torch.testing.assert_close(ours, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_tied_parameters_of_two_lists() -> None:
+    model = Model(RemoteMoE, torch.float32)
+    for mine, theirs in zip(model.layers[1].experts, model.layers[0].experts, strict=True):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(mine, name).weight = getattr(theirs, name).weight
+    x = inputs(dtype=torch.float32)
+    mxfp4_compile.optimize(model, example_inputs=(x,))
+    first, second = model.layers
+    assert first.weights("up")[0].data_ptr() == second.weights("up")[0].data_ptr()
+    with torch.no_grad():
+        ours = model(x)
+        torch.testing.assert_close(ours, mxfp4_compile.restore(model)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_expert_that_is_in_the_list_twice_is_refused() -> None:
+    model = Model(RemoteMoE, torch.float32)
+    model.layers[0].experts[3] = model.layers[0].experts[1]
+    with pytest.raises(OptimizeError, match=r"layers\.0 \[RemoteMoE\]: .*expert 1"):
+        mxfp4_compile.optimize(model, example_inputs=(inputs(dtype=torch.float32),))
+    assert isinstance(model.layers[1], RemoteMoE)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .capture import Call, describe
 from .sources import listed
 from .watch import Watch, is_plain, same_parameters, subset_of_rows
+from .wrapped import on_execution_device, underlying
 
 
 class DiscoveryError(RuntimeError):
@@ -76,7 +77,11 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         if packed_parameters(module):
             found.append(Candidate(tuple(names[key]), module, "packed"))
         elif isinstance(module, (nn.ModuleList, nn.ModuleDict)) and equal_children(module):
-            found.append(_list_candidate(model, tuple(names[key]), module, names))
+            # A list that several blocks share is called by each of them, after a router of its own.
+            owned = [_list_candidate(model, (path,), module, names) for path in names[key]]
+            found += {id(c.module): c for c in owned if c.module is not module}.values()
+            if all(c.module is module for c in owned):
+                found.append(_list_candidate(model, tuple(names[key]), module, names))
     return found
 
 
@@ -110,6 +115,7 @@ def default_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
 
     Raises DiscoveryError if the model's main input is not token ids: then ``example_inputs`` are needed.
     """
+    model = underlying(model)
     parameters = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
     if "input_ids" not in parameters or config is None:
@@ -213,7 +219,7 @@ def record_calls(
 
     def recorder(candidate: Candidate) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            candidate.calls.append(describe(args, kwargs))
+            candidate.calls.append(on_execution_device(module, describe(args, kwargs)))
 
         return hook
 

@@ -420,10 +420,18 @@ def mxfp4_sites(model: nn.Module) -> dict[str, MXFP4Experts]:
 
 
 def _get(module: nn.Module, path: str) -> Tensor:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value  # type: ignore[no-any-return]
+    """A parameter or buffer; TypeError if another module (a PEFT layer) stands between it and its name."""
+    *parts, leaf = path.split(".")
+    owner: Any = module
+    for part in parts:
+        owner = getattr(owner, part)
+    if leaf not in owner._parameters and leaf not in owner._buffers:
+        raise TypeError(
+            f"{path} is no parameter of its {type(owner).__name__} any more: these experts were rewritten with the "
+            "plain tensor, so an adapter or parametrization put there since would be ignored. "
+            "Call mxfp4_compile.restore(model) first"
+        )
+    return getattr(owner, leaf)  # type: ignore[no-any-return]
 
 
 def _copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:

@@ -97,7 +97,7 @@ def check_structure(
     top_k: int,
     experts: int,
 ) -> str | None:
-    """Apply the rules; ``cuts``: tokens, ids, weights, and what else is given.
+    """Apply the rules. ``cuts``: tokens, ids, weights, and what else is given.
 
     ``regions``: choice of experts, rows, activation, sum.
     """
