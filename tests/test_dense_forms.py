@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import dense_models
 import pytest
@@ -282,3 +283,24 @@ def test_families(family: str, dtype: torch.dtype, change: dict[str, int]) -> No
         theirs = model(**example).logits.double()
     assert set(model.state_dict()) == keys
     assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * theirs.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama4", "jetmoe"])
+def test_loaded_and_generating(family: str, tmp_path: Path) -> None:
+    """Packed weights within a block are quantized while they are read, too; other lengths run."""
+    pytest.importorskip("transformers", minversion="5.0")
+    from mxfp4_compile import families
+
+    model = families.tiny_model(family, dtype=torch.bfloat16)
+    example = families.tiny_inputs(model)
+    model.save_pretrained(tmp_path / "plain")
+    mxfp4_compile.optimize(model, strict=False)
+    loaded = mxfp4_compile.load(tmp_path / "plain", dtype=torch.bfloat16, strict=False)
+    model.save_pretrained(tmp_path / "saved")
+    again = mxfp4_compile.load(tmp_path / "saved", dtype=torch.bfloat16, strict=False)
+    with torch.no_grad():
+        ours = model(**example).logits
+        assert torch.equal(loaded(**example).logits, ours)
+        assert torch.equal(again(**example).logits, ours)
+    assert model.generate(example["input_ids"][:, :5], max_new_tokens=3, do_sample=False).shape[1] == 8
