@@ -202,8 +202,8 @@ in bf16), optimizes and verifies it on the CPU; `pytest -m slow tests/test_model
 
 - **sites**: experts modules of the tiny model, of one kind.
 - **outcome**: *fused*: one `mxfp4::moe` call per site; *split*: a `mxfp4::grouped_linear` per projection around a
-  middle that no fused kernel knows; *dense*: every token meets every expert, nothing is routed; *unmatched*: refused, with
-  the reason (`strict=True` raises it).
+  middle that no fused kernel knows; *dense*: every token meets every expert, nothing is routed; *unmatched*: refused,
+  with the reason (`strict=True` raises it).
 - **weights**: how the original module holds them. E experts, N outputs, K inputs.
 - **gate**: where the activated half of the up-projection lies: in halves, interleaved, or in a parameter apart.
 - **weight on**: whether routing weights scale an expert's output or its input.
