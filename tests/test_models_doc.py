@@ -32,6 +32,7 @@ def test_the_page_is_what_the_tables_render_to() -> None:
     assert doc.PAGE.read_text(encoding="utf-8") == doc.page()
 
 
+@pytest.mark.slow
 def test_every_family_is_in_the_table() -> None:
     version = doc.installed_version()
     table = doc.read_table(version)

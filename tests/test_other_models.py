@@ -97,7 +97,7 @@ def vision_experts(narrow: bool) -> nn.Module:
     needs("dots3_note")
     model = tiny_model("dots3_note", model_class="Dots3NoteForConditionalGeneration")
     if narrow:
-        experts = model.vision_tower.blocks[0].mlp.experts
+        experts = model.model.vision_tower.blocks[0].mlp.experts
         experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[:, :32].clone())
         experts.down_proj = nn.Parameter(experts.down_proj[:, :, :16].clone())
     return model
