@@ -22,6 +22,7 @@ from collections.abc import Hashable, Iterable
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
@@ -65,6 +66,8 @@ class _AllInUse(TorchFunctionMode):
         super().__init__()
         self.hit: dict[int, tuple[Tensor, int]] = {}
         self.sliced: Any = None
+        # (begin, end) of an expert's rows, as formulas of the counts -> (count, where the rows begin, a tensor).
+        self.slices: dict[tuple[Any, Any], tuple[Any, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -124,6 +127,12 @@ class _AllInUse(TorchFunctionMode):
             count = tensor[e].item()
             torch._check(count >= 2)
             counts.append(count)
+        if counts and all(isinstance(c, torch.SymInt) for c in counts):
+            begins, begin = tensor.cumsum(0) - tensor, sympy.Integer(0)
+            for e, count in enumerate(counts):
+                end = begin + _expression(count)
+                self.slices[begin, end] = count, begins[e]
+                begin = end
         return counts
 
     def _getitem(self, tensor: Tensor, index: Any) -> Any:
@@ -136,11 +145,16 @@ class _AllInUse(TorchFunctionMode):
                 return tensor[(number, *index[1:])]
         if isinstance(index, slice) and index.step is None and isinstance(index.stop, torch.SymInt):
             # A slice between sizes the trace does not know, as an index whose length it does.
+            self.sliced = tensor.shape[0]
             start = index.start or 0
+            known_slice = self.slices.get((sympy.sympify(_expression(start)), _expression(index.stop)))
+            if known_slice is not None:
+                # Sums of counts would be computed anew for every expert: quadratic in the number of experts.
+                length, begin = known_slice
+                return tensor.index_select(0, torch.arange(length, device=tensor.device) + begin)
             length = index.stop - start
             torch._check(length >= 2)
             torch._check(index.stop <= tensor.shape[0])
-            self.sliced = tensor.shape[0]
             return tensor.index_select(0, torch.arange(length, device=tensor.device) + start)  # type: ignore[call-overload]
         result = Tensor.__getitem__(tensor, index)
         known = self._number(tensor)
@@ -269,6 +283,11 @@ def _sorted(program: torch.export.ExportedProgram, pattern: CallPattern) -> Capt
     if len(captured.inputs) != len(pattern.tensors):
         raise CaptureError("the trace has another number of tensor inputs than the call")
     return captured
+
+
+def _expression(size: Any) -> Any:
+    """A size as a number or formula that compares fast (printing sums of many sizes does not)."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 # 2. to 4. the collapse
@@ -605,13 +624,13 @@ class _Collapse:
 
     def _count(self, graph: fx.Graph, mapped: dict[fx.Node, fx.Node], rows: fx.Node) -> fx.Node:
         """The number of ``rows``, from the integers that chose them (so that it depends on no values)."""
-        size = str(rows.meta["val"].shape[0])
+        size = _expression(rows.meta["val"].shape[0])
         for node in sorted(ancestors([rows]), key=lambda n: self.order[n]):
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and str(value) == size and node in mapped:
+            if isinstance(value, torch.SymInt) and _expression(value) == size and node in mapped:
                 return mapped[node]
             if isinstance(value, Tensor) and value.dim() and not value.is_floating_point() and node in mapped:
-                if str(value.shape[0]) == size:
+                if _expression(value.shape[0]) == size:
                     count = graph.call_function(aten.sym_size.int, (mapped[node], 0))
                     count.meta["val"] = value.shape[0]
                     return count
