@@ -110,9 +110,14 @@ def match(captured: Captured, fetch: Any = None) -> FusedMatch | SplitMatch | No
         return _Fused(captured, gemms).run()
     except (_Refused, EvaluationError) as refusal:
         reason = str(refusal)
-    if any(g.form != "grouped_mm" for g in gemms):
-        return NoMatch(f"not fused ({reason}), and only grouped_mm graphs can be split")
+    if any(g.form != "grouped_mm" and not _in_modules(g) for g in gemms):
+        return NoMatch(f"not fused ({reason}), and only grouped_mm graphs and loops over modules can be split")
     return SplitMatch(_split_spec(gemms, reason), tuple(gemms))
+
+
+def _in_modules(gemm: ExpertGemm) -> bool:
+    """Whether a product is that of a loop over expert modules, whose rows lie one expert after the other."""
+    return gemm.form == "loop" and "*" in gemm.weight.split(".")
 
 
 def _no_gemms(captured: Captured) -> NoMatch:
@@ -494,7 +499,8 @@ class _Fused:
             return ()
         wanted = [(g.shape[0], g.shape[1]) for g in gemms]
         if sorted(tuple(n.meta["val"].shape) for n in read) != sorted(wanted):
-            names = ", ".join(self.captured.parameters[n.name] for n in read)
+            every = sorted(self.captured.parameters[n.name] for n in read)
+            names = ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
             raise _Refused(f"{names} is read {where} and is not one bias per expert and row")
         if len(read) == 1:
             return tuple(read)
@@ -600,7 +606,7 @@ class _Fused:
             and n.meta["val"].shape[1] == self.hidden
         ]
         for output in outputs:
-            if not _covers(output, downstream):
+            if not _covers(output, self.down.node, downstream):
                 continue
             region = ancestors([output], stop=[self.down.node])
             candidates: list[fx.Node] = (
@@ -789,9 +795,11 @@ def _read_by(nodes: Sequence[fx.Node], stop: Sequence[fx.Node | None]) -> set[fx
     return seen
 
 
-def _covers(output: fx.Node, downstream: set[fx.Node]) -> bool:
+def _covers(output: fx.Node, down: fx.Node, downstream: set[fx.Node]) -> bool:
     """Whether everything that leaves the region after the down GEMM leaves through ``output``."""
     inside = ancestors([output]) & downstream
+    if any(user not in inside and isinstance(user.meta.get("val"), Tensor) for user in down.users):
+        return False  # a sum over some of the experts
     return all(user in inside for node in inside - {output} for user in node.users)
 
 
