@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import gc
 
+import loop_models
 import pytest
 import torch
 from loop_models import E, GatedMLP, H, LoopMoE, Model, NormedMLP, PlainMLP, RemoteMoE
 from torch import nn
 
 import mxfp4_compile
-from mxfp4_compile import OptimizeError
+from mxfp4_compile import OptimizeError, pipeline
+from mxfp4_compile.passes.capture import call_pattern, describe
 from mxfp4_compile.passes.experts import mxfp4_sites
+from mxfp4_compile.passes.loops import capture_loop
+from mxfp4_compile.passes.match import FusedMatch, match
 from mxfp4_compile.passes.rewrite import count_ops
 
 STYLES = {
@@ -143,3 +147,40 @@ def test_split_site_reports_unknown_keys() -> None:
     del state["layers.0.experts.1.norm.weight"]
     with pytest.raises(RuntimeError, match=r"(?s)Missing.*experts.1.norm.weight.*Unexpected.*experts.0.other"):
         model.load_state_dict(state)
+
+
+def test_hooks_inside_a_block_are_named() -> None:
+    model = Model(RemoteMoE, torch.float32)
+    seen = []
+    model.layers[0].experts[2].register_forward_hook(lambda *_: seen.append("expert"))
+    model.layers[1].register_forward_hook(lambda *_: seen.append("block"))
+    mxfp4_compile.optimize(model, example_inputs=(inputs(dtype=torch.float32),), verify=False)
+    (note,) = [n for n in model.mxfp4_report.notes if "hooks" in n]
+    assert "layers.0.experts.2" in note and "layers.1" not in note
+    seen.clear()
+    with torch.no_grad():
+        model(inputs(dtype=torch.float32))
+    assert seen == ["block"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["remote code, sorted slices", "all experts"])
+def test_graph_grows_linearly_with_the_experts(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for experts in (3, 6, 12):
+        monkeypatch.setattr(loop_models, "E", experts)
+        block = STYLES[style]().eval()
+        pattern = call_pattern(*(describe((torch.zeros(b, 9, H),), {}) for b in (2, 3)))
+        captured = capture_loop(block, pattern)
+        sizes.append(len(captured.graph.nodes))
+        assert isinstance(match(captured), FusedMatch)
+    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0])
+
+
+def test_equal_blocks_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    capture = pipeline.capture_loop
+    monkeypatch.setattr(pipeline, "capture_loop", lambda *a: calls.append(1) or capture(*a))
+    model = Model(RemoteMoE, torch.float32, layers=4)
+    mxfp4_compile.optimize(model, example_inputs=(inputs(dtype=torch.float32),), verify=False)
+    assert len(model.mxfp4_report.sites) == 4 and len(calls) == 1

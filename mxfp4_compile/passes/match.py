@@ -205,10 +205,11 @@ class _Fused:
         self.symbols = symbols
         widths = [n.meta["val"].shape[1] for n in self.graph.nodes if is_integer(n) and n.meta["val"].dim() == 2]
         narrowest = min((k for k in widths if isinstance(k, int)), default=1)
-        every = max(11, math.ceil(self.experts / narrowest))
+        unit = self._tokens_per_size()
+        every = math.ceil(max(11, math.ceil(self.experts / narrowest)) / unit)
         if len(symbols) == 2:
             every += every % 2
-        self.probe_tokens = (*_PROBE_TOKENS, every, _MANY_TOKENS)
+        self.probe_tokens = (*_PROBE_TOKENS, every, math.ceil(_MANY_TOKENS / unit))
         self.probes = [self._make_probe(t) for t in self.probe_tokens]
         ids, x, w, on_input = self._find_head()
         self.ids, self.x = ids, x
@@ -272,6 +273,13 @@ class _Fused:
             return {self.symbols[0]: tokens}
         batch = next(b for b in (2, 3, 5, 1) if tokens % b == 0) if tokens > 1 else 1
         return {self.symbols[0]: batch, self.symbols[1]: tokens // batch}
+
+    def _tokens_per_size(self) -> int:
+        """How many tokens a free size of one makes: more where a batch of sequences of one length was captured."""
+        two = [n for n in self.graph.nodes if is_integer(n) and n.meta["val"].dim() == 2 and self._sized(n)]
+        one = dict.fromkeys(self.symbols, 1)
+        rows = [shape_of(n, one)[0] for n in two if isinstance(n.meta["val"].shape[0], torch.SymInt)]
+        return max(1, min(rows, default=1))
 
     def _sized(self, node: fx.Node) -> bool:
         """Whether the node's shape follows from the token count."""
@@ -710,9 +718,8 @@ def _pair_of_row(rows: Tensor, experts: Tensor, pair_rows: Tensor, ids: Tensor) 
     direction = torch.randn(rows.shape[1], dtype=rows.dtype, generator=torch.Generator().manual_seed(2))
     key_rows = rows @ direction + math.pi * experts.to(rows.dtype)
     key_pairs = pair_rows @ direction + math.pi * ids.to(rows.dtype)
-    pair = (key_rows.unsqueeze(1) - key_pairs.unsqueeze(0)).abs().argmin(1)
-    if not torch.equal(pair.sort().values, torch.arange(len(pair))):
-        return None
+    pair = torch.empty(len(key_rows), dtype=torch.int64)
+    pair[key_rows.argsort()] = key_pairs.argsort()
     if not torch.equal(experts.to(ids.dtype), ids[pair]) or not _close(rows, pair_rows[pair]):
         return None
     return pair
