@@ -36,27 +36,26 @@ from mxfp4_compile.benchmark import (
     At,
     Layer,
     Run,
-    Shape,
     Timing,
     floor_us,
     one_line,
-    parse_shape,
     plot,
     relative_error,
 )
+from mxfp4_compile.ops.synthetic import LayerShape, parse_shape
 from mxfp4_compile.timing import matmul_rate, median_us, median_wall_us, stream_bandwidth
 
 SHAPES = {
-    "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
-    "gpt-oss-20b": Shape(32, 4, 2880, 2880),
-    "mixtral-8x7b": Shape(8, 2, 4096, 14336),
+    "qwen3-30b-a3b": LayerShape(128, 8, 2048, 768),
+    "gpt-oss-20b": LayerShape(32, 4, 2880, 2880),
+    "mixtral-8x7b": LayerShape(8, 2, 4096, 14336),
 }
 EXTRA = {
-    "deepseek-v3": Shape(256, 8, 7168, 2048),
-    "qwen3-235b-a22b": Shape(128, 8, 4096, 1536),
-    "glm-4.5-air": Shape(128, 8, 4096, 1408),
-    "olmoe": Shape(64, 8, 2048, 1024),
-    "granite-3.1-1b": Shape(32, 8, 1024, 512),
+    "deepseek-v3": LayerShape(256, 8, 7168, 2048),
+    "qwen3-235b-a22b": LayerShape(128, 8, 4096, 1536),
+    "glm-4.5-air": LayerShape(128, 8, 4096, 1408),
+    "olmoe": LayerShape(64, 8, 2048, 1024),
+    "granite-3.1-1b": LayerShape(32, 8, 1024, 512),
 }
 TOKENS = (1, 8, 64, 512, 4096)
 RESULTS = Path(__file__).parent / "results"
@@ -85,7 +84,7 @@ PROVIDERS: dict[str, Callable[[Layer], At]] = {
 DEFAULT_PROVIDERS = tuple(p for p in PROVIDERS if not p.endswith("_autotune"))
 
 
-def shape_of(text: str) -> tuple[Shape, float]:
+def shape_of(text: str) -> tuple[LayerShape, float]:
     """ "olmoe@1.0" -> its shape and the skew of its routing."""
     name, _, skew = text.partition("@")
     known = SHAPES | EXTRA
@@ -237,7 +236,7 @@ def main() -> None:
     for name in shapes:
         shape, skew = shape_of(name)
         # Only the ids count here: a layer of one row costs nothing, its inputs are the same.
-        probe = Layer(Shape(shape.experts, shape.top_k, shape.hidden, 1), torch.device(args.device))
+        probe = Layer(LayerShape(shape.num_experts, shape.top_k, shape.hidden, 1), torch.device(args.device))
         for t in tokens:
             hit = int(probe.inputs(t, skew)[1].unique().numel())
             row: dict[str, Any] = {

@@ -62,11 +62,11 @@ def triton_kernels(layer: Layer) -> At:
 
     def at(x: Tensor, ids: Tensor, weights: Tensor) -> Run:
         def run() -> Any:
-            order, inverse, counts = sort_pairs(ids, shape.experts)
+            order, inverse, counts = sort_pairs(ids, shape.num_experts)
             gates = weights.flatten()[order]
             order, inverse = order.int(), inverse.int()
             metadata = make_ragged_tensor_metadata(counts, ids.numel())
-            routing = RoutingData(gates, counts, shape.experts, shape.top_k, metadata)
+            routing = RoutingData(gates, counts, shape.num_experts, shape.top_k, metadata)
             h = matmul_ogs(
                 x,
                 w1,
@@ -107,7 +107,7 @@ def humming(layer: Layer) -> At:
             shape_k=k,
             weight_schema=Mxfp4WeightSchema().to_humming_schema(torch.bfloat16),
             input_schema=HummingInputSchema(a_dtype=dtypes.bfloat16),
-            num_experts=shape.experts,
+            num_experts=shape.num_experts,
             pad_n_to_multiple=256,
             pad_k_to_multiple=128,
             torch_dtype=torch.bfloat16,
@@ -136,7 +136,7 @@ def humming(layer: Layer) -> At:
         tokens, top_k = ids.shape
 
         def run() -> Any:
-            order, inverse, counts = sort_pairs(ids, shape.experts)
+            order, inverse, counts = sort_pairs(ids, shape.num_experts)
             offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
             rows = x.index_select(0, torch.div(order, top_k, rounding_mode="floor"))
             y = product(rows, up, offsets)

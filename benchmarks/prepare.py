@@ -23,14 +23,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mxfp4_compile import mx
-from mxfp4_compile.benchmark import Shape, parse_shape
 from mxfp4_compile.ops.registry import get_backend
+from mxfp4_compile.ops.synthetic import LayerShape, parse_shape
 from mxfp4_compile.passes.experts import Projection
 from mxfp4_compile.passes.prep import prep_program, run_prep
 from mxfp4_compile.spec import WeightSource
 
 
-def projections(shape: Shape) -> list[Projection]:
+def projections(shape: LayerShape) -> list[Projection]:
     """The two packed projections of a transformers experts module."""
     out = []
     for role, name in (("up", "gate_up_proj"), ("down", "down_proj")):
@@ -39,7 +39,7 @@ def projections(shape: Shape) -> list[Projection]:
     return out
 
 
-def weights(shape: Shape, device: torch.device) -> nn.Module:
+def weights(shape: LayerShape, device: torch.device) -> nn.Module:
     """Random bf16 weights."""
     module = nn.Module()
     for p in projections(shape):
@@ -59,13 +59,13 @@ def seconds(run: Any, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def parts(shape: Shape, module: nn.Module, backend: str, layout: str, device: torch.device) -> dict[str, float]:
+def parts(shape: LayerShape, module: nn.Module, backend: str, layout: str, device: torch.device) -> dict[str, float]:
     """Seconds of quantize, of the layout and of the error for one layer, each by itself."""
     out = {"quantize": 0.0, "layout": 0.0, "error": 0.0}
     for p in projections(shape):
         w = module.get_parameter(p.source.parameters[0])
-        group = max(shape.experts // 16, 1)
-        for i in range(0, shape.experts, group):
+        group = max(shape.num_experts // 16, 1)
+        for i in range(0, shape.num_experts, group):
             some = w[i : i + group]
             out["quantize"] += seconds(lambda some=some: mx.quantize(some), device)
             packed, scales = mx.quantize(some)
@@ -124,7 +124,7 @@ def main() -> None:
         print("one layer by parts:", {k: f"{v:.3f} s" for k, v in result["parts"].items()}, flush=True)
     if args.chunks:
         result["quantize_by_chunk"] = {}
-        w = module.get_parameter("gate_up_proj")[: max(shape.experts // 16, 1)]
+        w = module.get_parameter("gate_up_proj")[: max(shape.num_experts // 16, 1)]
         want = mx.quantize(w)
         default = mx._CHUNK_DEVICE
         for exponent in map(int, args.chunks.split(",")):

@@ -54,8 +54,9 @@ def run_cases() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from mxfp4_compile.benchmark import Layer, Shape, relative_error
+    from mxfp4_compile.benchmark import Layer, relative_error
     from mxfp4_compile.ops.registry import get_backend
+    from mxfp4_compile.ops.synthetic import LayerShape
     from mxfp4_compile.ops.triton.moe import architecture
     from mxfp4_compile.ops.triton.select import choose
 
@@ -63,13 +64,13 @@ def run_cases() -> None:
     backend = get_backend("triton")
     regimes = set()
     for sizes, tokens, bias, sentinels in CASES:
-        shape = Shape(*sizes)
+        shape = LayerShape(*sizes)
         layer = Layer(shape, device)
         params = shape.params
         weights, layout = layer.prepared("triton")
         x, ids, w = layer.inputs(tokens)
         if sentinels:
-            ids = torch.where(torch.rand(ids.shape, device=device) < 0.25, shape.experts + 3, ids)
+            ids = torch.where(torch.rand(ids.shape, device=device) < 0.25, shape.num_experts + 3, ids)
         biases = {}
         prepared: dict[str, torch.Tensor | None] = {"up": None, "down": None}
         if bias:
@@ -97,7 +98,7 @@ def _reference(layer, x, ids, w, biases):
     import torch
 
     out = torch.zeros(x.shape, device=x.device)
-    for e in ids[ids < layer.shape.experts].unique().tolist():
+    for e in ids[ids < layer.shape.num_experts].unique().tolist():
         token, slot = (ids == e).nonzero(as_tuple=True)
         y = x[token].float()
         for role in ("up", "down"):

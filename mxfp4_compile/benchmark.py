@@ -12,7 +12,7 @@ timed; what is wrong is not timed. ``mxfp4-compile bench`` and ``benchmarks/moe_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from . import mx
 from . import ops as _ops  # noqa: F401  (registers the backends)
 from .ops.registry import get_backend, known_backends
 from .ops.selection import requirements
+from .ops.synthetic import LayerShape
 from .ops.target import Request, Target
-from .spec import Activation, MoEParams, Role
+from .spec import MoEParams, Role
 from .timing import matmul_rate, median_us, median_wall_us, stream_bandwidth
 
 Run = Callable[[], Any]
@@ -49,63 +50,6 @@ class Unavailable(RuntimeError):
     """This machine lacks what was asked for; the message says what, and what to do."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """E experts, K of them per token, hidden size H, intermediate size I."""
-
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-
-    def __post_init__(self) -> None:
-        if min(asdict(self).values()) < 1:
-            raise ValueError(f"a shape E,K,H,I takes whole numbers from 1 on, got {self}")
-        if self.top_k > self.experts:
-            raise ValueError(f"{self.top_k} experts per token of {self.experts}: K is at most E in a shape E,K,H,I")
-
-    def __str__(self) -> str:
-        return f"E{self.experts} K{self.top_k} H{self.hidden} I{self.intermediate}"
-
-    @property
-    def params(self) -> MoEParams:
-        """What the op is told: a silu gate, gate and up rows in halves, bf16."""
-        bf16 = torch.bfloat16
-        return MoEParams(
-            self.experts, self.hidden, self.intermediate, Activation("silu"), "halves", 0, False, bf16, bf16
-        )
-
-
-def parse_shape(text: str) -> Shape:
-    """ "128,8,2048,768" -> Shape; ValueError says what is wrong."""
-    parts = [p.strip() for p in text.split(",")]
-    if len(parts) != 4 or not all(p.isdecimal() for p in parts):
-        raise ValueError(f"{text!r} is not a shape E,K,H,I (experts, experts per token, hidden, intermediate size)")
-    return Shape(*map(int, parts))
-
-
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
-_INTERMEDIATE = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size")
-
-
-def shape_of_config(config: Any, name: str) -> Shape:
-    """The experts' shape that a transformers configuration states; ValueError names what it does not."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    values = []
-    for what, names in (
-        ("number of experts", _EXPERTS),
-        ("experts per token", _TOP_K),
-        ("hidden size", ("hidden_size", "n_embd", "d_model")),
-        ("intermediate size", _INTERMEDIATE),
-    ):
-        found = [v for n in names if isinstance(v := getattr(text, n, None), int) and v > 0]
-        if not found:
-            raise ValueError(f"the configuration of {name} states no {what} ({', '.join(names)}); use --shape E,K,H,I")
-        values.append(found[0])
-    return Shape(*values)
-
-
 class Layer:
     """Experts of ``shape`` with random weights on ``device``: the same bits for every provider, by ``seed``.
 
@@ -113,7 +57,7 @@ class Layer:
     originals are drawn again when they are asked for, since they are four times as large.
     """
 
-    def __init__(self, shape: Shape, device: torch.device, seed: int = 0) -> None:
+    def __init__(self, shape: LayerShape, device: torch.device, seed: int = 0) -> None:
         self.shape, self.device, self.params, self._seed = shape, device, shape.params, seed
         self.canonical: dict[Role, tuple[Tensor, Tensor]] = {}
         for role in ROLES:
@@ -127,7 +71,7 @@ class Layer:
     def original(self, role: Role, expert: int) -> Tensor:
         """One expert's bf16 weight [N, K], normal with about unit row norm."""
         _, n, k = self.params.shape(role)
-        number = (self._seed * self.shape.experts + expert) * len(ROLES) + ROLES.index(role)
+        number = (self._seed * self.shape.num_experts + expert) * len(ROLES) + ROLES.index(role)
         g = torch.Generator(self.device).manual_seed(number)
         return torch.randn(n, k, generator=g, device=self.device).mul_(k**-0.5).to(torch.bfloat16)
 
@@ -144,10 +88,10 @@ class Layer:
         shape, device = self.shape, self.device
         g = torch.Generator(device).manual_seed(tokens)
         x = torch.randn(tokens, shape.hidden, generator=g, device=device, dtype=torch.float32).to(torch.bfloat16)
-        noise = torch.rand(tokens, shape.experts, generator=g, device=device)
+        noise = torch.rand(tokens, shape.num_experts, generator=g, device=device)
         if skew:
             # Gumbel noise on log-popularity draws without replacement in proportion to popularity.
-            rank = torch.arange(1, shape.experts + 1, device=device).log()
+            rank = torch.arange(1, shape.num_experts + 1, device=device).log()
             noise = -torch.log(-torch.log(noise.clamp(1e-7, 1 - 1e-7))) - skew * rank
         ids = noise.topk(shape.top_k, -1).indices
         weights = torch.rand(tokens, shape.top_k, generator=g, device=device) + 0.05
@@ -161,7 +105,7 @@ class Layer:
             return self.original(role, e).float() if original else self.dequantized(role, e, torch.float32)
 
         with torch.no_grad():
-            for e in ids[(ids >= 0) & (ids < self.shape.experts)].unique().tolist():
+            for e in ids[(ids >= 0) & (ids < self.shape.num_experts)].unique().tolist():
                 token, slot = (ids == e).nonzero(as_tuple=True)
                 y = self.params.activate(x[token].float() @ weight("up", e).T) @ weight("down", e).T
                 out.index_add_(0, token, y * weights[token, slot].float().unsqueeze(1))
@@ -172,14 +116,14 @@ class Layer:
         backend = get_backend(name)
         layout = backend.plan(Request(self.params), Target.of(self.device))
         out: dict[Role, list[Tensor]] = {}
-        step = max(self.shape.experts // 16, 1)
+        step = max(self.shape.num_experts // 16, 1)
         for role, (packed, scales) in self.canonical.items():
             k = self.params.shape(role)[2]
             parts = [
                 backend.prepare(
                     packed[i : i + step], scales[i : i + step], k=k, role=role, params=self.params, layout=layout
                 )
-                for i in range(0, self.shape.experts, step)
+                for i in range(0, self.shape.num_experts, step)
             ]
             out[role] = [torch.cat(p) for p in zip(*parts, strict=True)]
         return out, layout
@@ -200,8 +144,10 @@ class Layer:
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
         s = self.shape
+        if not s.gated:
+            raise NotImplementedError("transformers' experts without a gate are not among the peers")
         config = Qwen3MoeConfig(
-            num_experts=s.experts,
+            num_experts=s.num_experts,
             num_experts_per_tok=s.top_k,
             hidden_size=s.hidden,
             moe_intermediate_size=s.intermediate,
@@ -211,7 +157,7 @@ class Layer:
             module = Qwen3MoeExperts(config).to(torch.bfloat16)
         module = module.to_empty(device=self.device).requires_grad_(False)
         for parameter, role in zip((module.gate_up_proj, module.down_proj), ROLES, strict=True):
-            for e in range(s.experts):
+            for e in range(s.num_experts):
                 parameter[e].copy_(self.original(role, e))
 
         def at(x: Tensor, ids: Tensor, w: Tensor) -> Run:
@@ -269,7 +215,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[-1][-200:] if text else ''}"
 
 
-def floor_us(shape: Shape, tokens: int, hit: int, bandwidth: float, rate: float) -> float:
+def floor_us(shape: LayerShape, tokens: int, hit: int, bandwidth: float, rate: float) -> float:
     """max(bytes of the experts hit at 17/32 byte per weight / bandwidth, multiply-adds at the matrix rate)."""
     move = hit * 3 * shape.hidden * shape.intermediate * 17 / 32 / bandwidth
     return max(move, 6 * tokens * shape.top_k * shape.hidden * shape.intermediate / rate) * 1e6
@@ -289,7 +235,7 @@ class Row:
 class Bench:
     """A table of rows for one shape on one device; ``notes`` say what was left out and why."""
 
-    shape: Shape
+    shape: LayerShape
     device: str
     method: str
     providers: tuple[str, ...]
@@ -301,7 +247,7 @@ class Bench:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        return asdict(self) | {"shape": self.shape.to_dict()}
 
 
 def device_of(name: str | None) -> torch.device:
@@ -321,7 +267,7 @@ def device_of(name: str | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def providers_for(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[Layer], At]], list[str]]:
+def providers_for(shape: LayerShape, device: torch.device) -> tuple[dict[str, Callable[[Layer], At]], list[str]]:
     """What can be measured on ``device`` by name, best first, and a note for each that cannot."""
     notes = []
     found: dict[str, Callable[[Layer], At]] = {}
@@ -343,7 +289,7 @@ def providers_for(shape: Shape, device: torch.device) -> tuple[dict[str, Callabl
 
 
 def run_bench(
-    shape: Shape,
+    shape: LayerShape,
     tokens: Sequence[int],
     device: torch.device,
     providers: Iterable[str] | None = None,
@@ -354,7 +300,10 @@ def run_bench(
 
     Raises ValueError for a provider that is not known or not available here.
     """
+    left_out = ["the model's experts have biases; they are left out for every provider"] if shape.biased else []
+    shape = replace(shape, biased=False)
     available, notes = providers_for(shape, device)
+    notes = left_out + notes
     names = list(available) if providers is None else list(providers)
     for name in names:
         if name not in available:

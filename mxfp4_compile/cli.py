@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .benchmark import Bench, Shape
+    from .benchmark import Bench
     from .demo import DemoResult
     from .environment import BackendStatus, Environment
     from .explain import Explanation, SiteExplanation
@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         "model", nargs="?", metavar="MODEL", help="a directory or a hub id; only its configuration is read"
     )
     which.add_argument(
-        "--shape", type=_sizes, metavar="E,K,H,I", help="experts, experts per token, hidden and intermediate size"
+        "--shape", type=_shape, metavar="E,K,H,I", help="experts, experts per token, hidden and intermediate size"
     )
     layer.add_argument("--tokens", type=_counts, metavar="T,T,...", help="numbers of tokens")
     layer.add_argument("--device", default="cuda", metavar="DEVICE", help="cuda, cuda:1, ...; bench: cpu too")
@@ -140,20 +140,8 @@ def build_parser() -> argparse.ArgumentParser:
     backends.set_defaults(run=_backends)
 
     bench = commands.add_parser(
-        "bench", parents=[common], help="time one MoE layer here against compiled bf16 and other backends"
+        "bench", parents=[common, layer], help="time one MoE layer here against compiled bf16 and other backends"
     )
-    what = bench.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a directory or a hub id; only its configuration is read"
-    )
-    what.add_argument(
-        "--shape",
-        type=_shape,
-        metavar="E,K,H,I",
-        help="experts, experts per token, hidden and intermediate size instead",
-    )
-    bench.add_argument("--tokens", type=_token_list, metavar="N,N", help="numbers of tokens, such as 1,8,64")
-    bench.add_argument("--device", help="cuda (default), cuda:N, or cpu: the CPU backend by the wall clock")
     bench.add_argument("--providers", metavar="NAME,NAME", help="only these, of those that the table shows")
     bench.add_argument("--skew", type=_skew, default=0.0, metavar="S", help="routing by Zipf's law with exponent S")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table to an image file")
@@ -170,16 +158,6 @@ def _tokens(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= MAX_TOKENS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_TOKENS}")
     return int(text)
-
-
-def _sizes(text: str) -> tuple[int, int, int, int]:
-    parts = text.split(",")
-    if len(parts) != 4 or not all(p.isdecimal() and int(p) for p in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not E,K,H,I: four whole numbers above 0")
-    e, k, h, i = map(int, parts)
-    if k > e:
-        raise argparse.ArgumentTypeError(f"{text!r}: {k} experts per token, but only {e} experts")
-    return e, k, h, i
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -199,20 +177,13 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _shape(text: str) -> Shape:
-    from .benchmark import parse_shape
+def _shape(text: str) -> LayerShape:
+    from .ops.synthetic import parse_shape
 
     try:
         return parse_shape(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _token_list(text: str) -> list[int]:
-    parts = [p.strip() for p in text.split(",")]
-    if not all(p.isdecimal() and 1 <= int(p) <= 65536 for p in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 to 65536")
-    return sorted({int(p) for p in parts})
 
 
 def _number(text: str, least: float, most: float, what: str) -> float:
@@ -478,10 +449,10 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _layers(args: argparse.Namespace) -> tuple[str, list[LayerShape]]:
     """What the arguments name, in words, and its MoE layers."""
-    from .ops.synthetic import QWEN3_30B_A3B, LayerShape
+    from .ops.synthetic import QWEN3_30B_A3B
 
     if args.shape:
-        return "the given sizes", [LayerShape(*args.shape)]
+        return "the given sizes", [args.shape]
     if not args.model:
         return "the layer of Qwen3-30B-A3B", [QWEN3_30B_A3B]
     import torch
@@ -627,22 +598,6 @@ def _matrix_text(found: Matrix) -> str:
 # bench
 
 
-def _layer_shape(args: argparse.Namespace) -> Shape:
-    """The shape asked for, or the one that the model's configuration states."""
-    if args.shape is not None:
-        shape: Shape = args.shape
-        return shape
-    name = _model_name(args.model)
-    import transformers
-
-    from .benchmark import shape_of_config
-    from .demo import quiet
-
-    with quiet():
-        config = transformers.AutoConfig.from_pretrained(name)
-    return shape_of_config(config, args.model)
-
-
 def _bench(args: argparse.Namespace) -> int:
     from .benchmark import TOKENS, TOKENS_CPU, Unavailable, device_of, flat_rows, plot, run_bench
 
@@ -656,16 +611,17 @@ def _bench(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     tokens = args.tokens or (TOKENS if device.type == "cuda" else TOKENS_CPU)
     names = args.providers.split(",") if args.providers else None
-    shape = _layer_shape(args)
+    what, shapes = _layers(args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.compile, about what it meets inside transformers
-        result = run_bench(shape, tokens, device, names, args.skew, _progress)
+        results = [run_bench(shape, tokens, device, names, args.skew, _progress) for shape in shapes]
     if args.plot is not None:
-        plot({str(result.shape): flat_rows(result)}, result.providers, result.device, args.plot)
+        panels = {str(result.shape): flat_rows(result) for result in results}
+        plot(panels, results[0].providers, results[0].device, args.plot)
     if args.json:
-        _print_json(result.to_dict())
+        _print_json({"model": what, "layers": [result.to_dict() for result in results]})
     else:
-        print(_bench_text(result))
+        print("\n\n".join(map(_bench_text, results)))
     return 0
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from .passes.experts import projections_of, source_names
 from .passes.match import FusedMatch, NoMatch
 from .passes.observe import observe
 from .passes.prep import prep_program, prepare_bias, run_prep
-from .passes.regions import Region, RegionError, cut, find_sites, source_path, splice
+from .passes.regions import Region, RegionError, cuts, find_sites, source_path, splice
 from .passes.rewrite import RewriteError, rewrite
 from .passes.verify import Verification, VerificationError, check_weights
 from .pipeline import OptimizeError, Site, Structure, build_site, match_structure, trial_of_backends
@@ -271,11 +271,7 @@ def mxfp4_backend(
         outcome: _Proven | str | None = _refusal(site, parameters)
         if outcome is None:
             try:
-                region = cut(gm.graph, site, parameters)
-                key = (region.key, chosen)
-                if key not in _structures:
-                    _structures[key] = _prove(region, chosen, requested)
-                outcome = _structures[key]
+                region, outcome = _first_fused(cuts(gm.graph, site, parameters), chosen, requested)
             except RegionError as error:
                 outcome = str(error)
         if not isinstance(outcome, _Proven):
@@ -294,6 +290,24 @@ def mxfp4_backend(
     _tell(report)
     inner = _compile_inner(gm, inner_inputs, chosen.inner, mode, rest)
     return _Compiled(inner, sites, constants) if proven else inner
+
+
+def _first_fused(
+    regions: Iterable[Region], chosen: CompileOptions, requested: str | None
+) -> tuple[Region, _Proven | str]:
+    """The first of a site's regions that is fused, else the first that is proven, else the first with its reason."""
+    best: tuple[Region, _Proven | str] | None = None
+    for region in regions:
+        key = (region.key, chosen)
+        if key not in _structures:
+            _structures[key] = _prove(region, chosen, requested)
+        outcome = _structures[key]
+        if isinstance(outcome, _Proven) and isinstance(outcome.recipe.structure.found, FusedMatch):
+            return region, outcome
+        if best is None or (isinstance(best[1], str) and isinstance(outcome, _Proven)):
+            best = region, outcome
+    assert best is not None  # ``cuts`` raises where there is none
+    return best
 
 
 def _refusal(site: Sequence[Any], parameters: dict[fx.Node, Tensor]) -> str | None:

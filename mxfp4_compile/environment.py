@@ -57,7 +57,7 @@ OPTIONAL_PARTS = (
         (
             *_HF,
             *((name, "") for name in ("pytest", "pytest-xdist", "hypothesis", "numpy", "triton")),
-            *((name, "") for name in ("accelerate", "compressed-tensors")),
+            *((name, "") for name in ("accelerate", "compressed-tensors", "matplotlib")),
         ),
     ),
 )

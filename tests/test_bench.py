@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mxfp4_compile import benchmark, mx
-from mxfp4_compile.benchmark import Layer, Shape, Timing, measure, parse_shape, run_bench, shape_of_config
+from mxfp4_compile.benchmark import Layer, Timing, measure, run_bench
 from mxfp4_compile.cli import main
+from mxfp4_compile.ops.synthetic import LayerShape, parse_shape
 from mxfp4_compile.timing import median_wall_us
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
-SMALL = Shape(6, 2, 64, 48)
+SMALL = LayerShape(6, 2, 64, 48)
 
 
 @pytest.fixture
@@ -30,52 +30,13 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parse_shape() -> None:
-    assert parse_shape("128, 8,2048,768") == Shape(128, 8, 2048, 768)
+    assert parse_shape("128, 8,2048,768") == LayerShape(128, 8, 2048, 768)
 
 
 @pytest.mark.parametrize("text", ["", "1,2,3", "8,2,64,x", "8,2,64,-1", "8,2,64,0", "2,3,64,64", "8,2,64,64,1"])
 def test_what_is_no_shape(text: str) -> None:
     with pytest.raises(ValueError, match="E,K,H,I"):
         parse_shape(text)
-
-
-@pytest.mark.parametrize(
-    ("fields", "shape"),
-    [
-        (
-            {"num_experts": 8, "top_k": 2, "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 9},
-            Shape(8, 2, 64, 32),
-        ),
-        (
-            {"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 99},
-            Shape(8, 2, 64, 99),
-        ),
-        (
-            {"n_routed_experts": 9, "num_experts_per_tok": 3, "hidden_size": 64, "moe_intermediate_size": 32},
-            Shape(9, 3, 64, 32),
-        ),
-    ],
-)  # fmt: skip
-def test_shape_of_config(fields: dict[str, int], shape: Shape) -> None:
-    assert shape_of_config(SimpleNamespace(**fields), "x") == shape
-
-
-def test_config_without_experts() -> None:
-    from transformers import LlamaConfig
-
-    with pytest.raises(ValueError, match="states no number of experts"):
-        shape_of_config(LlamaConfig(), "some/llama")
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe"])
-def test_shapes_of_families(family: str) -> None:
-    """What the configuration states is what the model's experts have."""
-    from mxfp4_compile.families import tiny_model
-
-    model = tiny_model(family)
-    shape = shape_of_config(model.config, family)
-    found = {tuple(sorted(p.shape)) for n, p in model.named_parameters() if "experts" in n and p.dim() == 3}
-    assert tuple(sorted((shape.experts, shape.hidden, shape.intermediate))) in found
 
 
 # layers
@@ -105,7 +66,7 @@ def test_reference_against_the_dense_formula() -> None:
 
 
 def test_skew_concentrates_the_routing() -> None:
-    layer = Layer(Shape(64, 2, 32, 32), CPU)
+    layer = Layer(LayerShape(64, 2, 32, 32), CPU)
     even, skewed = (layer.inputs(512, skew)[1].flatten().bincount(minlength=64).max() for skew in (0.0, 2.0))
     assert skewed > 5 * even
     ids = layer.inputs(512, 2.0)[1]
@@ -145,7 +106,6 @@ def bench(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["--shape", "8,2,64"],
         ["--shape", "8,2,64,32", "some/model"],
         ["--shape", "8,2,64,32", "--tokens", "0"],
@@ -191,15 +151,25 @@ def test_table_json_and_plot_on_the_cpu(capsys: pytest.CaptureFixture[str], tmp_
     picture = tmp_path / "bench.png"
     code, out, err = bench(capsys, str(tmp_path), *common, "--plot", str(picture))
     assert code == 0, err
-    assert "E6 K2 H64 I48, on cpu" in out and "wall clock" in out and "relative error" in out
+    assert "E=6 K=2 H=64 I=48, bfloat16, on cpu" in out and "wall clock" in out and "relative error" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
     code, out, _ = bench(capsys, "--shape", "6,2,64,48", *common, "--json")
-    found = json.loads(out)
+    (found,) = json.loads(out)["layers"]
+    assert found["shape"] == {"num_experts": 6, "top_k": 2, "hidden": 64, "intermediate": 48, "gated": True,
+                              "biased": False, "dtype": "bfloat16"}  # fmt: skip
     assert code == 0 and [r["tokens"] for r in found["rows"]] == [1, 9]
     assert found["device"] == "cpu" and found["rows"][0]["floor"] is None
     for row in found["rows"]:
         assert [t["provider"] for t in row["timings"]] == ["cpu", "reference"]
         assert all(t["us"] > 0 and t["error"] < 2e-2 and not t["skipped"] for t in row["timings"])
+
+
+def test_layers_without_a_gate_and_with_biases() -> None:
+    shape = LayerShape(4, 2, 64, 32, gated=False, biased=True)
+    result = run_bench(shape, [3], CPU, ["cpu", "hf_grouped"])
+    assert result.rows[0].timings[0].error < 2e-2
+    assert any("biases" in note for note in result.notes)
+    assert any("without a gate" in note for note in result.notes)
 
 
 def test_what_cannot_run_is_noted() -> None:
@@ -230,8 +200,8 @@ def test_absent_peers_are_skipped_with_a_reason(name: str, scripts: None, monkey
 def test_shapes_of_the_script(scripts: None) -> None:
     import moe_layer
 
-    assert moe_layer.shape_of("mixtral-8x7b") == (Shape(8, 2, 4096, 14336), 0.0)
-    assert moe_layer.shape_of("olmoe@1.5") == (Shape(64, 8, 2048, 1024), 1.5)
+    assert moe_layer.shape_of("mixtral-8x7b") == (LayerShape(8, 2, 4096, 14336), 0.0)
+    assert moe_layer.shape_of("olmoe@1.5") == (LayerShape(64, 8, 2048, 1024), 1.5)
     assert moe_layer.shape_of("6x2x64x48") == (SMALL, 0.0)
     with pytest.raises(ValueError, match="unknown shape"):
         moe_layer.shape_of("nothing")

@@ -63,7 +63,9 @@ def _check(family: str, layers: int = 1) -> None:
     sites = _sites(start)
     assert sites and all(s.rewritten for s in sites), [s.reason for s in sites]
     # All of them, but for experts that this forward does not reach (of a vision tower).
-    assert {s.form for s in sites} == {s.form for s in reference.mxfp4_report.rewritten}
+    # Reasons for the split form name parameters as each graph does.
+    forms = [{s.form.partition(": ")[0] for s in found} for found in (sites, reference.mxfp4_report.rewritten)]
+    assert forms[0] == forms[1]
     assert len(sites) == sum(len(s.names) for s in reference.mxfp4_report.rewritten) or family == "ernie4_5_vl_moe"
     assert all(s.error is not None for s in sites)
     assert {name: p._version for name, p in model.named_parameters()} == before  # the model is not touched

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import mxfp4_compile
 from mxfp4_compile.demo import MODEL_DIRECTORY, TEXT_FILE, load
@@ -102,6 +102,19 @@ def test_greedy_200_tokens(trained: nn.Module, batch: int) -> None:
     assert got.shape[1] == 224
     assert recorder.recorded == 1
     assert recorder.replayed == 1 + 199  # the check against eager, and every token but the one of the prefill
+
+
+@pytest.mark.slow
+def test_continuous_batching_of_transformers(trained: nn.Module) -> None:
+    """``generate_batch`` has a paged cache and graphs of its own: it runs on the rewritten experts as they are."""
+    plain(trained)
+    text = (MODEL_DIRECTORY / TEXT_FILE).read_bytes()
+    prompts = [list(text[i : i + n]) for i, n in ((0, 24), (700, 3), (2000, 11))]
+    options = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    answers = trained.generate_batch(inputs=prompts, generation_config=options)
+    for prompt, answer in zip(prompts, answers.values(), strict=True):
+        expected = trained.generate(torch.tensor([prompt]), generation_config=options)[0, len(prompt) :]
+        assert answer.generated_tokens == expected.tolist()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,10 +69,23 @@ class LayerShape:
         """Weights of one expert."""
         return (3 if self.gated else 2) * self.hidden * self.intermediate
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+
     def __str__(self) -> str:
         extra = ("" if self.gated else ", not gated") + (", biases" if self.biased else "")
         dtype = str(self.dtype).removeprefix("torch.")
         return f"E={self.num_experts} K={self.top_k} H={self.hidden} I={self.intermediate}, {dtype}{extra}"
+
+
+def parse_shape(text: str) -> LayerShape:
+    """ "128,8,2048,768" -> the silu layer of these E, K, H, I; ValueError says what is wrong."""
+    parts = [p.strip() for p in text.split(",")]
+    if len(parts) != 4 or not all(p.isdecimal() for p in parts):
+        raise ValueError(f"{text!r} is not a shape E,K,H,I (experts, experts per token, hidden, intermediate size)")
+    experts, top_k, hidden, intermediate = map(int, parts)
+    return LayerShape(experts, top_k, hidden, intermediate)
 
 
 QWEN3_30B_A3B = LayerShape(128, 8, 2048, 768)

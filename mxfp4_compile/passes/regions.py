@@ -30,6 +30,8 @@ from .forms.grouped_mm import experts_of_offsets
 
 # The token count at which a region is traced: neither 0 nor 1, which tracing specializes.
 _TRACED = 24
+# With one expert per token: the steps after the products that may be the region's last.
+_CUTS = 8
 _LAYOUT = frozenset("transpose permute to contiguous unsqueeze squeeze swapaxes type mT clone bfloat16".split())
 _SIZED = frozenset("view reshape expand arange empty zeros ones full new_empty new_zeros new_ones new_full".split())
 _IN_PLACE = frozenset(("setitem", "iadd", "imul", "isub", "itruediv"))
@@ -213,8 +215,11 @@ def find_sites(graph: fx.Graph, parameters: Mapping[fx.Node, Tensor]) -> list[li
 # 2. cut
 
 
-def cut(graph: fx.Graph, site: Sequence[Anchor], parameters: Mapping[fx.Node, Tensor]) -> Region:
-    """The region of one site; RegionError with the reason if it cannot be separated from the rest."""
+def cuts(graph: fx.Graph, site: Sequence[Anchor], parameters: Mapping[fx.Node, Tensor]) -> Iterator[Region]:
+    """The region of one site, or several to choose from, the smallest first: see ``_Cut.run``.
+
+    RegionError with the reason if it cannot be separated from the rest.
+    """
     return _Cut(graph, site, parameters).run()
 
 
@@ -258,7 +263,9 @@ class _Cut:
         self.nodes = list(graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
 
-    def run(self) -> Region:
+    def run(self) -> Iterator[Region]:
+        """With several experts for each token only the sum over them has the tokens' shape, and there is one
+        region. With one expert each step after the products has it: any may be the last."""
         site = self.site
         if len(site) < 2:
             raise RegionError("a single product with a packed weight, two or three were expected")
@@ -286,6 +293,7 @@ class _Cut:
         x_shape = _shape(self.x)
         assert x_shape is not None
         refusal: RegionError | None = None
+        found = 0
         for output in sorted(following, key=lambda n: self.order[n]):
             value, out_shape = value_of(output), _shape(output)
             if out_shape is None or len(out_shape) != 2 or not self._same(out_shape[0], self.tokens):
@@ -293,10 +301,16 @@ class _Cut:
             if out_shape[1] != x_shape[1] or value.dtype != value_of(self.x).dtype or output is last.node:
                 continue
             try:
-                return self._region(output, products, following)
+                region = self._region(output, products, following)
             except RegionError as error:
                 refusal = refusal or error
-        raise refusal or RegionError("nothing of the tokens' shape and dtype follows the products")
+                continue
+            yield region
+            found += 1
+            if self.top_k > 1 or found == _CUTS:
+                return
+        if not found:
+            raise refusal or RegionError("nothing of the tokens' shape and dtype follows the products")
 
     def _nearest(self, nodes: set[fx.Node], accept: Any, what: str) -> fx.Node:
         for node in sorted(nodes, key=lambda n: -self.order[n]):
@@ -318,8 +332,10 @@ class _Cut:
         return int(ratio) if ratio.is_Integer else None
 
     def _region(self, output: fx.Node, products: set[fx.Node], following: set[fx.Node]) -> Region:
+        # Not the weights in the products' order: with one expert per token they have the same shape.
+        ordering = descendants(ancestors([self.site[0].selector], [self.ids]) - {self.ids})
         weights = self._nearest(
-            ancestors([output], [self.ids]) - products,
+            ancestors([output], [self.ids]) - products - ordering,
             lambda n, s: (
                 len(s) == 2
                 and s[1] == self.top_k
@@ -497,4 +513,4 @@ def splice(region: Region, rewritten: fx.GraphModule, extra: Sequence[fx.Node], 
             graph.erase_node(node)
 
 
-__all__ = ["Region", "RegionError", "RegionModule", "cut", "find_sites", "source_path", "splice"]
+__all__ = ["Region", "RegionError", "RegionModule", "cuts", "find_sites", "source_path", "splice"]
