@@ -105,7 +105,7 @@ class _Idle:
         """The symbols that make a tensor empty where they are zero."""
         if not isinstance(value, Tensor):
             return frozenset()
-        found = set()
+        found: set[Any] = set()
         for dim in value.shape:
             if isinstance(dim, torch.SymInt) and (symbols := self._of_size(dim)):
                 terms = dim.node.expr.as_ordered_factors() if dim.node.expr.is_Mul else [dim.node.expr]

@@ -22,7 +22,6 @@ from collections.abc import Hashable, Iterable
 from contextlib import contextmanager
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
@@ -128,7 +127,8 @@ class _AllInUse(TorchFunctionMode):
             torch._check(count >= 2)
             counts.append(count)
         if counts and all(isinstance(c, torch.SymInt) for c in counts):
-            begins, begin = tensor.cumsum(0) - tensor, sympy.Integer(0)
+            begins: Tensor = tensor.cumsum(0) - tensor
+            begin: Any = 0
             for e, count in enumerate(counts):
                 end = begin + _expression(count)
                 self.slices[begin, end] = count, begins[e]
@@ -147,7 +147,7 @@ class _AllInUse(TorchFunctionMode):
             # A slice between sizes the trace does not know, as an index whose length it does.
             self.sliced = tensor.shape[0]
             start = index.start or 0
-            known_slice = self.slices.get((sympy.sympify(_expression(start)), _expression(index.stop)))
+            known_slice = self.slices.get((_expression(start), _expression(index.stop)))
             if known_slice is not None:
                 # Sums of counts would be computed anew for every expert: quadratic in the number of experts.
                 length, begin = known_slice
