@@ -167,6 +167,7 @@ def optimize(
                 if site.structure is None:
                     report.sites.append(left_alone(site))
                 else:
+                    report.notes += silenced_hooks(site)
                     waiting[site.candidate.weights] -= 1
                     last = not waiting[site.candidate.weights]
                     report.sites.append(install_site(model, site, scale_rule, verify, advance, prepared, last=last))
@@ -767,6 +768,20 @@ def install_site(
         original_error=None if verification is None else verification.original_error,
         warnings=tuple(warnings),
     )
+
+
+def silenced_hooks(site: Site) -> list[str]:
+    """A note where modules inside a site have hooks: the rewritten graph does not call them."""
+    hooked = [
+        name
+        for name, module in site.candidate.module.named_modules()
+        if name and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    ]
+    if not hooked:
+        return []
+    shown = ", ".join(f"{site.name}.{name}" for name in hooked[:4])
+    more = f" and {len(hooked) - 4} more" if len(hooked) > 4 else ""
+    return [f"hooks of modules inside a rewritten block no longer run: {shown}{more}"]
 
 
 def _share_tensors(built: MXFP4Experts, first: MXFP4Experts) -> None:

@@ -195,19 +195,33 @@ class OffsetsMoE(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks with a residual; takes hidden states."""
+    """Blocks with a residual; takes hidden states."""
 
-    def __init__(self, make: object, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+    def __init__(self, make: object, dtype: torch.dtype = torch.bfloat16, seed: int = 0, layers: int = 2) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.layers = nn.ModuleList([make() for _ in range(2)])  # type: ignore[operator]
+            self.layers = nn.ModuleList([make().to(dtype) for _ in range(layers)])  # type: ignore[operator]
             for p in self.parameters():
                 nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-        self.to(dtype).eval()
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.layers:
             y = block(x)
             x = x + (y[0] if isinstance(y, tuple) else y)
         return x
+
+
+class NormedMLP(nn.Module):
+    """A middle no kernel knows: an RMSNorm over the activated values, with one more gate before it."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(H, MI, bias=bias)
+        self.up_proj = nn.Linear(H, MI, bias=bias)
+        self.norm = nn.RMSNorm(MI, eps=1e-6)
+        self.down_proj = nn.Linear(MI, H, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.norm(torch.tanh(self.gate_proj(x)) * self.up_proj(x)))

@@ -5,13 +5,31 @@ from __future__ import annotations
 import functools
 import gc
 
+import loop_models
 import pytest
 import torch
-from loop_models import AllWeightsMoE, CountsMoE, E, GatedMLP, H, LoopMoE, Model, OffsetsMoE, PlainMLP, RemoteMoE
+from loop_models import (
+    AllWeightsMoE,
+    CountsMoE,
+    E,
+    GatedMLP,
+    H,
+    LoopMoE,
+    Model,
+    NormedMLP,
+    OffsetsMoE,
+    PlainMLP,
+    RemoteMoE,
+)
 from torch import nn
 
 import mxfp4_compile
-from mxfp4_compile import OptimizeError
+from mxfp4_compile import OptimizeError, pipeline
+from mxfp4_compile.passes.capture import call_pattern, describe
+from mxfp4_compile.passes.experts import mxfp4_sites
+from mxfp4_compile.passes.loops import capture_loop
+from mxfp4_compile.passes.match import FusedMatch, match
+from mxfp4_compile.passes.rewrite import count_ops
 
 STYLES = {
     "remote code, sorted slices": RemoteMoE,
@@ -95,6 +113,95 @@ def test_refused_with_the_reason(block: type[nn.Module], reason: str) -> None:
         mxfp4_compile.optimize(model, example_inputs=(inputs(),))
     assert "layers.0" in str(raised.value)
     assert isinstance(model.layers[0], block)
+
+
+class NormedRemote(RemoteMoE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([NormedMLP() for _ in range(E)])
+
+
+SPLIT = {
+    "loop": (functools.partial(LoopMoE, NormedMLP), torch.float32),
+    "remote code, sorted slices": (NormedRemote, torch.bfloat16),
+    "biases in a dict": (
+        functools.partial(LoopMoE, functools.partial(NormedMLP, bias=True), named=True, hit=True),
+        torch.bfloat16,
+    ),
+}
+
+
+@pytest.mark.parametrize("style", SPLIT)
+def test_split_around_a_middle_no_kernel_knows(style: str) -> None:
+    make, dtype = SPLIT[style]
+    model = Model(make, dtype)
+    keys = set(model.state_dict())
+    mxfp4_compile.optimize(model, example_inputs=(inputs(dtype=dtype),))
+    assert [s.outcome for s in model.mxfp4_report.sites] == ["split", "split"]
+    for site, report in zip(mxfp4_sites(model).values(), model.mxfp4_report.sites, strict=True):
+        assert count_ops(site.rewritten) == {"moe": 0, "grouped_linear": 3}
+        assert report.error <= 1.5 * report.original_error + 2e-3
+    calls = [inputs(b, 9, b, dtype) for b in (1, 2, 7)]
+    with torch.no_grad():
+        ours = [model.layers[0](x) for x in calls]
+        saved = {k: v.clone() for k, v in model.state_dict().items()}
+        assert not any(v.device.type == "meta" for v in saved.values())
+        assert sum(k.endswith("norm.weight") for k in saved) == 2 * E
+        for p in model.layers[0].buffers():
+            p.zero_()
+        model.load_state_dict(saved)
+        mxfp4_compile.restore(model)
+        assert set(model.state_dict()) == keys
+        for x, y in zip(calls, ours, strict=True):
+            a, b = (v[0] if isinstance(v, tuple) else v for v in (y, model.layers[0](x)))
+            assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * b.norm()
+
+
+def test_split_site_reports_unknown_keys() -> None:
+    model = Model(SPLIT["loop"][0], torch.float32)
+    mxfp4_compile.optimize(model, example_inputs=(inputs(dtype=torch.float32),))
+    state = model.state_dict()
+    state["layers.0.experts.0.other"] = torch.zeros(1)
+    del state["layers.0.experts.1.norm.weight"]
+    with pytest.raises(RuntimeError, match=r"(?s)Missing.*experts.1.norm.weight.*Unexpected.*experts.0.other"):
+        model.load_state_dict(state)
+
+
+def test_hooks_inside_a_block_are_named() -> None:
+    model = Model(RemoteMoE, torch.float32)
+    seen = []
+    model.layers[0].experts[2].register_forward_hook(lambda *_: seen.append("expert"))
+    model.layers[1].register_forward_hook(lambda *_: seen.append("block"))
+    mxfp4_compile.optimize(model, example_inputs=(inputs(dtype=torch.float32),), verify=False)
+    (note,) = [n for n in model.mxfp4_report.notes if "hooks" in n]
+    assert "layers.0.experts.2" in note and "layers.1" not in note
+    seen.clear()
+    with torch.no_grad():
+        model(inputs(dtype=torch.float32))
+    assert seen == ["block"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["remote code, sorted slices", "all experts"])
+def test_graph_grows_linearly_with_the_experts(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for experts in (3, 6, 12):
+        monkeypatch.setattr(loop_models, "E", experts)
+        block = STYLES[style]().eval()
+        pattern = call_pattern(*(describe((torch.zeros(b, 9, H),), {}) for b in (2, 3)))
+        captured = capture_loop(block, pattern)
+        sizes.append(len(captured.graph.nodes))
+        assert isinstance(match(captured), FusedMatch)
+    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0])
+
+
+def test_equal_blocks_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    capture = pipeline.capture_loop
+    monkeypatch.setattr(pipeline, "capture_loop", lambda *a: calls.append(1) or capture(*a))
+    model = Model(RemoteMoE, torch.float32, layers=4)
+    mxfp4_compile.optimize(model, example_inputs=(inputs(dtype=torch.float32),), verify=False)
+    assert len(model.mxfp4_report.sites) == 4 and len(calls) == 1
 
 
 # shared and tied experts

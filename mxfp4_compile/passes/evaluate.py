@@ -7,6 +7,7 @@ everything runs on the CPU, wherever the graph was captured.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -102,9 +103,16 @@ class Evaluator:
         wanted = list(wanted)
         known: dict[fx.Node, Any] = {**self.values, **overrides}
         needed = ancestors(wanted, stop=known)
+        uses = Counter(operand for node in needed for operand in node.all_input_nodes)
+        uses.update(wanted)
         for node in wanted[0].graph.nodes:
-            if node in needed:
-                known[node] = self._run_node(node, known)
+            if node not in needed:
+                continue
+            known[node] = self._run_node(node, known)
+            for operand in node.all_input_nodes:
+                uses[operand] -= 1
+                if not uses[operand] and operand in needed:
+                    del known[operand]  # a loop over experts makes its sum anew for each of them
         return [known[node] for node in wanted]
 
     def _run_node(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:

@@ -97,9 +97,14 @@ class MXFP4Experts(nn.Module):
         self.__dict__[BLUEPRINT] = original  # not a child: its parameters are released
         self.training = False
         _copy_plain_attributes(original, self)
+        released = {m for n in source_names(self.projections) for m in members(original, n)}
         for name in plan.retained:
             top = name.split(".")[0]
-            if top in original._modules:
+            if any(n.startswith(f"{top}.") for n in released):
+                # A part of the experts themselves (a norm between their projections) without what is released.
+                for member in members(original, name):
+                    _adopt(self, original, member, released)
+            elif top in original._modules:
                 self.add_module(top, original._modules[top])
             elif top in original._parameters:
                 self.register_parameter(top, original._parameters[top])
@@ -155,7 +160,7 @@ class MXFP4Experts(nn.Module):
 
     def stored(self) -> list[Tensor]:
         """What the rewritten graph takes after the call's tensors: retained state, prepared weights, biases."""
-        kept = [_get(self, name) for name in self.plan.retained]
+        kept = [_get(self, name, self.original) for name in self.plan.retained]
         return kept + [getattr(self, name) for name in self._tensor_names]
 
     def _arranged(self, result: Any) -> Any:
@@ -419,8 +424,50 @@ def mxfp4_sites(model: nn.Module) -> dict[str, MXFP4Experts]:
     return {name: m for name, m in model.named_modules() if isinstance(m, MXFP4Experts)}
 
 
-def _get(module: nn.Module, path: str) -> Tensor:
-    """A parameter or buffer; TypeError if another module (a PEFT layer) stands between it and its name."""
+class _Part(nn.Module):
+    """What remains of an experts module inside a site. ``packed``: state_dict names, from here, that are the site's."""
+
+    def __init__(self, packed: frozenset[str]) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        before = len(unexpected_keys)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        unexpected_keys[before:] = [k for k in unexpected_keys[before:] if k.removeprefix(prefix) not in self.packed]
+
+
+def _adopt(module: nn.Module, original: nn.Module, path: str, released: Iterable[str]) -> None:
+    """Give ``module`` the parameter or buffer of ``original`` at ``path``, in plain modules on the way there."""
+    *owners, leaf = path.split(".")
+    source, target, inner = original, module, ""
+    for owner in owners:
+        inner += f"{owner}."
+        if owner not in target._modules:
+            names = [n.removeprefix(inner) for n in released if n.startswith(inner)]
+            target.add_module(owner, _Part(frozenset(f"{n}{end}" for n in names for end in ("_packed", "_scales"))))
+        source, target = source.get_submodule(owner), target.get_submodule(owner)
+    if leaf in source._parameters:
+        target.register_parameter(leaf, source._parameters[leaf])
+    else:
+        target.register_buffer(leaf, source._buffers[leaf], persistent=leaf not in source._non_persistent_buffers_set)
+
+
+def _get(module: nn.Module, path: str, original: nn.Module) -> Tensor:
+    """A parameter or buffer, or a stack of them; TypeError if another module (a PEFT layer) stands in its place."""
+    if "*" in path.split("."):
+        return torch.stack([_get(module, member, original) for member in members(original, path)])
     *parts, leaf = path.split(".")
     owner: Any = module
     for part in parts:

@@ -18,7 +18,6 @@ and the verification of the whole block judge it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -51,7 +50,6 @@ _SIZED = _SAME | frozenset(
     "arange zeros empty ones full new_zeros new_empty new_ones new_full repeat slice narrow select split "
     "split_with_sizes chunk unbind cat index_select sym_size sym_numel sym_stride repeat_interleave unfold".split()
 )
-_SUMS = (operator.add, operator.sub, torch.sym_sum)
 
 
 def check_idle(graph: fx.Graph, experts: Mapping[Any, int], share: Callable[[fx.Node], int | None]) -> None:
@@ -71,6 +69,7 @@ class _Idle:
         self.depends: dict[fx.Node, frozenset[Any]] = {}
         self.written: dict[fx.Node, frozenset[Any]] = {}
         self.left: dict[tuple[fx.Node, Any], fx.Node] = {}
+        self._of_formula: dict[Any, frozenset[Any]] = {}
         self._known: dict[fx.Node, frozenset[Any]] = {}
         self._at_zero: dict[fx.Node, frozenset[Any]] = {}
 
@@ -89,21 +88,34 @@ class _Idle:
     def _unknown(self, node: fx.Node) -> frozenset[Any]:
         """The sizes in a node's value that only the routing knows."""
         if node not in self._known:
-            parts = [self._of_value(v) for v in _values(node)]
-            self._known[node] = frozenset().union(*parts)
+            self._known[node] = frozenset().union(*(self._of_value(v) for v in _values(node)))
         return self._known[node]
 
-    @staticmethod
-    def _of_value(value: Any) -> frozenset[Any]:
+    def _of_value(self, value: Any) -> frozenset[Any]:
         dims = value.shape if isinstance(value, Tensor) else (value,)
-        return frozenset(s for d in dims if not isinstance(d, int) for s in free_unbacked_symbols(d))
+        return frozenset().union(*(self._of_size(d) for d in dims if isinstance(d, torch.SymInt)))
+
+    def _of_size(self, size: torch.SymInt) -> frozenset[Any]:
+        formula = size.node.expr
+        if formula not in self._of_formula:
+            self._of_formula[formula] = frozenset(free_unbacked_symbols(size))
+        return self._of_formula[formula]
+
+    def _vanishing(self, value: Any) -> frozenset[Any]:
+        """The symbols that make a tensor empty where they are zero."""
+        if not isinstance(value, Tensor):
+            return frozenset()
+        found: set[Any] = set()
+        for dim in value.shape:
+            if isinstance(dim, torch.SymInt) and (symbols := self._of_size(dim)):
+                terms = dim.node.expr.as_ordered_factors() if dim.node.expr.is_Mul else [dim.node.expr]
+                found |= symbols & set(terms)
+        return frozenset(found)
 
     def _idle(self, node: fx.Node, symbol: Any) -> bool:
         """Whether a node has no elements where ``symbol`` is zero."""
         if node not in self._at_zero:
-            values = list(_values(node))
-            found = [frozenset(_vanishing(v)) if isinstance(v, Tensor) else frozenset() for v in values]
-            self._at_zero[node] = frozenset.intersection(*found) if found else frozenset()
+            self._at_zero[node] = frozenset.intersection(*(self._vanishing(v) for v in _values(node)))
         return symbol in self._at_zero[node]
 
     # 2. and 3. what depends on whom
@@ -201,17 +213,7 @@ class _Idle:
 
 def _values(node: fx.Node) -> Iterator[Any]:
     value = node.meta.get("val")
-    yield from value if isinstance(value, (tuple, list)) else (value,)
-
-
-def _vanishing(value: Tensor) -> Iterator[Any]:
-    """The symbols that make a tensor empty where they are zero."""
-    for dim in value.shape:
-        if isinstance(dim, int):
-            continue
-        for symbol in free_unbacked_symbols(dim):
-            if dim.node.expr.subs({symbol: 0}) == 0:
-                yield symbol
+    yield from value if isinstance(value, (tuple, list)) and value else (value,)
 
 
 def _floating(node: fx.Node) -> bool:

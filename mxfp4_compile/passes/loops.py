@@ -74,6 +74,8 @@ class _AllInUse(TorchFunctionMode):
         self.made: dict[int, tuple[list[int], Tensor, str, tuple[Any, ...]]] = {}
         self.sizes: dict[int, tuple[int, Tensor, Any]] = {}
         self.sliced: Any = None
+        # (begin, end) of an expert's rows, as formulas of the counts -> (count, where the rows begin, a tensor).
+        self.slices: dict[tuple[Any, Any], tuple[Any, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -194,6 +196,11 @@ class _AllInUse(TorchFunctionMode):
         if not isinstance(start, torch.SymInt) and not isinstance(stop, torch.SymInt):
             return None
         start, stop = 0 if start is None else start, tensor.shape[0] if stop is None else stop
+        known = self.slices.get((_expression(start), _expression(stop)))
+        if known is not None:
+            # Sums of counts would be computed anew for every expert: quadratic in the number of experts.
+            length, begin = known
+            return torch.arange(length, device=tensor.device) + begin
         length = stop - start
         torch._check(length >= 2)
         torch._check(start >= 0)
@@ -230,6 +237,13 @@ class _AllInUse(TorchFunctionMode):
             count = tensor[e].item()
             torch._check(count >= 2)
             counts.append(count)
+        if counts and all(isinstance(c, torch.SymInt) for c in counts):
+            begins: Tensor = tensor.cumsum(0) - tensor
+            begin: Any = 0
+            for e, count in enumerate(counts):
+                end = begin + _expression(count)
+                self.slices[begin, end] = count, begins[e]
+                begin = end
         return counts
 
     def _split(self, tensor: Tensor, sizes: Any) -> tuple[Tensor, ...]:
@@ -446,6 +460,11 @@ def _sorted(program: torch.export.ExportedProgram, pattern: CallPattern) -> Capt
     if len(captured.inputs) != len(pattern.tensors):
         raise CaptureError("the trace has another number of tensor inputs than the call")
     return captured
+
+
+def _expression(size: Any) -> Any:
+    """A size as a number or formula that compares fast (printing sums of many sizes does not)."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 # 2. to 4. the collapse
@@ -836,13 +855,13 @@ class _Collapse:
 
     def _count(self, graph: fx.Graph, mapped: dict[fx.Node, fx.Node], rows: fx.Node) -> fx.Node:
         """The number of ``rows``, from the integers that chose them (so that it depends on no values)."""
-        size = str(rows.meta["val"].shape[0])
+        size = _expression(rows.meta["val"].shape[0])
         for node in sorted(ancestors([rows]), key=lambda n: self.order[n]):
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and str(value) == size and node in mapped:
+            if isinstance(value, torch.SymInt) and _expression(value) == size and node in mapped:
                 return mapped[node]
             if isinstance(value, Tensor) and value.dim() and not value.is_floating_point() and node in mapped:
-                if str(value.shape[0]) == size:
+                if _expression(value.shape[0]) == size:
                     count = graph.call_function(aten.sym_size.int, (mapped[node], 0))
                     count.meta["val"] = value.shape[0]
                     return count

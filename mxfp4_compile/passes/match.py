@@ -113,9 +113,14 @@ def match(captured: Captured, fetch: Any = None) -> FusedMatch | SplitMatch | No
         return _Fused(captured, gemms).run()
     except (_Refused, EvaluationError) as refusal:
         reason = str(refusal)
-    if any(g.form != "grouped_mm" for g in gemms):
-        return NoMatch(f"not fused ({reason}), and only grouped_mm graphs can be split")
+    if any(g.form != "grouped_mm" and not _in_modules(g) for g in gemms):
+        return NoMatch(f"not fused ({reason}), and only grouped_mm graphs and loops over modules can be split")
     return SplitMatch(_split_spec(gemms, reason), tuple(gemms))
+
+
+def _in_modules(gemm: ExpertGemm) -> bool:
+    """Whether a product is that of a loop over expert modules, whose rows lie one expert after the other."""
+    return gemm.form == "loop" and "*" in gemm.weight.split(".")
 
 
 def _no_gemms(captured: Captured) -> NoMatch:
@@ -205,10 +210,11 @@ class _Fused:
         self.symbols = symbols
         widths = [n.meta["val"].shape[1] for n in self.graph.nodes if is_integer(n) and n.meta["val"].dim() == 2]
         narrowest = min((k for k in widths if isinstance(k, int)), default=1)
-        every = max(11, math.ceil(self.experts / narrowest))
+        unit = self._tokens_per_size()
+        every = math.ceil(max(11, math.ceil(self.experts / narrowest)) / unit)
         if len(symbols) == 2:
             every += every % 2
-        self.probe_tokens = (*_PROBE_TOKENS, every, _MANY_TOKENS)
+        self.probe_tokens = (*_PROBE_TOKENS, every, math.ceil(_MANY_TOKENS / unit))
         self.probes = [self._make_probe(t) for t in self.probe_tokens]
         ids, x, w, on_input = self._find_head()
         self.ids, self.x = ids, x
@@ -298,6 +304,13 @@ class _Fused:
                 tokens = math.prod(info.shape[:2])
                 found |= {s for s, number in recorded.items() if number == tokens and s not in varying}
         return found if len(symbols) > 2 else set()
+
+    def _tokens_per_size(self) -> int:
+        """How many tokens a free size of one makes: more where a batch of sequences of one length was captured."""
+        two = [n for n in self.graph.nodes if is_integer(n) and n.meta["val"].dim() == 2 and self._sized(n)]
+        one = dict.fromkeys(self.symbols, 1)
+        rows = [shape_of(n, one)[0] for n in two if isinstance(n.meta["val"].shape[0], torch.SymInt)]
+        return max(1, min(rows, default=1))
 
     def _sized(self, node: fx.Node) -> bool:
         """Whether the node's shape follows from the token count."""
@@ -570,7 +583,8 @@ class _Fused:
             return ()
         wanted = [(g.shape[0], g.shape[1]) for g in gemms]
         if sorted(tuple(n.meta["val"].shape) for n in read) != sorted(wanted):
-            names = ", ".join(self.captured.parameters[n.name] for n in read)
+            every = sorted(self.captured.parameters[n.name] for n in read)
+            names = ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
             raise _Refused(f"{names} is read {where} and is not one bias per expert and row")
         if len(read) == 1:
             return tuple(read)
@@ -677,7 +691,7 @@ class _Fused:
             and (_same_rows(n, self.x) if n.meta["val"].dim() == 2 else self._by_batch(n))
         ]
         for output in outputs:
-            if not _covers(output, downstream):
+            if not _covers(output, self.down.node, downstream):
                 continue
             region = ancestors([output], stop=[self.down.node])
             candidates: list[fx.Node] = (
@@ -959,7 +973,7 @@ def _pair_of_row(rows: Tensor, experts: Tensor, pair_rows: Tensor, ids: Tensor) 
     direction = torch.randn(rows.shape[1], dtype=rows.dtype, generator=torch.Generator().manual_seed(2))
     key_rows = rows @ direction + math.pi * experts.to(rows.dtype)
     key_pairs = pair_rows @ direction + math.pi * ids.to(rows.dtype)
-    pair = torch.empty_like(ids, dtype=torch.int64)
+    pair = torch.empty(len(key_rows), dtype=torch.int64)
     pair[key_rows.argsort()] = key_pairs.argsort()
     if not torch.equal(experts.to(ids.dtype), ids[pair]) or not _close(rows, pair_rows[pair]):
         return None
@@ -1043,9 +1057,11 @@ def _read_by(nodes: Sequence[fx.Node], stop: Sequence[fx.Node | None]) -> set[fx
     return seen
 
 
-def _covers(output: fx.Node, downstream: set[fx.Node]) -> bool:
+def _covers(output: fx.Node, down: fx.Node, downstream: set[fx.Node]) -> bool:
     """Whether everything that leaves the region after the down GEMM leaves through ``output``."""
     inside = ancestors([output]) & downstream
+    if any(user not in inside and isinstance(user.meta.get("val"), Tensor) for user in down.users):
+        return False  # a sum over some of the experts
     return all(user in inside for node in inside - {output} for user in node.users)
 
 

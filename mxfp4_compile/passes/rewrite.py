@@ -10,6 +10,7 @@ be left over: RewriteError if one is.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,10 @@ from ..ops import schema
 from ..spec import MoESpec
 from .capture import Captured
 from .experts import projections_of
+from .loops import rows_of_expert
 from .match import FusedMatch, SplitMatch
+
+aten = torch.ops.aten
 
 
 class RewriteError(RuntimeError):
@@ -62,19 +66,29 @@ def _rewritten(
         mapped[by_name[name]] = graph.get_attr(name)
     replaced = {found.output: None} if isinstance(found, FusedMatch) else {g.node: g for g in found.gemms}
     index = 0
+    ends: dict[fx.Node, fx.Node] = {}
+    parts: dict[fx.Node, fx.Node] = {}
     for node in captured.graph.nodes:
         if node.op == "placeholder":
+            continue
+        if node.target is rows_of_expert and isinstance(found, SplitMatch):
+            mapped[node] = _part(graph, node, mapped, parts)
             continue
         if node in replaced:
             if isinstance(found, FusedMatch):
                 mapped[node] = _moe_call(graph, found, mapped, slots, backend, layout)
             else:
                 gemm = found.gemms[index]
+                offsets = mapped[gemm.selector]
+                if gemm.form == "loop":
+                    if gemm.selector not in ends:
+                        ends[gemm.selector] = _offsets(graph, offsets, gemm.shape[0])
+                    offsets = ends[gemm.selector]
                 mapped[node] = graph.call_function(
                     schema.grouped_linear,
                     (
                         mapped[gemm.rows],
-                        mapped[gemm.selector],
+                        offsets,
                         slots[f"linear{index}"][0],
                         gemm.shape[1],
                         gemm.node.meta["val"].dtype,
@@ -94,6 +108,8 @@ def _rewritten(
         if node.target == torch.ops.aten.view.default:
             # The capture saw contiguous arguments; callers may pass others, as the original's reshape allowed.
             mapped[node].target = torch.ops.aten.reshape.default
+    if isinstance(found, SplitMatch):
+        _counts_at_once(graph)
     _drop_unused(graph, set(captured.inputs))
     left = {mapped[g.node] for g in found.gemms} & set(graph.nodes) if isinstance(found, FusedMatch) else set()
     if left:
@@ -104,6 +120,49 @@ def _rewritten(
             raise RewriteError(f"weight {state[node.target]!r} is still used by the rewritten graph")
     graph.lint()
     return graph, mapped
+
+
+def _offsets(graph: fx.Graph, experts: fx.Node, count: int) -> fx.Node:
+    """``grouped_linear``'s offsets [E] from the expert of each row, [S] in ascending order."""
+    counts = graph.call_function(aten.bincount.default, (experts,), {"minlength": count})
+    ends = graph.call_function(aten.cumsum.default, (counts, 0))
+    offsets = graph.call_function(aten.to.dtype, (ends, torch.int32))
+    for node in (counts, ends, offsets):
+        node.meta["val"] = torch.empty((count,), dtype=torch.int64, device="meta")
+    offsets.meta["val"] = offsets.meta["val"].int()
+    return offsets
+
+
+def _part(graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, fx.Node], parts: dict[fx.Node, fx.Node]) -> fx.Node:
+    """One expert's rows as a view: ``loops`` joined them in the experts' order from counts that are at hand."""
+    values, experts, expert = node.args
+    assert isinstance(values, fx.Node) and isinstance(experts, fx.Node)
+    if values not in parts:
+        counts = [mapped[full.args[0][0]] for full in experts.args[0]]  # type: ignore[index, union-attr]
+        parts[values] = graph.call_function(aten.split_with_sizes.default, (mapped[values], counts))
+        parts[values].meta["val"] = [node.meta["val"]]
+    part = graph.call_function(operator.getitem, (parts[values], expert))
+    part.meta = dict(node.meta)
+    return part
+
+
+def _counts_at_once(graph: fx.Graph) -> None:
+    """Read the counts of all experts together: each ``item`` of a tensor on a GPU would wait for it."""
+    lists: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target != aten.item.default:
+            continue
+        select = node.args[0]
+        if select.target != aten.select.int or select.args[0].meta["val"].dim() != 1:
+            continue
+        source, _, place = select.args
+        if source not in lists:
+            with graph.inserting_after(source):
+                lists[source] = graph.call_method("tolist", (source,))
+        with graph.inserting_before(node):
+            one = graph.call_function(operator.getitem, (lists[source], place))
+        one.meta = dict(node.meta)
+        node.replace_all_uses_with(one)
 
 
 def _weight_inputs(

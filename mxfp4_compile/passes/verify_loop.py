@@ -7,7 +7,8 @@ a list. Where the block multiplies packed weights itself, one block's dequantize
 2. Both run on the same hidden states: one token, a prime number, all tokens equal (most experts get none), a
    batch; tokens large enough that clamps are reached. The router is the same on both sides and picks the experts.
 3. The truth both are judged by is the rewritten graph with the op's result replaced: each pair's expert in fp32,
-   by the original expert module, summed in fp32.
+   by the original expert module, summed in fp32. Of a split site, whose graph has no such op, it is the original
+   block with experts that work in fp32 (fp64 where that is their own dtype).
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def verify_loop(site: MXFP4Experts, original: nn.Module, seed: int = 0) -> Verif
     experts = _Experts(site, original) if is_loop(site) else _Packed(site, original)
     ids_at = _ids_argument(site)
     eager = experts.block(dtype)
+    exact = None
+    if site.plan.params is None:
+        exact = experts.block(torch.float64 if dtype == torch.float32 else torch.float32)
     squared = torch.zeros(3, dtype=torch.float64)
     used: set[int] = set()
     never_absent = set(range(site.projections[0].shape[0]))
@@ -56,17 +60,20 @@ def verify_loop(site: MXFP4Experts, original: nn.Module, seed: int = 0) -> Verif
         ):  # fmt: skip
             if cases >= 5 and not never_absent:
                 break
+            experts.used.clear()
             leaves = _inputs(site, sizes, equal, generator, ids_at)
             args, kwargs = site.plan.pattern.arrange(leaves)
             try:
                 theirs = eager(*args, **kwargs)
             except Exception as error:
                 raise VerificationError(f"the original block does not run on verification inputs: {error}") from error
-            recorder = _Recorder(site, experts)
-            truth = recorder.truth(leaves)
+            if exact is None:
+                truth = _Recorder(site, experts).truth(leaves)
+            else:
+                truth = exact(*args, **kwargs)
             ours = site(*args, **kwargs)
-            used |= recorder.used
-            never_absent &= recorder.used
+            used |= experts.used
+            never_absent &= experts.used
             one = _compared(ours, theirs, truth)
             _check_original(one, dtype, f"{sizes[0]} x {sizes[1]} tokens")
             _judge(one, dtype, f"{sizes[0]} x {sizes[1]} tokens", slack)
@@ -175,6 +182,7 @@ class _Experts:
         self.prefix = name.split(".*.")[0] if ".*." in name else ""
         self.children = listed(original.get_submodule(self.prefix))
         self.biases = site.dequantized_biases()
+        self.used: set[int] = set()
 
     def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """One expert's parameters, by their names within the expert."""
@@ -193,11 +201,14 @@ class _Experts:
         """One expert's forward."""
         child = self.original.get_submodule(self.prefix)._modules[self.children[expert]]
         assert child is not None
-        return torch.func.functional_call(child, self.weights(expert, dtype), args, kwargs)
+        self.used.add(expert)
+        values = self.weights(expert, dtype)
+        others = {n: p.to(dtype) for n, p in child.named_parameters() if n not in values and p.is_floating_point()}
+        return torch.func.functional_call(child, {**others, **values}, args, kwargs)
 
     def block(self, dtype: torch.dtype) -> nn.Module:
-        """A copy of the block whose experts are made when they are called."""
-        memo: dict[int, Any] = {}
+        """A copy of the block whose experts are made when they are called, and work in ``dtype``."""
+        memo: dict[int, Any] = {id(p): p for p in self.original.parameters()}
         owner = self.original.get_submodule(self.prefix)
         for name in self.children:
             memo[id(owner._modules[name])] = owner._modules[name]
@@ -222,9 +233,11 @@ class _Packed:
         assert params is not None
         self.params = params
         self.biases = {p.slot: site.canonical_bias(p) for p in site.projections}
+        self.used: set[int] = set()
 
     def run(self, expert: int, dtype: torch.dtype, x: Tensor) -> Tensor:
         """One expert as the spec describes it, without rounding in between."""
+        self.used.add(expert)
         hidden = self.params.activate(self._project(0, expert, x.to(dtype)))
         return self._project(1, expert, hidden)
 
@@ -258,9 +271,17 @@ class _Lazy(nn.Module):
     def __init__(self, experts: _Experts, expert: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.run = lambda *args, **kwargs: experts.run(expert, dtype, *args, **kwargs)
+        self.dtype = dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+        own = next(a.dtype for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point())
+        if own == self.dtype:
+            return self.run(*args, **kwargs)
+        cast = lambda dtype, values: torch.utils._pytree.tree_map(
+            lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values
+        )
+        given, named = cast(self.dtype, (args, kwargs))
+        return cast(own, self.run(*given, **named))
 
 
 class _Recorder(fx.Interpreter):
@@ -269,7 +290,6 @@ class _Recorder(fx.Interpreter):
     def __init__(self, site: MXFP4Experts, experts: _Experts | _Packed) -> None:
         super().__init__(site.rewritten)
         self.site, self.experts = site, experts
-        self.used: set[int] = set()
         self.on_input = site.plan.params is not None and site.plan.params.weight_on_input
 
     def truth(self, leaves: list[Any]) -> Any:
@@ -292,7 +312,6 @@ class _Recorder(fx.Interpreter):
             else:
                 rows = self.experts.run(expert, torch.float32, rows).float() * weight
             out.index_add_(0, token, rows)
-            self.used.add(expert)
         return out.to(x.dtype)
 
 
