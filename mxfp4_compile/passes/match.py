@@ -863,7 +863,7 @@ class _Fused:
         later = _descendants(output)
         sums = [n for n in later if n is not output and is_float(n) and n.meta["val"].shape == output.meta["val"].shape]
         for final in sorted(sums, key=lambda n: -self.order[n]):
-            if _covers(final, later) and self._hands_on(output, w, final):
+            if _covers(final, output, later) and self._hands_on(output, w, final):
                 break
         else:
             return
