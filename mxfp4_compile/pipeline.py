@@ -43,6 +43,7 @@ from .passes.experts import (
     release,
     source_names,
 )
+from .passes.forms import loop
 from .passes.loops import collapse, holds_list, trace
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.observe import observe
@@ -359,7 +360,7 @@ def match_all(
             site.reason = "a list of experts that the model itself calls; only modules within a model are replaced"
             continue
         _match_site(site, known, patterns, requested, terms, stand_in)
-        if site.outcome in ("unmatched", "dense") and site.candidate.owner is not None:
+        if (site.outcome in ("unmatched", "dense") or _is_split_loop(site)) and site.candidate.owner is not None:
             inside = f"{site.candidate.owner.name}."
             if not any(s is not site and s.name.startswith(inside) for s in sites):
                 _match_owner(site, site.candidate.owner, known, requested, terms, stand_in)
@@ -394,6 +395,12 @@ def _match_site(
     _match_pattern(site, pattern, known, requested, terms, stand_in)
 
 
+def _is_split_loop(site: Site) -> bool:
+    """Whether a site's loop over experts can only be split: with the router in view it may be one op."""
+    found = None if site.structure is None else site.structure.found
+    return isinstance(found, SplitMatch) and all(g.form == loop.NAME for g in found.gemms)
+
+
 def _match_owner(
     site: Site,
     owner: Candidate,
@@ -407,7 +414,10 @@ def _match_owner(
         return
     block = Site(owner)
     _match_site(block, known, {}, requested, terms, stand_in)
-    if block.structure is not None:
+    if site.structure is not None:
+        if block.structure is not None and isinstance(block.structure.found, FusedMatch):
+            site.candidate, site.structure = owner, block.structure
+    elif block.structure is not None:
         site.candidate, site.structure, site.outcome, site.reason = owner, block.structure, "", ""
     elif block.reason != site.reason:
         site.reason += f"; together with what calls it ({owner.name}): {block.reason}"
@@ -452,12 +462,16 @@ def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, 
     except CaptureError as error:
         raise CaptureError(f"{before}{error}") from error
     dense = has_dense_products(captured)
+    split: SplitMatch | None = None
     try:
         captured = collapse(module, captured)
         found = match(captured)
-        if not isinstance(found, NoMatch):
+        if isinstance(found, FusedMatch):
             return captured, found
-        reason = f"{before}{found.reason}"
+        if isinstance(found, SplitMatch):
+            split = found
+        else:
+            reason = f"{before}{found.reason}"
     except CaptureError as error:
         if not dense:
             raise CaptureError(f"{before}{error}") from error
@@ -467,6 +481,8 @@ def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, 
         if isinstance(found, FusedMatch):
             return variant, found
         refusals += [found.reason] if isinstance(found, NoMatch) else []
+    if split is not None:
+        return captured, split
     if not dense:
         return captured, NoMatch(reason)
     lacks = "no routing matrix with zeros for the experts that a token is not routed to was found"

@@ -88,7 +88,8 @@ def test_masks(block: type[nn.Module]) -> None:
         check_against_restored(model, 1e-5)
         assert set(model.state_dict()) == keys
     else:
-        assert outcomes(model) == ["unmatched", "unmatched"]  # one weight for two experts
+        assert outcomes(model) == ["split", "split"]  # one weight for two experts
+        check_against_restored(model, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ class _Fused:
     def _tokens_per_size(self) -> int:
         """How many tokens a free size of one makes: more where a batch of sequences of one length was captured."""
         two = [n for n in self.graph.nodes if is_integer(n) and n.meta["val"].dim() == 2 and self._sized(n)]
-        one = dict.fromkeys(self.symbols, 1)
+        one = dict.fromkeys((*self.symbols, *self.token_counts), 1)
         rows = [shape_of(n, one)[0] for n in two if isinstance(n.meta["val"].shape[0], torch.SymInt)]
         return max(1, min(rows, default=1))
 
