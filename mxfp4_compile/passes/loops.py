@@ -193,7 +193,7 @@ class _AllInUse(TorchFunctionMode):
         if index.step is not None:
             return None
         start, stop = self._size(index.start), self._size(index.stop)
-        if not isinstance(start, torch.SymInt) and not isinstance(stop, torch.SymInt):
+        if not _unknown(start) and not _unknown(stop):
             return None
         start, stop = 0 if start is None else start, tensor.shape[0] if stop is None else stop
         known = self.slices.get((_expression(start), _expression(stop)))
@@ -279,6 +279,7 @@ class _AllInUse(TorchFunctionMode):
 
 
 def _unknown(size: Any) -> bool:
+    """Whether a size is one that only the routing knows."""
     return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
