@@ -241,6 +241,103 @@ class OffsetByCount(RemoteMoE):
         return super().infer(x, ids, weights) + (ids == 0).nonzero().shape[0] * 1e-3
 
 
+class KeepsTerm(LoopMoE):
+    """One expert's step keeps a term of its number of rows, which is added after the loop."""
+
+    def term(self, x, n):
+        raise NotImplementedError
+
+    def forward(self, hidden_states):
+        self.kept = 0
+        out, logits = super().forward(hidden_states)
+        return out + self.kept, logits
+
+    def step(self, e, x, weights, out, column, token):
+        if e == 1:
+            self.kept = self.term(x, token.shape[0]).to(x.dtype) * 1e-3
+        return super().step(e, x, weights, out, column, token)
+
+
+class KeepsFull(KeepsTerm):
+    def term(self, x, n):
+        return torch.full((H,), n + 1)
+
+
+class KeepsNewFull(KeepsTerm):
+    def term(self, x, n):
+        return x.new_full((H,), fill_value=n)
+
+
+class KeepsFullLike(KeepsTerm):
+    def term(self, x, n):
+        return torch.full_like(x[0], n + 1)
+
+
+class KeepsFilled(KeepsTerm):
+    def term(self, x, n):
+        return x.new_zeros(H).fill_(n + 1)
+
+
+class KeepsScalar(KeepsTerm):
+    def term(self, x, n):
+        return torch.scalar_tensor(n + 1)
+
+
+class KeepsArange(KeepsTerm):
+    def term(self, x, n):
+        return torch.arange(n + 5, n + 5 + H)
+
+
+class KeepsArangeStep(KeepsTerm):
+    def term(self, x, n):
+        return torch.arange(0, (n + 1) * H, n + 1)[:H]
+
+
+class KeepsIntegerSum(KeepsTerm):
+    def term(self, x, n):
+        return torch.zeros(H, dtype=torch.long) + n
+
+
+class KeepsIntegerDifference(KeepsTerm):
+    def term(self, x, n):
+        return torch.arange(H) - n
+
+
+class KeepsRowAt(KeepsTerm):
+    def term(self, x, n):
+        return torch.ops.aten.select.int(torch.cat([x, x, x]), 0, n)
+
+
+class KeepsRowsAt(KeepsTerm):
+    def term(self, x, n):
+        return torch.cat([x, x, x])[torch.arange(3) + n].sum(0)
+
+
+class KeepsRowsFrom(KeepsTerm):
+    def term(self, x, n):
+        return torch.cat([x, x, x]).narrow(0, n, 1)
+
+
+class KeepsSlice(KeepsTerm):
+    def term(self, x, n):
+        return torch.cat([x, x, x])[n : n + 2].sum(0)
+
+
+class KeepsPiece(KeepsTerm):
+    def term(self, x, n):
+        columns = torch.cat([x, x, x]).T
+        return columns.split([n, 1, columns.shape[1] - n - 1], dim=1)[1].T
+
+
+class KeepsPlaces(RemoteMoE):
+    """Keeps the places of one expert's rows, moved by the number of another's, for all tokens."""
+
+    def infer(self, x, ids, weights):
+        first, second = ((ids == e).nonzero().shape[0] for e in range(2))
+        places = torch.arange(second) + first
+        return super().infer(x, ids, weights) + places.sum().to(x.dtype) * 1e-3 + x[places % x.shape[0]].sum(0)
+
+
 UNPROVEN = {
     BiasMeanForAll: "expert 0",
     CountTerm: "expert 0",
@@ -252,6 +349,14 @@ UNPROVEN = {
     HalvesTheSum: "expert 3",
     ParameterOnTokens: "expert 0",
     OffsetByCount: "a part of the tokens",
+    **dict.fromkeys(
+        [
+            KeepsFull, KeepsNewFull, KeepsFullLike, KeepsFilled, KeepsScalar, KeepsArange, KeepsArangeStep,
+            KeepsIntegerSum, KeepsIntegerDifference, KeepsRowAt, KeepsRowsAt, KeepsRowsFrom, KeepsSlice, KeepsPiece,
+        ],
+        "expert 1",
+    ),
+    KeepsPlaces: "a part of the tokens",
 }
 
 
@@ -264,6 +369,31 @@ def pattern() -> CallPattern:
 def test_contribution_without_tokens_is_refused_by_proof(mutation: type[nn.Module]) -> None:
     with pytest.raises(CaptureError, match=f"{UNPROVEN[mutation]}.*(reaches the output beside|has added) its rows"):
         capture_loop(mutation().eval(), pattern())
+
+
+class KeepsConstant(LoopMoE):
+    """Adds a hundredth of the output's usual size after the loop if one expert has tokens: no graph shows the "if"."""
+
+    def forward(self, hidden_states):
+        self.kept = 0
+        out, logits = super().forward(hidden_states)
+        return out + self.kept, logits
+
+    def step(self, e, x, weights, out, column, token):
+        if e == 1:
+            self.kept = 0.01 * self.usual
+        return super().step(e, x, weights, out, column, token)
+
+
+def test_verification_sees_a_hundredth_that_an_expert_without_tokens_leaves_out() -> None:
+    model = Model(KeepsConstant, torch.float32, layers=1)
+    block = model.layers[0]
+    block.usual = 0.0
+    example = torch.randn(2, 9, H, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        block.usual = float(block(example)[0].square().mean().sqrt())
+    with pytest.raises(OptimizeError, match="failed verification: 2 x 7 tokens: the original block is"):
+        mxfp4_compile.optimize(model, example_inputs=(example,))
 
 
 MUTATIONS = [

@@ -8,7 +8,8 @@ is by its rows. So, for each size u that only the routing knows (the number of a
 1. a value is *idle* at u = 0 if it has no elements then: it carries nothing, whatever computed it;
 2. what depends on an expert's rows or parameters must be idle, until it is written into another tensor at places
    of which there are none (index_add, index_put, scatter), or is joined with other rows (cat);
-3. counts choose sizes, and where rows begin; they are no numbers to compute values with;
+3. counts choose sizes, and where an expert's rows begin: a sum of counts added to places that are an expert's own,
+   or the begin of a slice of them. Elsewhere (a fill value, a begin of arange, an element's place) they are values;
 4. between two experts' writes the sum may be reshaped, cast and added to the other experts' sums: an op beside
    that would be done once for each expert that has tokens.
 
@@ -45,11 +46,14 @@ _SAME = frozenset(
     "view reshape _unsafe_view flatten unsqueeze squeeze clone alias detach contiguous _to_copy to "
     "convert_element_type permute transpose t expand lift_fresh_copy getitem stack".split()
 )
-# Integers among the arguments of these are sizes, dimensions and places.
+# Integers among the arguments of these are sizes and dimensions, but for what is filled in.
 _SIZED = _SAME | frozenset(
-    "arange zeros empty ones full new_zeros new_empty new_ones new_full repeat slice narrow select split "
-    "split_with_sizes chunk unbind cat index_select sym_size sym_numel sym_stride repeat_interleave unfold".split()
+    "zeros empty ones full new_zeros new_empty new_ones new_full repeat split_with_sizes cat repeat_interleave".split()
 )
+# Fills: name -> position of the size among its arguments.
+_FILLS = {"full": 0, "new_full": 1}
+# Reads or writes at places: name -> position of the places among its arguments.
+_PLACES = {"index_select": 2, "index": 1, **{name: at[0] for name, at in _WRITES.items() if name.startswith("index")}}
 
 
 def check_idle(graph: fx.Graph, experts: Mapping[Any, int], share: Callable[[fx.Node], int | None]) -> None:
@@ -132,11 +136,11 @@ class _Idle:
         for operand in node.all_input_nodes:
             wanted = self.depends[operand]
             if name == "getitem" and op_name(operand) == "split_with_sizes":
-                wanted = self.depends[operand.args[0]] | self._unknown(node)  # type: ignore[index]
+                wanted = self._of_piece(node, operand)
             if not wanted:
                 continue
             if is_tensor and not any(isinstance(v, Tensor) for v in _values(operand)):
-                wanted = self._of_count(node, name, wanted)
+                wanted = self._of_count(node, name, operand, wanted)
             for symbol in wanted:
                 if self._taken(node, name, operand, symbol):
                     continue
@@ -152,10 +156,37 @@ class _Idle:
     def _of_operands(self, node: fx.Node) -> frozenset[Any]:
         return frozenset().union(*(self._unknown(n) for n in node.all_input_nodes))
 
-    def _of_count(self, node: fx.Node, name: str, wanted: frozenset[Any]) -> frozenset[Any]:
-        """A count as an operand of a tensor op: as a size or a place it says nothing beyond the result's size."""
-        place = name in ("add", "sub") and not _floating(node)
-        return wanted & self._unknown(node) if name in _SIZED or place else wanted
+    def _of_count(self, node: fx.Node, name: str, count: fx.Node, wanted: frozenset[Any]) -> frozenset[Any]:
+        """A count as an operand of a tensor op: as a size or a begin it says nothing beyond the result's size."""
+        exempt = name in _SIZED
+        if name in _FILLS:
+            rest = [a for i, a in enumerate(node.args) if i != _FILLS[name]]
+            exempt = count not in pytree.tree_leaves((rest, node.kwargs))
+        elif name in ("slice", "narrow"):
+            exempt = count not in node.args[4:] and self._own_rows(node) and self._begin(count)
+        elif name == "arange" or (name == "add" and not node.kwargs and not _floating(node)):
+            exempt = len(node.args) == 2 and _only_places(node) and self._own_rows(node) and self._begin(count)
+        return wanted & self._unknown(node) if exempt else wanted
+
+    def _of_piece(self, node: fx.Node, split: fx.Node) -> frozenset[Any]:
+        """One piece of a split: where it begins says nothing if it is some expert's rows behind those of others."""
+        sizes, piece = split.args[1], node.args[1]
+        if isinstance(sizes, (list, tuple)) and isinstance(piece, int) and self._own_rows(node):
+            if all(isinstance(n, fx.Node) and self._begin(n) for n in sizes[:piece]):
+                return self.depends[split.args[0]] | self._unknown(node)  # type: ignore[index]
+        return self.depends[split]
+
+    def _own_rows(self, node: fx.Node) -> bool:
+        """Whether the rows of a tensor are as many as some expert's: it has none where that has none."""
+        return any(self._idle(node, symbol) for symbol in self._unknown(node))
+
+    def _begin(self, count: fx.Node) -> bool:
+        """Whether a number is a sum of counts, in which an expert without rows is nothing whether added or not."""
+        value = count.meta.get("val")
+        if not isinstance(value, torch.SymInt):
+            return False
+        formula = value.node.expr
+        return set(formula.args if formula.is_Add else (formula,)) <= self._of_size(value)
 
     def _taken(self, node: fx.Node, name: str, operand: fx.Node, symbol: Any) -> bool:
         """Whether ``node`` takes in the rows of an operand such that nothing is left of none."""
@@ -218,6 +249,17 @@ def _values(node: fx.Node) -> Iterator[Any]:
 
 def _floating(node: fx.Node) -> bool:
     return any(isinstance(v, Tensor) and v.is_floating_point() for v in _values(node))
+
+
+def _only_places(node: fx.Node) -> bool:
+    """Whether a tensor is used as places to read or write at, and not otherwise."""
+
+    def place(user: fx.Node) -> bool:
+        at = _PLACES.get(op_name(user), len(user.args))
+        rest = [a for i, a in enumerate(user.args) if i != at]
+        return node not in pytree.tree_leaves((rest, user.kwargs))
+
+    return all(map(place, node.users))
 
 
 def _zeros(node: fx.Node) -> bool:
