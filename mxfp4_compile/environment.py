@@ -48,6 +48,7 @@ class OptionalPart:
 _HF = (("transformers", "5.17"), ("safetensors", ""), ("tqdm", ""))
 OPTIONAL_PARTS = (
     OptionalPart("hf", "Hugging Face models; the commands explain and demo", _HF),
+    OptionalPart("hf4", "models of transformers 4 in memory", (("transformers", "4.57,<5"), ("tqdm", ""))),
     OptionalPart("demo", "the command demo", _HF),
     OptionalPart("inspect", "readable dumps of what torch.compile made", (("depyf", "0.20"),)),
     OptionalPart("bench", "benchmarks and their plots", (*_HF, ("matplotlib", ""))),

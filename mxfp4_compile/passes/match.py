@@ -226,7 +226,7 @@ class _Fused:
         round_dtype = self.down.node.meta["val"].dtype
         self._check_casts(output, w, round_dtype)
         output = self._extend(output)
-        if output.meta["val"].dtype == torch.float32 != x.meta["val"].dtype:
+        if output.meta["val"].dtype == torch.float32 != x.meta["val"].dtype and self._only_added_to(output):
             output = self._narrowed(output)
         if output.meta["val"].dtype != x.meta["val"].dtype:
             raise _Refused(f"the output is {output.meta['val'].dtype}, the tokens are {x.meta['val'].dtype}")
@@ -723,6 +723,25 @@ class _Fused:
             "something else happens after the down-projection"
         )
 
+    def _only_added_to(self, output: fx.Node) -> bool:
+        """Whether the block only adds to the sum until it rounds it to the tokens' dtype.
+
+        Anything else (a conversion to whole numbers, a threshold) may make more of one rounding.
+        """
+        x_dtype, waiting, seen = self.x.meta["val"].dtype, list(output.users), set()
+        while waiting:
+            node = waiting.pop()
+            value = node.meta.get("val")
+            if node in seen or not isinstance(value, Tensor) or node.op == "output":
+                continue
+            seen.add(node)
+            if op_name(node) in _CASTS and value.dtype == x_dtype:
+                continue
+            if op_name(node) not in _ADDING or value.dtype != torch.float32:
+                return False
+            waiting.extend(node.users)
+        return True
+
     def _narrowed(self, output: fx.Node) -> fx.Node:
         """A new node: a sum in fp32, to which the block adds more before it rounds, in the tokens' dtype.
 
@@ -987,6 +1006,8 @@ def _close(a: Tensor, b: Tensor, scale: float = 1.0) -> bool:
     return bool(((a - b).abs() <= _TOLERANCE * (scale + torch.maximum(a.abs(), b.abs()))).all())
 
 
+_CASTS = frozenset("_to_copy to convert_element_type".split())
+_ADDING = _CASTS | frozenset("add index_add view reshape _unsafe_view unsqueeze squeeze clone alias detach".split())
 _COUNTING = frozenset("sum cumsum histc bincount scatter_add index_add index_put scatter_reduce count_nonzero".split())
 
 

@@ -83,7 +83,7 @@ class Watch:
                 self.watchers.append(_Apart(own, module, weights))
             if _flat(module):
                 self.watchers.append(_Flattened(paths, module, parents, model))
-            elif sum(_is_stack(p) for p in module._parameters.values()) >= 2:
+            elif _uneven(module):
                 self.watchers.append(_Uneven(own, module))
             tables = _tables(module)
             if tables:
@@ -186,6 +186,12 @@ class _Apart:
 
 def _is_stack(parameter: Tensor | None) -> bool:
     return parameter is not None and parameter.dim() == 3 and parameter.is_floating_point() and parameter.shape[0] >= 2
+
+
+def _uneven(module: nn.Module) -> bool:
+    """Whether a module owns two or more 3-D weights, all of different first dimensions."""
+    firsts = [p.shape[0] for p in module._parameters.values() if p is not None and _is_stack(p)]
+    return len(firsts) >= 2 and len(set(firsts)) == len(firsts)
 
 
 def _flat(module: nn.Module) -> list[nn.Parameter]:
