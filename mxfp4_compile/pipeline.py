@@ -28,6 +28,7 @@ from .ops.backend import BackendError
 from .ops.selection import BackendUnavailable, Choice, choose, requested_backend
 from .ops.target import ACTIVATION_DTYPES, PLAIN, Request
 from .passes.capture import CallPattern, Captured, CaptureError, call_pattern, capture
+from .passes.collapse import collapse
 from .passes.discover import (
     Candidate,
     experts_implementation,
@@ -44,7 +45,7 @@ from .passes.experts import (
     source_names,
 )
 from .passes.forms import loop
-from .passes.loops import collapse, holds_list, trace
+from .passes.loops import holds_list, trace
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.observe import observe
 from .passes.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep

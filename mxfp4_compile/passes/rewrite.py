@@ -20,8 +20,8 @@ from torch import fx
 from ..ops import schema
 from ..spec import MoESpec
 from .capture import Captured
+from .collapse import rows_of_expert
 from .experts import projections_of
-from .loops import rows_of_expert
 from .match import FusedMatch, SplitMatch
 
 aten = torch.ops.aten

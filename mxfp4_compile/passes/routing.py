@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, fx
 
 from .capture import Captured
+from .collapse import expert_products, expert_products_transposed
 from .forms.anchor import trace_weight
-from .loops import expert_products, expert_products_transposed
 from .structure import op_name
 
 aten = torch.ops.aten

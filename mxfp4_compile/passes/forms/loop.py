@@ -1,4 +1,4 @@
-"""A loop over experts, collapsed by ``passes.loops``: one node per projection, rows one expert after the other."""
+"""A loop over experts, collapsed by ``passes.collapse``: one node per projection, rows one expert after the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from ..capture import Captured
-from ..loops import expert_products, expert_products_transposed
+from ..collapse import expert_products, expert_products_transposed
 from .anchor import ExpertGemm
 
 NAME = "loop"
