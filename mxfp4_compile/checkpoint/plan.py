@@ -22,6 +22,7 @@ from ..passes.capture import Call, CallPattern, TensorInfo
 from ..passes.discover import Candidate, DiscoveryError, experts_implementation, find_candidates, forward_runs
 from ..passes.discover import record_calls as record_real_calls
 from ..passes.experts import projections_of, source_names
+from ..passes.sources import is_packed
 from ..pipeline import Site, apply_skip, check_matches, check_model, match_all, skip_late, weight_ids
 from ..report import Report
 
@@ -90,7 +91,7 @@ def _plan(
     gc.collect()  # exported programs are cyclic garbage that keeps the stand-ins' weights alive
     for site in planned(sites):
         assert site.structure is not None
-        apart = [n for n in source_names(projections_of(site.structure.found.spec)) if "*" in n or "#" in n]
+        apart = [n for n in source_names(projections_of(site.structure.found.spec)) if not is_packed(n)]
         if apart:
             site.structure, site.outcome = None, "unmatched"
             site.reason = f"{apart[0]} is not one packed [E, ., .] parameter; such experts are rewritten in memory only"

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import mx
-from ..passes.experts import MXFP4Experts, mxfp4_sites
+from ..passes.experts import MXFP4Experts, mxfp4_sites, source_names
 from ..passes.prep import groups_of
+from ..passes.sources import is_packed
 from ..spec import MoESpec, SplitSpec
 from .files import (
     DEFAULT_SHARD_BYTES,
@@ -94,6 +95,13 @@ def save(
     sites = mxfp4_sites(model)
     if not sites:
         raise CheckpointError("this model has no MXFP4 experts: optimize() it first")
+    for name, site in sites.items():
+        apart = [n for n in source_names(site.projections) if not is_packed(n)]
+        if apart:
+            raise CheckpointError(
+                f"{name}: {apart[0]} is not one packed [E, ., .] parameter; such experts are rewritten in memory only "
+                "and cannot be saved as a checkpoint (state_dict() and load_state_dict() work, and restore() first)"
+            )
     specs = {name: site.plan.spec for name, site in sites.items()}
     weights = [w for name, site in sites.items() for w in _weights_of(name, site)]
     biases = {f"{name}.{n}": b for name, site in sites.items() for n, b in site.dequantized_biases().items()}

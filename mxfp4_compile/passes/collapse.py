@@ -25,7 +25,7 @@ from .capture import Captured, CaptureError
 from .discover import equal_children
 from .evaluate import ancestors
 from .idle import check_idle
-from .sources import listed, stack
+from .sources import is_packed, listed, stack
 
 aten = torch.ops.aten
 
@@ -109,8 +109,7 @@ class _Collapse:
         experts, everyone = min(sizes.values()), max(sizes.values())
         renamed: dict[str, list[_Product]] = {}
         for role, found in roles.items():
-            plain = not set("*#@") & set(role)
-            if sizes[role] > experts and plain and {p.expert for p in found} == set(range(experts)):
+            if sizes[role] > experts and is_packed(role) and {p.expert for p in found} == set(range(experts)):
                 role = f"{role}@{experts}"
                 for product in found:
                     product.role = role

@@ -22,6 +22,11 @@ def listed(owner: nn.Module) -> list[str]:
     return [name for name, child in children if child is not None and any(True for _ in child.parameters())]
 
 
+def is_packed(name: str) -> bool:
+    """Whether a name stands for one packed parameter, all of it."""
+    return not set("*#@") & set(name)
+
+
 def members(module: nn.Module, name: str) -> tuple[str, ...]:
     """The names of the real parameters behind ``name``, in the experts' order."""
     if "#" in name or "@" in name:

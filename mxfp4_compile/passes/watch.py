@@ -122,6 +122,10 @@ class Watch:
         """Paths and modules that may be given rows in the experts' order: the router is around them."""
         return [(w.paths, w.owner) for w in self.watchers if isinstance(w, _Apart)]
 
+    def expects(self) -> bool:
+        """Whether some weights alone make experts likely: then a forward that fails is worth an error."""
+        return any(isinstance(w, (_Flattened, _Uneven)) for w in self.watchers)
+
     def sightings(self) -> Iterator[Sighting]:
         """What the forwards since ``start`` showed."""
         for watcher in self.watchers:
