@@ -89,6 +89,25 @@ class RemoteMoE(nn.Module):
         return back.view(*ids.shape, -1).type(weights.dtype).mul_(weights.unsqueeze(-1)).sum(dim=1).type(back.dtype)
 
 
+class SortedExperts(nn.ModuleList):
+    """A list that is called with finished ids and weights, and serves a token once per expert."""
+
+    experts = property(lambda self: self)
+    infer = RemoteMoE.infer
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.infer(x, ids, weights)
+
+
+class CalledListMoE(RemoteMoE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = SortedExperts(self.experts)
+
+    def infer(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.experts(x, ids, weights)
+
+
 class LoopMoE(nn.Module):
     """Mixtral's loop of transformers 4: over all experts, or (``hit``) over those that have tokens."""
 

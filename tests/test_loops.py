@@ -10,6 +10,7 @@ import pytest
 import torch
 from loop_models import (
     AllWeightsMoE,
+    CalledListMoE,
     CountsMoE,
     E,
     GatedMLP,
@@ -33,6 +34,7 @@ from mxfp4_compile.passes.rewrite import count_ops
 
 STYLES = {
     "remote code, sorted slices": RemoteMoE,
+    "remote code, list called": CalledListMoE,
     "counts as a tensor": CountsMoE,
     "slices of packed weights": OffsetsMoE,
     "weights of all experts": AllWeightsMoE,

@@ -7,8 +7,9 @@ everything runs on the CPU, wherever the graph was captured.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,19 @@ def is_integer(node: fx.Node) -> bool:
 
 
 _CPU = torch.device("cpu")
+
+
+def random_ids(shape: Sequence[int], experts: int, generator: torch.Generator) -> torch.Tensor:
+    """Random expert ids of this shape, int64, distinct along the last dimension as far as there are experts.
+
+    Routers choose with topk: a loop that counts a token once per expert is right, and differs on repeated ids only.
+    """
+    columns = int(shape[-1]) if len(shape) else 1
+    rows = math.prod(shape) // max(columns, 1)
+    if columns > experts:
+        return torch.randint(experts, tuple(shape), generator=generator)
+    keys = torch.rand(rows, experts, generator=generator)
+    return keys.argsort(dim=1)[:, :columns].contiguous().reshape(tuple(shape))
 
 
 def _widen(value: Any) -> Any:

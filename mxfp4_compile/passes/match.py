@@ -40,6 +40,7 @@ from .evaluate import (
     graph_symbols,
     is_float,
     is_integer,
+    random_ids,
     shape_of,
 )
 from .forms import ExpertGemm, find_gemms
@@ -341,10 +342,9 @@ class _Fused:
         return torch.randn(tuple(shape), dtype=torch.float64, generator=self.generator)
 
     def _all_experts(self, shape: Sequence[int]) -> Tensor:
-        """Ids that name every expert, if there are that many pairs."""
-        rounds = math.ceil(math.prod(shape) / self.experts)
-        order = torch.cat([torch.randperm(self.experts, generator=self.generator) for _ in range(rounds)])
-        return order[: math.prod(shape)].reshape(tuple(shape))
+        """Ids that name every expert, if there are that many pairs, and none twice for one token."""
+        order = torch.randperm(self.experts, generator=self.generator)
+        return order[torch.arange(math.prod(shape)) % self.experts].reshape(tuple(shape))
 
     def _spread(self, shape: Sequence[int]) -> Tensor:
         """Random values of both signs and of magnitudes from 1e-3 to 1e9."""
@@ -352,15 +352,7 @@ class _Fused:
         return self._random(shape) * 10**exponents
 
     def _ids(self, shape: Sequence[int]) -> Tensor:
-        """Random expert ids, distinct within each row as far as there are experts."""
-        columns = int(shape[-1]) if len(shape) else 1
-        rows = math.prod(shape) // max(columns, 1)
-        if columns <= self.experts:
-            keys = torch.rand(rows, self.experts, generator=self.generator)
-            ids = keys.argsort(dim=1)[:, :columns]
-        else:
-            ids = torch.randint(self.experts, (rows, columns), generator=self.generator)
-        return ids.contiguous().reshape(tuple(shape))
+        return random_ids(shape, self.experts, self.generator)
 
     # 2. head
 

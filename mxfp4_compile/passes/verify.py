@@ -27,6 +27,7 @@ from .. import mx
 from ..ops import schema
 from ..ops.registry import get_backend
 from .capture import TensorInfo
+from .evaluate import random_ids
 from .experts import BLUEPRINT, MXFP4Experts
 from .match import FusedMatch
 from .sources import members, stack
@@ -278,11 +279,10 @@ def _inputs(
 
 def _ids(shape: tuple[int, ...], experts: int, pattern: str, generator: torch.Generator) -> Tensor:
     tokens, top_k = shape[0], shape[-1]
-    usable = experts - 1 if pattern == "skip last" else experts
-    if usable < top_k:
-        return torch.randint(experts, shape, generator=generator)
-    keys = torch.rand((1 if pattern == "one" else tokens, usable), generator=generator)
-    return keys.argsort(dim=1)[:, :top_k].expand(tokens, top_k).reshape(shape).contiguous()
+    usable = experts - 1 if pattern == "skip last" and experts > top_k else experts
+    if pattern == "one":
+        return random_ids((1, top_k), usable, generator).expand(tokens, top_k).reshape(shape).contiguous()
+    return random_ids(shape, usable, generator)
 
 
 def _call(module: nn.Module, site: MXFP4Experts, tensors: Sequence[Tensor]) -> Tensor:

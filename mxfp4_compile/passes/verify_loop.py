@@ -24,6 +24,7 @@ from .. import mx
 from ..ops import schema
 from ..ops.registry import get_backend
 from .capture import TensorInfo
+from .evaluate import random_ids
 from .experts import MXFP4Experts
 from .sources import listed, members
 from .verify import Verification, VerificationError, _judge
@@ -159,7 +160,7 @@ def _inputs(
         own = iter(sizes if len(dynamic) > 1 else (sizes[0] * sizes[1] if len(recorded) == 1 else sizes[-1],))
         shape = [next(own, 1) if k in dynamic else n for k, n in enumerate(info.shape)]
         if tensors - 1 == ids_at:
-            drawn = torch.randint(site.projections[0].shape[0], shape, generator=generator)
+            drawn = random_ids(shape, site.projections[0].shape[0], generator)
             if equal:
                 of_token = drawn.view(-1, shape[-1])
                 of_token[:] = of_token[:1].clone()
