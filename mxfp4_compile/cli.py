@@ -65,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     common.add_argument("--traceback", action="store_true", help="on a failure, show where it happened")
+    trust = argparse.ArgumentParser(add_help=False)
+    trust.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with MODEL")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = commands.add_parser(
@@ -74,7 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     explain = commands.add_parser(
-        "explain", parents=[common], help="show what each MoE module of a model is and would become; changes nothing"
+        "explain",
+        parents=[common, trust],
+        help="show what each MoE module of a model is and would become; changes nothing",
     )
     which = explain.add_mutually_exclusive_group(required=True)
     which.add_argument("model", nargs="?", metavar="MODEL", help="a directory or a hub id; its weights are loaded")
@@ -86,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     optimize = commands.add_parser(
         "optimize",
-        parents=[common],
+        parents=[common, trust],
         help="convert a checkpoint to MXFP4 experts, file by file; the same command resumes an interrupted one",
     )
     optimize.add_argument("model", metavar="MODEL", help="a directory or a hub id (bf16, fp16, fp32, or MXFP4)")
@@ -99,7 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     optimize.set_defaults(run=_optimize)
 
     compare = commands.add_parser(
-        "compare", parents=[common], help="what MXFP4 does to a model on a text: perplexity, divergence, error by site"
+        "compare",
+        parents=[common, trust],
+        help="what MXFP4 does to a model on a text: perplexity, divergence, error by site",
     )
     compare.add_argument("model", metavar="MODEL", help="a directory or a hub id, unquantized")
     compare.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on")
@@ -112,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--plot", metavar="FILE", help="write a picture (needs matplotlib)")
     compare.set_defaults(run=_compare)
-    layer = argparse.ArgumentParser(add_help=False)
+    layer = argparse.ArgumentParser(add_help=False, parents=[trust])
     which = layer.add_mutually_exclusive_group()
     which.add_argument(
         "model", nargs="?", metavar="MODEL", help="a directory or a hub id; only its configuration is read"
@@ -130,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune.set_defaults(run=_tune)
     backends = commands.add_parser(
         "backends",
-        parents=[common],
+        parents=[common, trust],
         help="which backends could serve a model's experts, here or on an architecture by name, and why not",
     )
     backends.add_argument("--arch", metavar="NAME", help="an architecture by name, such as sm_90")
@@ -277,7 +283,7 @@ def _printable(text: str) -> str:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    model, inputs = _tiny(args.family) if args.family else (_load(args.model), None)
+    model, inputs = _tiny(args.family) if args.family else (_load(args), None)
     what = f"a tiny random {args.family}" if args.family else args.model
     from .explain import explain_model
 
@@ -346,21 +352,17 @@ def _model_name(model: str) -> str:
     return model
 
 
-def _load(model: str) -> nn.Module:
+def _load(args: argparse.Namespace) -> nn.Module:
     """The model in a directory or on the hub, in the dtype of its checkpoint, on a GPU if there is one."""
-    model = _model_name(model)
+    model = _model_name(args.model)
     import torch
-    import transformers
 
     from .demo import quiet
+    from .hub import load_plain
 
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(model)
-        cls: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-            cls = transformers.AutoModelForCausalLM  # a configuration names what it likes
-        loaded: nn.Module = cls.from_pretrained(model, dtype="auto", use_safetensors=True)
-    return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load_plain(model, trust_remote_code=args.trust_remote_code)
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # optimize
@@ -382,6 +384,7 @@ def _optimize(args: argparse.Namespace) -> int:
             skip=args.skip,
             strict=not args.no_strict,
             max_shard_bytes=limit,
+            trust_remote_code=args.trust_remote_code,
             progress=progress,
         )
     if args.json:
@@ -434,6 +437,7 @@ def _compare(args: argparse.Namespace) -> int:
             tokens=args.tokens,
             window=args.window,
             bound=args.bound,
+            trust_remote_code=args.trust_remote_code,
         )
     if args.plot:
         plot(result, Path(args.plot))
@@ -461,7 +465,9 @@ def _layers(args: argparse.Namespace) -> tuple[str, list[LayerShape]]:
     from .model_shapes import model_shapes
 
     with quiet():
-        return args.model, model_shapes(_model_name(args.model), torch.bfloat16)
+        return args.model, model_shapes(
+            _model_name(args.model), torch.bfloat16, trust_remote_code=args.trust_remote_code
+        )
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -563,7 +569,7 @@ def _backends(args: argparse.Namespace) -> int:
     if args.family:
         model, inputs = _tiny(args.family)
     elif args.model:
-        model = _load(args.model)
+        model = _load(args)
     found = matrix(target, model, inputs)
     if args.json:
         _print_json(found.to_dict())

@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import mx
 from .checkpoint.formats import OWN
+from .hub import load_plain, read_config
 from .passes.discover import experts_implementation, find_candidates
 from .passes.experts import mxfp4_sites, projections_of
+from .passes.sources import members, stack, unstack
 from .pipeline import DEFAULT_CAPTURE_SIZE, Site, check_matches, match_all, optimize
 from .report import Report
 
@@ -94,13 +97,15 @@ def compare(
     window: int = 512,
     bound: float | None = None,
     device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """Run the model in directory ``model`` and its MXFP4 form over the first ``tokens`` tokens of ``text``.
 
     against: a saved MXFP4 checkpoint; by default the model is quantized in memory, with ``scale_rule``, which is
     also the rule of the errors by site unless ``against`` says with which one it was made. window:
     tokens of context; every token but a window's first is predicted. bound: a mean divergence in nats that
-    should hold. Raises ValueError for bad numbers or a text too short, OSError for unreadable files.
+    should hold. trust_remote_code: run the code that comes with the models. Raises ValueError for bad numbers or a
+    text too short, OSError for unreadable files.
     """
     from .checkpoint.loading import load
 
@@ -113,8 +118,8 @@ def compare(
         rule = (said.get("quantization_config") or {}).get("scale_rule") or (said.get(OWN) or {}).get("scale_rule")
         scale_rule = rule if rule in mx.SCALE_RULES else scale_rule
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    first = _load_plain(model).to(place)
-    windows = _windows(model, first, text, tokens, window)
+    first = _unquantized(model, trust_remote_code).to(place)
+    windows = _windows(model, first, text, tokens, window, trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
         kept = _Scratch(Path(scratch), windows)
         with _site_errors(first, scale_rule) as errors:
@@ -125,7 +130,7 @@ def compare(
         else:
             del first
             gc.collect()
-            second = load(against, device_map=str(place))
+            second = load(against, device_map=str(place), trust_remote_code=trust_remote_code)
             named = mxfp4_sites(second)
             errors = {n: e for n, e in errors.items() if n in named}
         kl, same, own, theirs = [], [], [], []
@@ -171,34 +176,30 @@ def suggest_skip(sites: tuple[SiteError, ...], kl_mean: float, bound: float) -> 
     return tuple(skip)
 
 
-def _load_plain(path: Path) -> nn.Module:
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(str(path))
-    if getattr(config, "quantization_config", None) is not None:
+def _unquantized(path: Path, trust_remote_code: bool) -> nn.Module:
+    if getattr(read_config(path, trust_remote_code=trust_remote_code), "quantization_config", None) is not None:
         raise ValueError(f"{path} is quantized: the model to compare with must not be; name it with --against")
-    cls: Any = getattr(transformers, (config.architectures or [""])[0], None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        cls = transformers.AutoModelForCausalLM
-    model: nn.Module = cls.from_pretrained(str(path), dtype="auto", use_safetensors=True)
-    return model.eval()
+    return load_plain(path, trust_remote_code=trust_remote_code)
 
 
-def _windows(path: Path, model: nn.Module, text: Path, tokens: int, window: int) -> list[Tensor]:
+def _windows(
+    path: Path, model: nn.Module, text: Path, tokens: int, window: int, trust_remote_code: bool
+) -> list[Tensor]:
     """Token ids [1, <= window] of the text, each window for itself."""
     content = text.read_text(encoding="utf-8")
-    ids = torch.tensor(_encode(path, model, content), dtype=torch.int64)[:tokens]
+    ids = torch.tensor(_encode(path, model, content, trust_remote_code), dtype=torch.int64)[:tokens]
     pieces = [piece[None] for piece in ids.split(window) if len(piece) > 1]
     if not pieces:
         raise ValueError(f"{text} has {len(ids)} tokens; at least 2 are needed")
     return pieces
 
 
-def _encode(path: Path, model: nn.Module, content: str) -> list[int]:
+def _encode(path: Path, model: nn.Module, content: str, trust_remote_code: bool) -> list[int]:
     import transformers
 
     if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return list(transformers.AutoTokenizer.from_pretrained(str(path))(content)["input_ids"])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        return list(tokenizer(content)["input_ids"])
     vocabulary = int(getattr(model.config, "vocab_size", 0))  # type: ignore[union-attr]
     if vocabulary == 256:  # a byte-level model, as the demo's, needs no tokenizer
         return list(content.encode())
@@ -270,18 +271,23 @@ def _error_hook(sums: list[float], transposed: dict[str, bool], scale_rule: str)
         if running:
             return
         running = True
-        originals = {name: module.get_parameter(name).data for name in transposed}
+        names = {member for name in transposed for member in members(module, name)}
+        originals = {name: module.get_parameter(name).data for name in names}
         try:
             for name, swap in transposed.items():
-                module.get_parameter(name).data = _rounded(originals[name], swap, scale_rule)
+                rounded = unstack(module, name, _rounded(stack(module, name)[:], swap, scale_rule))
+                for member, value in rounded.items():
+                    module.get_parameter(member).data = value
             with torch.no_grad():
-                rounded = module(*args, **kwargs)
+                other = module(*args, **kwargs)
         finally:
             for name, value in originals.items():
                 module.get_parameter(name).data = value
             running = False
-        sums[0] += float((rounded.double() - output.double()).square().sum())
-        sums[1] += float(output.double().square().sum())
+        # A block may return what its router computed as well; the experts' sum comes first.
+        ours, theirs = (next(t for t in tree_leaves(o) if isinstance(t, Tensor)).double() for o in (other, output))
+        sums[0] += float((ours - theirs).square().sum())
+        sums[1] += float(theirs.square().sum())
 
     return hook
 

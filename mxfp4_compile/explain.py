@@ -151,9 +151,9 @@ def _explain_group(group: list[Site], model: nn.Module | None) -> SiteExplanatio
         _rewritten(structure, counts),
         readable(structure.captured.graph),
         sum(
-            module.get_parameter(n).numel() * module.get_parameter(n).element_size()
+            weight.numel() * weight.element_size()
             for projection in _projections(structure)
-            for n in projection.source.parameters
+            for weight in (stack(module, name) for name in projection.source.parameters)
         ),
         None if model is None else _measure(group[0], model),
     )
@@ -244,7 +244,9 @@ def _prep_programs(structure: Structure, module: nn.Module) -> tuple[tuple[tuple
     for projection in _projections(structure):
         program = prep_program(projection, params, mx.DEFAULT_SCALE_RULE, choice.backend, choice.layout)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        weights = [mode.from_tensor(stack(module, name)[:]) for name in projection.source.parameters]
+        whole = [stack(module, name) for name in projection.source.parameters]
+        with mode:  # experts that lie apart are not stacked for this
+            weights = [torch.empty(w.shape, dtype=w.dtype, device=w.parts[0].device) for w in whole]
         _, _, prepared = FakeTensorProp(program, mode).propagate_dont_convert_inputs(*weights)
         counts[projection.slot] = len(prepared)
         codes.append((projection.slot, _code(program)))

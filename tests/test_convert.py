@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import assert_same, loaded, saved
+from safetensors.torch import load_file
 
 import mxfp4_compile
 from mxfp4_compile import CheckpointError, cli
 from mxfp4_compile.checkpoint import files
 from mxfp4_compile.checkpoint.convert import convert
-from mxfp4_compile.pipeline import OptimizeError
 
 SHARD = 30_000
 ROOT = Path(__file__).parent
@@ -165,6 +165,22 @@ def test_other_files_come_along_and_skipped_modules_stay(tmp_path: Path) -> None
     assert_same(optimized, again)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["dbrx", "longcat_flash", "nllb_moe", "switch_transformers"])
+def test_experts_that_lie_apart_or_flattened(family: str, tmp_path: Path) -> None:
+    convert(saved(family), tmp_path / "out", max_shard_bytes=SHARD)
+    optimized = mxfp4_compile.optimize(loaded(family))
+    assert_same(optimized, mxfp4_compile.load(tmp_path / "out"))
+    mxfp4_compile.save(optimized, tmp_path / "saved")
+    ours, theirs = (
+        {name: value for file in (tmp_path / of).glob("*.safetensors") for name, value in load_file(file).items()}
+        for of in ("out", "saved")
+    )
+    packed = {name for name in ours if name.endswith(("_packed", "_scales"))}
+    assert packed and packed == {name for name in theirs if name.endswith(("_packed", "_scales"))}
+    assert all(torch.equal(ours[name], theirs[name]) for name in packed)
+
+
 def test_nothing_is_converted_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no config\.json"):
         convert(tmp_path, tmp_path / "out")
@@ -172,8 +188,6 @@ def test_nothing_is_converted_that_cannot_be(tmp_path: Path) -> None:
         convert(saved("qwen3_moe"), saved("qwen3_moe"))
     with pytest.raises(CheckpointError, match="gate_up_proj_bias is a bias"):
         convert(saved("gpt_oss"), tmp_path / "out", format="compressed_tensors")
-    with pytest.raises(OptimizeError, match="rewritten in memory only"):
-        convert(saved("switch_transformers", torch.float32), tmp_path / "out")
     broken = tmp_path / "broken"
     shutil.copytree(saved("qwen3_moe"), broken)
     data = (broken / "model.safetensors").read_bytes()

@@ -21,6 +21,7 @@ from loop_models import (
     OffsetsMoE,
     PlainMLP,
     RemoteMoE,
+    SortedExperts,
 )
 from torch import nn
 
@@ -124,6 +125,8 @@ class NormedRemote(RemoteMoE):
 
 
 SPLIT = {
+    "a list that is called": (lambda: normed_list(False), torch.float32),
+    "a list that is called, with biases": (lambda: normed_list(True), torch.bfloat16),
     "loop": (functools.partial(LoopMoE, NormedMLP), torch.float32),
     "remote code, sorted slices": (NormedRemote, torch.bfloat16),
     "biases in a dict": (
@@ -131,6 +134,12 @@ SPLIT = {
         torch.bfloat16,
     ),
 }
+
+
+def normed_list(bias: bool) -> nn.Module:
+    block = CalledListMoE()
+    block.experts = SortedExperts([NormedMLP(bias=bias) for _ in range(E)])
+    return block
 
 
 @pytest.mark.parametrize("style", SPLIT)

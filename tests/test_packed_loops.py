@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from packed_models import OTHERS, E, Flattened, H, K, Model, WithoutWeights
@@ -11,7 +9,6 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError
-from mxfp4_compile.checkpoint.files import CheckpointError
 from mxfp4_compile.families import tiny_inputs, tiny_model
 from mxfp4_compile.passes.experts import mxfp4_sites
 from mxfp4_compile.passes.rewrite import count_ops
@@ -37,18 +34,6 @@ def test_families(family: str, dtype: torch.dtype) -> None:
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == before
     if dtype == torch.float32:
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
-
-
-@pytest.mark.parametrize("family", ["dbrx", "longcat_flash", "switch_transformers"])
-def test_checkpoints_are_refused_by_name(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family, dtype=torch.float32, layers=1)
-    model.save_pretrained(tmp_path / "original")
-    mxfp4_compile.optimize(model, example_inputs=tiny_inputs(model), verify=False)
-    with pytest.raises(CheckpointError, match="rewritten in memory only"):
-        mxfp4_compile.save(model, tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-    with pytest.raises(OptimizeError, match="rewritten in memory only"):
-        mxfp4_compile.load(tmp_path / "original")
 
 
 class OtherExpertsMatrix(Flattened):

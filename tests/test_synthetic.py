@@ -85,7 +85,7 @@ class Experts(nn.Module):
 
 def test_sizes_that_cannot_be_told() -> None:
     config = SimpleNamespace(hidden_size=32, num_experts_per_tok=2)
-    with pytest.raises(ShapeError, match="no packed experts"):
+    with pytest.raises(ShapeError, match="no experts that can be told"):
         shapes_of(nn.Linear(4, 4), config, torch.bfloat16)
     with pytest.raises(ShapeError, match="hidden and intermediate"):
         shapes_of(Experts((48, 24), (24, 48)), config, torch.bfloat16)

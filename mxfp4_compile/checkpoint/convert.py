@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import mx
+from ..hub import class_of, empty_model, read_config
 from ..passes.experts import projections_of
 from ..passes.prep import groups_of
 from ..pipeline import DEFAULT_CAPTURE_SIZE, Site, left_alone, versions_used
@@ -93,12 +94,14 @@ def convert(
     model_class: Any = None,
     example_inputs: Any = None,
     progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Converted:
     """Convert the model in directory ``source`` to MXFP4 experts in directory ``out``.
 
     format, scale_rule, skip, strict: as for ``save`` and ``optimize``. Experts that are MXFP4 in ``source`` (any
     form that ``load`` reads) keep their bits. An interrupted conversion is resumed by the same call; the work
     lies in OUT.partial until it is complete. progress: called with bytes written and bytes in all.
+    trust_remote_code: run the code that comes with the model, as transformers does.
 
     Raises CheckpointError for anything wrong with the files, OptimizeError for a model without experts.
     """
@@ -112,7 +115,7 @@ def convert(
     if not (origin / "config.json").is_file():
         raise CheckpointError(f"{origin} holds no config.json: not a model directory")
     with Weights(weight_files(origin)) as weights:
-        model, scheme, said = skeleton(origin, weights, model_class)
+        model, scheme, said = skeleton(origin, weights, model_class, trust_remote_code)
         report = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False, versions=versions_used())
         sites = plan_sites(model, report, requested=None, skip=skip, strict=strict, example_inputs=example_inputs)
         ExpertSource(model, expert_parameters(sites), weights, scheme).leave_unquantized(sites)
@@ -173,11 +176,11 @@ def _summary(facts: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict[str
     return {name: {"mean": sum(e) / len(e), "max": max(e)} for name, e in sorted(ordered.items())}
 
 
-def skeleton(origin: Path, weights: Weights, model_class: Any = None) -> tuple[Any, Scheme | None, dict[str, Any]]:
+def skeleton(
+    origin: Path, weights: Weights, cls: Any = None, trust_remote_code: bool = False
+) -> tuple[Any, Scheme | None, dict[str, Any]]:
     """The model of a directory on the meta device, its MXFP4 scheme if it has one, and what it says about itself."""
-    import transformers
-
-    config: Any = transformers.AutoConfig.from_pretrained(str(origin))
+    config = read_config(origin, trust_remote_code=trust_remote_code)
     declared = getattr(config, "quantization_config", None)
     scheme, _ = scheme_of(declared, str(origin / "config.json"))
     said: dict[str, Any] = {}
@@ -185,15 +188,17 @@ def skeleton(origin: Path, weights: Weights, model_class: Any = None) -> tuple[A
         declared = declared if isinstance(declared, dict) else declared.to_dict()
         said = declared if declared.get("quant_method") == OWN else (getattr(config, NOTE, None) or {})
         del config.quantization_config
-    cls: Any = model_class or getattr(transformers, (config.architectures or [""])[0], None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise CheckpointError(
-            f"{origin / 'config.json'} names {config.architectures}, which this transformers does not have"
-        )
     dtype = getattr(config, "dtype", None) or _most_common_float(weights)
-    with torch.device("meta"):
-        model = cast(Any, cls)._from_config(config, dtype=dtype)
-    return model.eval(), scheme, said
+    if cls is not None:
+        with torch.device("meta"):
+            return cls._from_config(config, dtype=dtype).eval(), scheme, said
+    found = class_of(config, trust_remote_code=trust_remote_code)
+    if found.__name__.startswith("AutoModel") and not trust_remote_code:
+        hint = "; --trust-remote-code runs the code beside it" if getattr(config, "auto_map", None) else ""
+        raise CheckpointError(
+            f"{origin / 'config.json'} names {config.architectures}, which this transformers does not have{hint}"
+        )
+    return empty_model(config, dtype=dtype, trust_remote_code=trust_remote_code), scheme, said
 
 
 def _most_common_float(weights: Weights) -> torch.dtype:
@@ -216,7 +221,7 @@ def _layout(
     """Everything that will be written, in order, and the names of unquantized matrices."""
     specs: dict[str, MoESpec | SplitSpec] = {}
     packed: list[ExpertWeight] = []
-    biases: dict[str, Tensor] = {}
+    biases: list[Unit] = []
     for site in planned(sites):
         assert site.structure is not None
         specs[site.name] = site.structure.found.spec
@@ -227,13 +232,12 @@ def _layout(
                 experts, _, k = projection.shape
                 packed.append(_weight(full, (experts, n, k), projection.source.transposed, reader, scale_rule))
             for name in projection.source.bias:
-                biases[f"{site.name}.{name}"] = site.candidate.module.get_parameter(name)
-    linears = check_expressible(model, specs, packed, biases, format)
+                biases += _biases(f"{site.name}.{name}", reader)
+    linears = check_expressible(model, specs, packed, [e.name for unit in biases for e in unit.entries], format)
     taken = {key for part in reader.parts.values() for key in part.all()}
     others = [weights[name] for name in sorted(weights.tensors) if name not in taken]
     units = [_copied(stored, weights) for stored in others]
-    for name, parameter in biases.items():
-        units.append(_bias(name, parameter, reader))
+    units += biases
     for weight in packed:
         units += expert_units(weight, format, linears.get(weight.name, []))
     return units, [s.name for s in others if len(s.shape) == 2]
@@ -260,7 +264,8 @@ def _weight(
         noise.update(zip(map(str, range(some.start, some.stop)), errors, strict=True))
         return packed, scales
 
-    return ExpertWeight(name, experts, n, k, transposed, codes, {name: noise})
+    whole = reader.wanted[name]
+    return ExpertWeight(name, whole.names, whole.flattened, experts, n, k, transposed, codes, {name: noise})
 
 
 def _copied(stored: Stored, weights: Weights) -> Unit:
@@ -278,9 +283,17 @@ def _copied(stored: Stored, weights: Weights) -> Unit:
     return Unit((Entry(stored.name, stored.torch_dtype, stored.shape),), produce)
 
 
-def _bias(name: str, parameter: Tensor, reader: ExpertSource) -> Unit:
-    shape = tuple(parameter.shape)
-    return Unit((Entry(name, parameter.dtype, shape),), lambda: [(name, reader.values(name, slice(0, shape[0])))])
+def _biases(name: str, reader: ExpertSource) -> Iterator[Unit]:
+    """A bias [E, n], or each expert's own."""
+    whole = reader.wanted[name]
+    for number, real in enumerate(whole.names):
+
+        def produce(number: int = number, real: str = real) -> list[tuple[str, Tensor]]:
+            if whole.apart:
+                return [(real, reader.values(name, slice(number, number + 1))[0])]
+            return [(real, reader.values(name, slice(0, whole.shape[0])).view(whole.parameters[0].shape))]
+
+        yield Unit((Entry(real, whole.dtype, tuple(whole.parameters[number].shape)),), produce)
 
 
 # resuming

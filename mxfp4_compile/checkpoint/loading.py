@@ -13,6 +13,7 @@ device where they run; the bf16 model never exists.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -29,6 +30,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import mx
+from ..hub import class_of, read_config
 from ..ops.selection import requested_backend
 from ..ops.target import ACTIVATION_DTYPES, Request
 from ..passes.capture import TensorInfo
@@ -53,7 +55,7 @@ from ..report import Report
 from ..runtime import attach
 from .files import CheckpointError, Weights, weight_files
 from .formats import OWN, Scheme, scheme_of
-from .plan import expert_parameters, plan_sites, planned, stand_in
+from .plan import ExpertParameter, expert_parameters, plan_sites, planned, stand_in
 from .registration import require_transformers_5
 from .sources import ExpertSource, Names
 
@@ -240,15 +242,18 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             module = site.candidate.module
             assert site.structure is not None
             size = 0
-            for full, parameter in expert_parameters([site]).items():
-                name = full[len(site.name) + 1 :]
-                owner, _, leaf = name.rpartition(".")
-                holder = module.get_submodule(owner)
-                del holder._parameters[leaf]
-                # Some families initialize experts from the block around them: let them write into nothing.
-                holder.__dict__[leaf] = parameter.detach()
-                self.held[full] = parameter
-                size += parameter.numel() * 17 // 32 if parameter.dim() == 3 else parameter.numel() * 2
+            for whole in expert_parameters([site]).values():
+                numbers = math.prod(whole.shape)
+                size += numbers * 17 // 32 if len(whole.shape) == 3 else numbers * 2
+                for full, parameter in zip(whole.names, whole.parameters, strict=True):
+                    owner, _, leaf = full[len(site.name) + 1 :].rpartition(".")
+                    holder = module.get_submodule(owner)
+                    if leaf not in holder._parameters:
+                        continue  # several weights of a site lie in it
+                    del holder._parameters[leaf]
+                    # Some families initialize experts from the block around them: let them write into nothing.
+                    holder.__dict__[leaf] = parameter.detach()
+                    self.held[full] = parameter
             for child in module.modules():
                 child._is_hf_initialized = True  # type: ignore[assignment]
             if isinstance(self.device_map, str):
@@ -311,6 +316,8 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             holder.__dict__.pop(leaf, None)
             holder._parameters[leaf] = parameter
         self._replan(model)
+        for site in planned(self.sites):
+            _cast_as_captured(site)
         todo = planned(self.sites)
         for name in self._others:
             report.notes.append(f"{name} is MXFP4 in the checkpoint; it was dequantized, as only experts stay so")
@@ -391,6 +398,18 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             site.structure = known[key]
 
 
+def _cast_as_captured(site: Site) -> None:
+    """What the block's own first forward would cast for good (a router to fp32) is so in the captured graph."""
+    assert site.structure is not None
+    captured = site.structure.captured
+    for placeholder, name in captured.parameters.items():
+        if name in site.structure.retained:
+            parameter = site.candidate.module.get_parameter(name)
+            dtype = captured.node(placeholder).meta["val"].dtype
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+
+
 def _device(place: Any) -> torch.device:
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
@@ -407,19 +426,20 @@ def _take_errors(built: nn.Module, name: str, errors: Mapping[str, dict[str, flo
 
 
 def _other_codes(
-    model: nn.Module, wanted: Mapping[str, Tensor], weights: Weights, scheme: Scheme | None
+    model: nn.Module, wanted: Mapping[str, ExpertParameter], weights: Weights, scheme: Scheme | None
 ) -> dict[str, tuple[str, str]]:
     """Parameters outside the planned experts that the checkpoint has in MXFP4: name -> names of codes and scales."""
     if scheme is None:
         return {}
     naming = Names(model)
+    experts = {real for whole in wanted.values() for real in whole.names}
     found: dict[str, dict[str, str]] = {}
     for key, stored in weights.tensors.items():
         split = scheme.split(key)
         if split is None or stored.dtype not in ("U8", "I8", "F8_E8M0"):
             continue
         name, pattern = naming.rename(split[1])
-        if name in wanted or name not in naming.state:
+        if name in experts or name not in naming.state:
             continue
         if pattern is not None:
             raise CheckpointError(f"{stored}: {name} is in MXFP4, but is no expert that was planned to be so")
@@ -506,8 +526,6 @@ def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: An
     """
     import inspect
 
-    import transformers
-
     require_transformers_5("loading a checkpoint with MXFP4 experts")
     known = [
         n
@@ -520,7 +538,7 @@ def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: An
         for n in ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code")
         if n in options
     }
-    config: Any = options.pop("config", None) or transformers.AutoConfig.from_pretrained(path, **hub)
+    config: Any = options.pop("config", None) or read_config(path, **hub)
     holder = config
     declared = getattr(config, "quantization_config", None)
     if declared is None:
@@ -539,9 +557,7 @@ def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: An
         with Weights(weight_files(Path(path))):
             pass  # a bad file is named here; transformers' own errors do not name it
     if model_class is None:
-        model_class = getattr(transformers, (config.architectures or [""])[0], None)
-        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-            model_class = transformers.AutoModelForCausalLM  # a configuration names what it likes
+        model_class = class_of(config, trust_remote_code=bool(options.get("trust_remote_code")))
     options.setdefault("dtype", "auto")
     quantization = Mxfp4CompileConfig(**own, source=declared, **checkpoint)
     return model_class.from_pretrained(path, config=config, quantization_config=quantization, **options)

@@ -11,7 +11,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..passes.capture import Call, CallPattern, TensorInfo
 from ..passes.discover import Candidate, DiscoveryError, experts_implementation, find_candidates, forward_runs
 from ..passes.discover import record_calls as record_real_calls
 from ..passes.experts import projections_of, source_names
-from ..passes.sources import is_packed
+from ..passes.sources import members, stack
 from ..pipeline import Site, apply_skip, check_matches, check_model, match_all, skip_late, weight_ids
 from ..report import Report
 
@@ -46,7 +46,7 @@ def plan_sites(
     ``terms``: what every site asks of its backend; ``device_of``: where a module of that name will run.
     Raises OptimizeError as ``optimize`` does.
     """
-    with _plain_defaults():
+    with _plain_defaults(), _as_for_inference(model):
         return _plan(model, report, requested, terms, skip, strict, example_inputs, device_of)
 
 
@@ -60,6 +60,22 @@ def _plain_defaults() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def _as_for_inference(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and with what a forward casts for good (switch_transformers' routers) cast while planning."""
+    modes = [(module, module.training) for module in model.modules()]
+    dtypes = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, dtype in dtypes:
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
 
 def _plan(
@@ -89,12 +105,6 @@ def _plan(
         match_all(model, sites, example_inputs, requested, terms, record=record, stand_in=stand_in)
     skip_late(sites, skip, report)
     gc.collect()  # exported programs are cyclic garbage that keeps the stand-ins' weights alive
-    for site in planned(sites):
-        assert site.structure is not None
-        apart = [n for n in source_names(projections_of(site.structure.found.spec)) if not is_packed(n)]
-        if apart:
-            site.structure, site.outcome = None, "unmatched"
-            site.reason = f"{apart[0]} is not one packed [E, ., .] parameter; such experts are rewritten in memory only"
     check_matches(sites, report, strict)
     for site in sites:
         if site.structure is not None:
@@ -121,13 +131,43 @@ def planned(sites: Sequence[Site]) -> list[Site]:
     return [s for s in sites if s.structure is not None]
 
 
-def expert_parameters(sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Name in the model -> parameter, for every weight and bias that the planned sites replace."""
-    found: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class ExpertParameter:
+    """A weight or bias of a site's experts, of ``shape`` [E, ...], and the model's parameters behind it by name."""
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its values in the model."""
+        return self.parameters[0].dtype
+
+    @property
+    def flattened(self) -> bool:
+        """Whether one matrix [E * n, ...] holds the experts."""
+        return len(self.names) == 1 and self.parameters[0].dim() < len(self.shape)
+
+    @property
+    def apart(self) -> bool:
+        """Whether each expert has a parameter of its own."""
+        return len(self.names) > 1
+
+
+def expert_parameters(sites: Sequence[Site]) -> dict[str, ExpertParameter]:
+    """Every weight and bias that the planned sites replace, by the site's name and the source's (passes.sources)."""
+    found: dict[str, ExpertParameter] = {}
     for site in planned(sites):
         assert site.structure is not None
+        module = site.candidate.module
         for name in source_names(projections_of(site.structure.found.spec)):
-            found[f"{site.name}.{name}"] = site.candidate.module.get_parameter(name)
+            inside = members(module, name)
+            found[f"{site.name}.{name}"] = ExpertParameter(
+                stack(module, name).shape,
+                tuple(f"{site.name}.{member}" for member in inside),
+                tuple(module.get_parameter(member) for member in inside),
+            )
     return found
 
 
@@ -190,7 +230,10 @@ def _on_cpu(inputs: Any) -> Any:
 
 @contextmanager
 def _weights(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Every meta parameter and buffer replaced by what ``make`` gives for it; put back afterwards."""
+    """Every meta parameter and buffer replaced by what ``make`` gives for it; put back afterwards.
+
+    What a forward has cast since is cast on the meta device too.
+    """
     old: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, Any] = {}
     try:
@@ -209,4 +252,7 @@ def _weights(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[Non
         yield
     finally:
         for store, name, tensor in old:
+            now = store[name]
+            if now is not None and now.dtype != tensor.dtype:
+                tensor.data = tensor.data.to(now.dtype)
             store[name] = tensor

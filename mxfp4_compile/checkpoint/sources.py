@@ -20,6 +20,7 @@ from ..passes.experts import projections_of
 from ..pipeline import Site
 from .files import CheckpointError, Weights
 from .formats import GPT_OSS, Scheme
+from .plan import ExpertParameter
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -66,32 +67,43 @@ class Names:
 
 
 class ExpertSource:
-    """Reads parameters of experts from a checkpoint. ``wanted``: name in the model -> parameter (shape, dtype)."""
+    """Reads parameters of experts from a checkpoint. ``wanted``: as ``expert_parameters`` names them."""
 
-    def __init__(self, model: nn.Module, wanted: Mapping[str, Tensor], weights: Weights, scheme: Scheme | None) -> None:
+    def __init__(
+        self, model: nn.Module, wanted: Mapping[str, ExpertParameter], weights: Weights, scheme: Scheme | None
+    ) -> None:
         from transformers.core_model_loading import dot_natural_key
 
         self.model, self.weights, self.scheme = model, weights, scheme
-        self.shapes = {name: tuple(p.shape) for name, p in wanted.items()}
+        self.wanted = wanted
+        self.shapes = {name: p.shape for name, p in wanted.items()}
         self.dtypes = {name: p.dtype for name, p in wanted.items()}
+        # A parameter in the model -> what it is, or is a part of, and which part.
+        place = {real: (name, i) for name, p in wanted.items() for i, real in enumerate(p.names)}
         self.parts: dict[str, Part] = {}
+        self._number: dict[str, int] = {}  # which part of its parameter a tensor is
         self._whole: tuple[int, dict[str, Tensor]] = (0, {})
         naming = Names(model)
         for key in sorted(weights.tensors, key=dot_natural_key):
             role, base = self._role(key)
-            name, pattern = naming.rename(base)
-            if name not in wanted:
+            real, pattern = naming.rename(base)
+            if real not in place:
                 # One converter may fill several parameters (text and vision experts); it goes by the first.
                 continue
+            name, number = place[real]
+            if pattern is not None and wanted[name].apart:
+                raise CheckpointError(f"{weights[key]} is converted while loading, which {real} cannot be")
+            self._number[key] = number
             part = self.parts.setdefault(name, Part())
             if pattern is not None:
                 part.converter = naming.by_pattern[pattern]
             part.names.setdefault(role, {}).setdefault(pattern or "", []).append(key)
         self._share_converters(naming)
-        present = {id(wanted[name]): name for name in self.parts}
+        present = {tuple(map(id, wanted[name].parameters)): name for name in self.parts}
         for name, parameter in wanted.items():
-            if name not in self.parts and id(parameter) in present:
-                self.parts[name] = self.parts[present[id(parameter)]]  # tied, and stored once
+            objects = tuple(map(id, parameter.parameters))
+            if name not in self.parts and objects in present:
+                self.parts[name] = self.parts[present[objects]]  # tied, and stored once
         missing = [name for name in wanted if name not in self.parts]
         if missing:
             raise CheckpointError(
@@ -119,6 +131,16 @@ class ExpertSource:
                     self.parts.setdefault(twin, part)
 
     def _check(self, name: str, part: Part) -> None:
+        if self.wanted[name].apart:
+            for role, patterns in part.names.items():
+                patterns[""].sort(key=self._number.__getitem__)
+                found = {self._number[key] for key in patterns[""]}
+                for number, real in enumerate(self.wanted[name].names):
+                    if number not in found:
+                        raise CheckpointError(
+                            f"nothing in {', '.join(str(f) for f in self.weights.files[:3])} is for {real}"
+                            + ("" if role == "values" else f" (its {role})")
+                        )
         if not part.quantized:
             for key in part.all():
                 if self.weights[key].dtype not in _FLOATS:
@@ -165,23 +187,40 @@ class ExpertSource:
         part, shape = self.parts[name], self.shapes[name]
         recipe = _recipe(part.converter)
         if part.converter is None:
-            (key,) = part.names["values"][""][:1]
-            out = self.weights.read(key, experts)
+            out = self._read(name, part.names["values"][""], experts)
         elif recipe is None:
             out = self._convert_whole(name, part)[name][experts]
         else:
-            out = self._assemble(part.names["values"], recipe, experts, shape)
+            out = self._assemble(part.names["values"], recipe, experts, shape, self._count(name))
         if tuple(out.shape) != (experts.stop - experts.start, *shape[1:]):
             raise CheckpointError(f"{self.where(name)}: {name} comes out as {list(out.shape)}, not {list(shape)}")
         return out.to(self.dtypes[name])
 
+    def _read(self, name: str, keys: Sequence[str], experts: slice) -> Tensor:
+        """Some experts of what no conversion makes: [e, ...], whatever the tensors are stacked like."""
+        whole = self.wanted[name]
+        if whole.apart:
+            pieces = [self.weights.read(key) for key in keys[experts]]
+            for key, piece in zip(keys[experts], pieces, strict=True):
+                if piece.shape != pieces[0].shape:
+                    raise CheckpointError(f"{self.weights[key]} has another shape than expert {keys[experts][0]!r}")
+            return torch.stack(pieces)
+        if not whole.flattened:
+            return self.weights.read(keys[0], experts)
+        stored = self.weights[keys[0]].shape  # [E * n, ...]
+        if not stored or stored[0] % whole.shape[0]:
+            raise CheckpointError(f"{self.weights[keys[0]]} {list(stored)} is not made of {whole.shape[0]} experts")
+        rows = stored[0] // whole.shape[0]
+        out = self.weights.read(keys[0], slice(experts.start * rows, experts.stop * rows))
+        return out.view(experts.stop - experts.start, rows, *stored[1:])
+
     def _assemble(
-        self, names: Mapping[str, list[str]], recipe: _Recipe, experts: slice, shape: tuple[int, ...]
+        self, names: Mapping[str, list[str]], recipe: _Recipe, experts: slice, shape: tuple[int, ...], count: int
     ) -> Tensor:
         parts = []
         for pattern in recipe.patterns:
             if pattern in names:
-                parts.append(self._stack(names[pattern], recipe, experts, shape[0]))
+                parts.append(self._stack(names[pattern], recipe, experts, count))
         for kind, numbers in recipe.steps:
             if kind == "cat":
                 parts = [_cat(parts, numbers[0], names)]
@@ -224,6 +263,10 @@ class ExpertSource:
         self._whole = (id(part), tensors)
         return tensors
 
+    def _count(self, name: str) -> int:
+        """How many experts the model's parameter has, those that no forward multiplies included."""
+        return int(self.wanted[name].parameters[0].shape[0])
+
     # MXFP4 checkpoints
 
     def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -243,9 +286,9 @@ class ExpertSource:
         return str(self.weights[next(iter(part.names[role].values()))[0]])
 
     def _canonical(self, name: str, part: Part, role: str, experts: slice, last: tuple[int, int]) -> Tensor:
-        names, count = part.names[role], self.shapes[name][0]
+        names, count = part.names[role], self._count(name)
         if part.converter is None:
-            pieces = [self.weights.read(names[""][0], experts)]
+            pieces = [self._read(name, names[""], experts)]
         else:
             recipe = _recipe(part.converter)
             if recipe is None:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import mx
-from ..passes.experts import MXFP4Experts, mxfp4_sites, source_names
+from ..passes.experts import MXFP4Experts, mxfp4_sites
 from ..passes.prep import groups_of
-from ..passes.sources import is_packed
+from ..passes.sources import members
 from ..spec import MoESpec, SplitSpec
 from .files import (
     DEFAULT_SHARD_BYTES,
@@ -53,9 +53,14 @@ Codes = Callable[[slice], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class ExpertWeight:
-    """One packed parameter to be written: its name in the model, canonical shape [E, n, k], and its codes."""
+    """A weight to be written: its name, canonical shape [E, n, k], and its codes.
+
+    ``members``: its parameters in the model, one for all experts or one for each; ``flattened``: one of [E * n, .].
+    """
 
     name: str
+    members: tuple[str, ...]
+    flattened: bool
     experts: int
     n: int
     k: int
@@ -95,13 +100,6 @@ def save(
     sites = mxfp4_sites(model)
     if not sites:
         raise CheckpointError("this model has no MXFP4 experts: optimize() it first")
-    for name, site in sites.items():
-        apart = [n for n in source_names(site.projections) if not is_packed(n)]
-        if apart:
-            raise CheckpointError(
-                f"{name}: {apart[0]} is not one packed [E, ., .] parameter; such experts are rewritten in memory only "
-                "and cannot be saved as a checkpoint (state_dict() and load_state_dict() work, and restore() first)"
-            )
     specs = {name: site.plan.spec for name, site in sites.items()}
     weights = [w for name, site in sites.items() for w in _weights_of(name, site)]
     biases = {f"{name}.{n}": b for name, site in sites.items() for n, b in site.dequantized_biases().items()}
@@ -147,6 +145,8 @@ def _weights_of(name: str, site: MXFP4Experts) -> Iterator[ExpertWeight]:
 
             yield ExpertWeight(
                 f"{name}.{source}",
+                tuple(f"{name}.{member}" for member in members(site.original, source)),
+                "#" in source,
                 projection.shape[0],
                 rows,
                 projection.shape[2],
@@ -188,7 +188,7 @@ def check_expressible(
     model: nn.Module,
     specs: Mapping[str, MoESpec | SplitSpec],
     weights: list[ExpertWeight],
-    biases: Mapping[str, Any],
+    biases: Iterable[str],
     format: str,
 ) -> dict[str, list[Linear]]:
     """The per-expert layers of each weight, for forms that have them; CheckpointError naming what cannot be said."""
@@ -209,9 +209,9 @@ def check_expressible(
             )
         _check_all_rewritten(model, format)
         return {}
-    if biases:
+    for bias in biases:
         raise CheckpointError(
-            f"{next(iter(biases))} is a bias of experts: the {format} form cannot express it; the form {OWN} can. "
+            f"{bias} is a bias of experts: the {format} form cannot express it; the form {OWN} can. "
             "Nothing was written."
         )
     return {weight.name: per_expert_linears(model, weight) for weight in weights}
@@ -235,6 +235,13 @@ def per_expert_linears(model: nn.Module, weight: ExpertWeight) -> list[Linear]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
+    if len(weight.members) > 1:
+        return _own_linears(model, weight)
+    if weight.flattened or weight.name != weight.members[0]:
+        raise CheckpointError(
+            f"{weight.name} holds all experts in one matrix: the {COMPRESSED_TENSORS} form cannot express it; the form "
+            f"{OWN} can. Nothing was written."
+        )
     rows = torch.arange(weight.experts * weight.n).view(weight.experts, weight.n, 1).expand(-1, -1, 2)
     tensor = rows.transpose(1, 2) if weight.transposed else rows
     found: dict[str, Tensor] = {}
@@ -274,26 +281,64 @@ def per_expert_linears(model: nn.Module, weight: ExpertWeight) -> list[Linear]:
     return sorted(linears, key=lambda linear: (linear.expert, linear.rows.start))
 
 
+def _own_linears(model: nn.Module, weight: ExpertWeight) -> list[Linear]:
+    """One linear layer for each expert's own parameter, under the name transformers saves it by."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = []
+    for expert, member in enumerate(weight.members):
+        (name,) = revert_weight_conversion(model, {member: torch.empty(weight.n, weight.k, device="meta")})
+        if weight.transposed or not name.endswith(".weight"):
+            raise CheckpointError(
+                f"{member} is the weight of no linear layer: the {COMPRESSED_TENSORS} form cannot express it; the form "
+                f"{OWN} can. Nothing was written."
+            )
+        found.append(Linear(name, expert, slice(0, weight.n)))
+    return found
+
+
 def expert_units(weight: ExpertWeight, format: str, linears: list[Linear]) -> list[Unit]:
-    """What is written for one packed parameter."""
+    """What is written for one weight of all experts."""
     e, n, half, blocks = weight.experts, weight.n, (weight.k + 1) // 2, -(-weight.k // mx.BLOCK)
     per_expert = n * weight.k * 2
     if format == COMPRESSED_TENSORS:
         by_expert = [[linear for linear in linears if linear.expert == i] for i in range(e)]
         return [_linear_unit(weight, i, some, half, blocks) for i, some in enumerate(by_expert)]
-    codes, scales = f"{weight.name}_packed", f"{weight.name}_scales"
+    if len(weight.members) > 1:
+        return [_member_unit(weight, i, half, blocks) for i in range(e)]
+    (name,) = weight.members
+    codes, scales = f"{name}_packed", f"{name}_scales"
     shape: tuple[int, ...] = (e, n, half)
     if format == GPT_OSS:
-        codes, shape = f"{weight.name}_blocks", (e, n, blocks, mx.BLOCK // 2)
+        codes, shape = f"{name}_blocks", (e, n, blocks, mx.BLOCK // 2)
 
     def produce() -> Iterator[tuple[str, Tensor]]:
         for some in groups_of(e, per_expert):
             packed, exponents = weight.codes(some)
-            yield codes, packed
-            yield scales, exponents
+            yield codes, packed.flatten(0, 1) if weight.flattened else packed
+            yield scales, exponents.flatten(0, 1) if weight.flattened else exponents
 
-    entries = (Entry(codes, torch.uint8, shape), Entry(scales, torch.uint8, (e, n, blocks)))
+    last: tuple[int, ...] = (e, n, blocks)
+    if weight.flattened:
+        shape, last = (e * n, half), (e * n, blocks)
+    entries = (Entry(codes, torch.uint8, shape), Entry(scales, torch.uint8, last))
     return [Unit(entries, produce, weight.facts)]
+
+
+def _member_unit(weight: ExpertWeight, expert: int, half: int, blocks: int) -> Unit:
+    """One expert's own parameter in our form."""
+    name = weight.members[expert]
+
+    def produce() -> Iterator[tuple[str, Tensor]]:
+        packed, scales = weight.codes(slice(expert, expert + 1))
+        yield f"{name}_packed", packed[0]
+        yield f"{name}_scales", scales[0]
+
+    entries = (
+        Entry(f"{name}_packed", torch.uint8, (weight.n, half)),
+        Entry(f"{name}_scales", torch.uint8, (weight.n, blocks)),
+    )
+    return Unit(entries, produce, weight.facts)
 
 
 def _linear_unit(weight: ExpertWeight, expert: int, linears: list[Linear], half: int, blocks: int) -> Unit:

@@ -100,7 +100,7 @@ class MXFP4Experts(nn.Module):
         released = {m for n in source_names(self.projections) for m in members(original, n)}
         for name in plan.retained:
             top = name.split(".")[0]
-            if any(n.startswith(f"{top}.") for n in released):
+            if top == "*" or any(n.startswith(f"{top}.") for n in released):
                 # A part of the experts themselves (a norm between their projections) without what is released.
                 for member in members(original, name):
                     _adopt(self, original, member, released)

@@ -136,7 +136,9 @@ def _ids_argument(site: MXFP4Experts) -> int | None:
             while isinstance(ids, fx.Node) and ids.op == "call_function" and len(ids.all_input_nodes) == 1:
                 ids = ids.all_input_nodes[0]
             return inputs.index(ids) if ids in inputs and not ids.meta["val"].is_floating_point() else None
-    return None
+    # A split list that is called with ids: nothing else about routing is an integer.
+    integers = [i for i, info in enumerate(site.plan.pattern.tensors) if info.dtype in (torch.int32, torch.int64)]
+    return integers[0] if len(integers) == 1 else None
 
 
 def _inputs(

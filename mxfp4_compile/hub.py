@@ -1,0 +1,49 @@
+"""Models in directories and on the hub: the one place that asks transformers for configurations, classes and models."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False, **hub: Any) -> Any:
+    """The configuration of a model directory or hub id; ``hub``: revision, cache_dir, token and the like."""
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, **hub)
+
+
+def class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The class a configuration names: transformers' own, or an Auto class that finds it (in the model's own code)."""
+    import transformers
+
+    if trust_remote_code:
+        for name in getattr(config, "auto_map", None) or ():
+            if name.startswith("AutoModel"):
+                return getattr(transformers, name)
+    found = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    return transformers.AutoModelForCausalLM  # a configuration names what it likes
+
+
+def load_plain(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> nn.Module:
+    """A model as transformers loads it, in the dtype of its checkpoint, on the CPU."""
+    cls = class_of(read_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
+    loaded = cls.from_pretrained(
+        str(path), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code or None
+    )
+    return cast(nn.Module, loaded.eval())
+
+
+def empty_model(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
+    """A model whose parameters have shapes and no data (on the meta device)."""
+    cls = class_of(config, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    with torch.device("meta"):
+        if cls.__name__.startswith("AutoModel"):
+            return cls.from_config(config, trust_remote_code=trust_remote_code, **options).eval()
+        return cls._from_config(config, **options).eval()
