@@ -143,6 +143,44 @@ class LoopMoE(nn.Module):
         return out.index_add_(0, token, current.to(x.dtype))
 
 
+class MaskMoE(nn.Module):
+    """Every expert asks its mask whether it has tokens; ``by_tokens``: the rows are those where a mask of tokens is."""
+
+    def __init__(self, asks: str = "any", by_tokens: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList([GatedMLP() for _ in range(E)])
+        self.asks, self.by_tokens = asks, by_tokens
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        weights, ids = F.softmax(self.gate(x), dim=1, dtype=torch.float).topk(K, dim=-1)
+        weights = weights.to(x.dtype)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            mask = ids == e
+            chosen = mask.any(-1) if self.by_tokens else mask
+            if self.has_some(e, chosen, x):
+                out = self.step(e, x, weights, out, chosen, (weights * mask).sum(-1))
+        return out.view(hidden_states.shape)
+
+    def has_some(self, e: int, mask: Tensor, x: Tensor) -> bool:
+        return {
+            "any": lambda: mask.any(),
+            "torch.any": lambda: bool(torch.any(mask)),
+            "sum": lambda: mask.sum() > 0,
+            "count": lambda: torch.count_nonzero(mask).item() != 0,
+            "nothing": lambda: True,
+        }[self.asks]()  # type: ignore[no-any-return, no-untyped-call]
+
+    def step(self, e: int, x: Tensor, weights: Tensor, out: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        if self.by_tokens:
+            out[mask] += self.experts[e](x[mask]) * weight[mask, None]
+            return out
+        token, slot = torch.where(mask)
+        return out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+
+
 class CountsMoE(RemoteMoE):
     """As transformers 4 spells it: it goes through the counts as a tensor, and slices between sums of them."""
 

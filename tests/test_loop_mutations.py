@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from loop_models import AllWeightsMoE, E, GatedMLP, H, K, LoopMoE, Model, OffsetsMoE, RemoteMoE
+from loop_models import AllWeightsMoE, E, GatedMLP, H, K, LoopMoE, MaskMoE, Model, OffsetsMoE, RemoteMoE
 from torch import nn
 
 import mxfp4_compile
@@ -396,10 +396,130 @@ def test_verification_sees_a_hundredth_that_an_expert_without_tokens_leaves_out(
         mxfp4_compile.optimize(model, example_inputs=(example,))
 
 
+# Branches on masks
+
+
+class AsksThePrevious(MaskMoE):
+    """Serves an expert only if the one before it has tokens."""
+
+    def forward(self, hidden_states):
+        self.previous = None
+        return super().forward(hidden_states)
+
+    def has_some(self, e, mask, x):
+        asked, self.previous = mask if self.previous is None else self.previous, mask
+        return super().has_some(e, asked, x)
+
+
+class AsksForAll(MaskMoE):
+    def has_some(self, e, mask, x):
+        return mask.all()
+
+
+class AsksForOneOnly(MaskMoE):
+    """One expert serves only two tokens or more."""
+
+    def has_some(self, e, mask, x):
+        return mask.sum() > 1 if e == 3 else mask.any()
+
+
+class AsksOnce(MaskMoE):
+    """Whether the first expert has tokens decides for all of them."""
+
+    def forward(self, hidden_states):
+        self.first = None
+        return super().forward(hidden_states)
+
+    def has_some(self, e, mask, x):
+        self.first = mask if self.first is None else self.first
+        return super().has_some(e, self.first, x)
+
+
+class OtherMaskInOutput(MaskMoE):
+    """Adds an expert's rows where the next one's would be."""
+
+    def step(self, e, x, weights, out, mask, weight):
+        token, slot = torch.where(mask)
+        return out.index_add_(0, (token + 1) % x.shape[0], self.experts[e](x[token]) * weights[token, slot, None])
+
+
+class ElseAddsSomething(MaskMoE):
+    def has_some(self, e, mask, x):
+        if mask.any():
+            return True
+        self.extra = 0.5
+        return False
+
+    def forward(self, hidden_states):
+        self.extra = 0.0
+        return super().forward(hidden_states) + self.extra
+
+
+class MaskChanged(MaskMoE):
+    """Drops the first token of a mask between the question and the rows."""
+
+    def step(self, e, x, weights, out, mask, weight):
+        mask[0] = False
+        return super().step(e, x, weights, out, mask, weight)
+
+
+class AddsIfAny(MaskMoE):
+    def step(self, e, x, weights, out, mask, weight):
+        return super().step(e, x, weights, out, mask, weight) + 0.01
+
+
+class AsksTheTokens(MaskMoE):
+    """A branch on the tokens' values, rarely taken."""
+
+    ask = staticmethod(lambda x: x.isnan().any())
+
+    def step(self, e, x, weights, out, mask, weight):
+        if self.ask(x):
+            weights = weights * 2
+        return super().step(e, x, weights, out, mask, weight)
+
+
+class AsksForLarge(AsksTheTokens):
+    ask = staticmethod(lambda x: (x.abs() > 1e-9).any())
+
+
+class AsksAndTakes(MaskMoE):
+    """Changes some tokens, if there are such, and all others with them."""
+
+    def step(self, e, x, weights, out, mask, weight):
+        large = x.sum(-1) > -1e9
+        if large.any():
+            x = x.clone()
+            x[large] = x[large] * 1.5
+            weights = weights * 2
+        return super().step(e, x, weights, out, mask, weight)
+
+
+class AsksAndDrops(MaskMoE):
+    """Takes rows by a mask that nothing uses, so that no graph shows it."""
+
+    def step(self, e, x, weights, out, mask, weight):
+        large = x.sum(-1) > -1e9
+        if large.any():
+            x[large]
+            weights = weights * 2
+        return super().step(e, x, weights, out, mask, weight)
+
+
+OTHER_MASKS = [AsksTheTokens, AsksForLarge, AsksAndTakes, AsksAndDrops]
+
+
+@pytest.mark.parametrize("mutation", OTHER_MASKS, ids=lambda m: m.__name__)
+def test_branches_on_other_masks_are_refused_by_name(mutation: type[nn.Module]) -> None:
+    with pytest.raises(CaptureError, match="branches on whether a mask is true anywhere"):
+        capture_loop(mutation().eval(), pattern())
+
+
 MUTATIONS = [
     OtherActivation, NextExpert, SameExpert, WeightTwice, WeightTwiceForOne, ShiftedTokens, ShiftedOutput, OtherColumn,
     Capped, ScaledByCount, ManyTokensOnly, Clamped, Overwrites, EmptyAddsSomething, Residual, UsesOutput, OwnScale,
-    Positional, Dense, OtherWeights, OffsetsWritten, CountsWritten, GateOfOthers,
+    Positional, Dense, OtherWeights, OffsetsWritten, CountsWritten, GateOfOthers, AsksThePrevious, AsksForAll,
+    AsksForOneOnly, AsksOnce, OtherMaskInOutput, ElseAddsSomething, MaskChanged, AddsIfAny, *OTHER_MASKS,
 ]  # fmt: skip
 QUICK = {OtherActivation, NextExpert, Capped, ScaledByCount, EmptyAddsSomething, ShiftedOutput}
 

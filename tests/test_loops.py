@@ -16,6 +16,7 @@ from loop_models import (
     GatedMLP,
     H,
     LoopMoE,
+    MaskMoE,
     Model,
     NormedMLP,
     OffsetsMoE,
@@ -36,6 +37,13 @@ from mxfp4_compile.passes.rewrite import count_ops
 STYLES = {
     "remote code, sorted slices": RemoteMoE,
     "remote code, list called": CalledListMoE,
+    "mask.any()": MaskMoE,
+    "rows by a mask": functools.partial(MaskMoE, by_tokens=True),
+    "torch.any(mask)": functools.partial(MaskMoE, "torch.any", by_tokens=True),
+    "mask.sum() > 0": functools.partial(MaskMoE, "sum"),
+    "count_nonzero(mask)": functools.partial(MaskMoE, "count"),
+    "where(mask), asks nothing": functools.partial(MaskMoE, "nothing"),
+    "rows by a mask, asks nothing": functools.partial(MaskMoE, "nothing", by_tokens=True),
     "counts as a tensor": CountsMoE,
     "slices of packed weights": OffsetsMoE,
     "weights of all experts": AllWeightsMoE,
@@ -50,7 +58,10 @@ def inputs(batch: int = 2, length: int = 9, seed: int = 0, dtype: torch.dtype = 
     return torch.randn(batch, length, H, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-SLOW = {"counts as a tensor", "weights of all experts"}
+SLOW = {
+    "counts as a tensor", "weights of all experts", "torch.any(mask)", "mask.sum() > 0", "count_nonzero(mask)",
+    "where(mask), asks nothing", "rows by a mask, asks nothing",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("style", [pytest.param(s, marks=[pytest.mark.slow] if s in SLOW else []) for s in STYLES])

@@ -14,7 +14,7 @@ loop is not one computation with different weights.
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -236,8 +236,20 @@ class _Collapse:
             for p in found:
                 for symbol in free_unbacked_symbols(p.rows.meta["val"].shape[0]):
                     experts.setdefault(symbol, p.expert)
+        self._check_masks(experts)
         known = {n: self._share(n) for n in self.graph.nodes}
         check_idle(self.graph, experts, lambda n: None if known[n] is None else known[n][1])  # type: ignore[index]
+
+    def _check_masks(self, experts: Mapping[Any, int]) -> None:
+        """What a branch asked of a mask must be whether an expert has rows: then the proof covers the branch."""
+        if not self.captured.masks:
+            return
+        places = [n for n in self.graph.nodes if n.target == aten.nonzero.default]
+        sizes = [free_unbacked_symbols(n.meta["val"].shape[0]) for n in places]
+        if len(places) != self.captured.masks or not all(size and size <= set(experts) for size in sizes):
+            raise CaptureError(
+                "it branches on whether a mask is true anywhere, and the mask does not choose the rows of an expert"
+            )
 
     def _form(
         self, node: Any, products: dict[fx.Node, tuple[str, int]], expert: int, memo: dict[fx.Node, Hashable]

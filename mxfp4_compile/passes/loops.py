@@ -15,7 +15,7 @@ import itertools
 import operator
 import warnings
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class _AllInUse(TorchFunctionMode):
     ``places``: elements of integer vectors of fixed length (one per expert); what compares one with a number
     asks whether an expert has rows. ``made``: integers made of others, so that the length of a slice between two
     sums of counts is the one count by which they differ. ``sizes``: values, as sizes that the trace does not know.
+    ``masks``: where a mask is true, by the mask: computed once, so that a branch on whether there is any and all that
+    takes rows by the mask share one size. ``asked``: numbers made of a mask that a branch may compare with zero.
     What has been written to since (another version) is not what was remembered.
     """
 
@@ -47,6 +49,9 @@ class _AllInUse(TorchFunctionMode):
         self.places: dict[int, tuple[Tensor, Tensor, int]] = {}
         self.made: dict[int, tuple[list[int], Tensor, str, tuple[Any, ...]]] = {}
         self.sizes: dict[int, tuple[int, Tensor, Any]] = {}
+        self.masks: dict[int, tuple[int, Tensor, Tensor]] = {}
+        self.asked: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self.branches = self.computed = 0
         self.sliced: Any = None
         # (begin, end) of an expert's rows, as formulas of the counts -> (count, where the rows begin, a tensor).
         self.slices: dict[tuple[Any, Any], tuple[Any, Tensor]] = {}
@@ -69,6 +74,12 @@ class _AllInUse(TorchFunctionMode):
                 count = self._size(args[0])
                 torch._check(count >= 2)
                 return count != 0 if func is Tensor.__bool__ else _COMPARED[func](count, *args[1:])
+            if id(args[0]) in self.asked and (func in _COMPARED or func in _AS_NUMBER):
+                return self._answer(func, *args)
+            if func in _ANY_OR_COUNT and len(args) == 1 and not kwargs and self._is_mask(args[0]):
+                result = func(*args)
+                self.asked[id(result)] = (result, args[0], args[0]._version)
+                return result
             if func is Tensor.numpy:
                 return _Counts(self._counts(args[0]))
             if func is Tensor.tolist and args[0].dim() == 1 and not args[0].dtype.is_floating_point:
@@ -77,6 +88,8 @@ class _AllInUse(TorchFunctionMode):
                 return self._getitem(args[0], args[1])
             if func is Tensor.__setitem__ and isinstance(args[1], slice) and isinstance(args[2], Tensor):
                 return self._setitem(*args)
+            if func is Tensor.__setitem__ and self._is_mask(args[1]):
+                return Tensor.__setitem__(args[0], self._by_places(args[1]), args[2])
             if func in (Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes):
                 sizes = args[1] if len(args) > 1 else kwargs.get("split_size", kwargs.get("split_size_or_sections"))
                 dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
@@ -197,10 +210,41 @@ class _AllInUse(TorchFunctionMode):
             if func is torch.where or kwargs.get("as_tuple"):
                 return (numbers,)
             return self._know(numbers.unsqueeze(-1), -1)
-        result = func(*args, **kwargs)
-        rows = (result[0] if isinstance(result, tuple) else result).shape[0]
-        torch._check(rows >= 2)
-        return result
+        found = self._places(mask)
+        return tuple(found.unbind(1)) if func is torch.where or kwargs.get("as_tuple") else found
+
+    @staticmethod
+    def _is_mask(tensor: Any) -> TypeGuard[Tensor]:
+        """Whether only the routing knows where a tensor is true (one place per expert: every expert is hit)."""
+        fixed = isinstance(tensor, Tensor) and all(isinstance(n, int) for n in tensor.shape)
+        return isinstance(tensor, Tensor) and tensor.dtype == torch.bool and tensor.dim() > 0 and not fixed
+
+    def _by_places(self, index: Any) -> Any:
+        """A mask as the places where it is true; any other index as it is."""
+        return tuple(self._places(index).unbind(1)) if self._is_mask(index) else index
+
+    def _places(self, mask: Tensor) -> Tensor:
+        """Where a mask is true, [rows, dimensions]."""
+        version, _, places = self.masks.get(id(mask), (-1, mask, mask))
+        if version != mask._version:
+            places = torch.nonzero(mask)
+            self.computed += 1
+            torch._check(places.shape[0] >= 2)
+            self.masks[id(mask)] = (mask._version, mask, places)
+        return places
+
+    def _answer(self, func: Any, *args: Any) -> Any:
+        """What a branch asks of the number of places where a mask is true: as if there were some."""
+        number, mask, version = self.asked[id(args[0])]
+        if mask._version != version:
+            raise CaptureError("its loop over experts asks for the number of trues in a mask it has changed since")
+        self.branches += 1
+        count: Any = self._places(mask).shape[0]
+        if number.dtype == torch.bool:
+            return _COMPARED[func](True, *args[1:]) if func in _COMPARED else True
+        if func in _COMPARED:
+            return _COMPARED[func](count, *args[1:])
+        return count != 0 if func is Tensor.__bool__ else count
 
     def _counts(self, tensor: Tensor) -> list[Any]:
         known = self._number(tensor)
@@ -229,6 +273,7 @@ class _AllInUse(TorchFunctionMode):
         return tuple(parts)
 
     def _getitem(self, tensor: Tensor, index: Any) -> Any:
+        index = self._by_places(index)
         number = self._number(index) if isinstance(index, Tensor) else None
         if number is not None and isinstance(index, Tensor):
             return tensor[number] if index.dim() == 0 else tensor[number].unsqueeze(0)
@@ -277,12 +322,9 @@ def _is_vector(tensor: Tensor) -> bool:
 
 
 _COMPARED: dict[Any, Any] = {
-    Tensor.__eq__: operator.eq,
-    Tensor.__ne__: operator.ne,
-    Tensor.__lt__: operator.lt,
-    Tensor.__le__: operator.le,
-    Tensor.__gt__: operator.gt,
-    Tensor.__ge__: operator.ge,
+    getattr(Tensor, spelling): getattr(operator, name)
+    for name in ("eq", "ne", "lt", "le", "gt", "ge")
+    for spelling in (name, f"__{name}__")
 }
 _OF_KNOWN: dict[Any, Any] = {
     **_COMPARED,
@@ -292,6 +334,8 @@ _OF_KNOWN: dict[Any, Any] = {
     Tensor.tolist: lambda n: [n],
     Tensor.__format__: format,  # f"expert_{e}"
 }
+_ANY_OR_COUNT = {Tensor.any, torch.any, Tensor.sum, torch.sum, Tensor.count_nonzero, torch.count_nonzero}
+_AS_NUMBER = {Tensor.__bool__, Tensor.item, Tensor.__int__, Tensor.__index__}
 _ADDED = {Tensor.__add__, Tensor.__radd__, Tensor.add, torch.add}
 _SAME_NUMBER = {Tensor.squeeze, Tensor.view, Tensor.reshape, Tensor.cpu, Tensor.to, Tensor.long, Tensor.int}
 
@@ -308,7 +352,7 @@ class _Caller(nn.Module):
         self.module, self.without_last = module, without_last
 
     def forward(self, args: Any, kwargs: Any) -> Any:
-        with _AllInUse(self.without_last):
+        with _AllInUse(self.without_last) as self.seen:
             return self.module(*args, **kwargs)
 
 
@@ -347,13 +391,16 @@ def trace(module: nn.Module, pattern: CallPattern) -> Captured:
         try:
             with torch.no_grad(), warnings.catch_warnings(), _without_hooks(module), _casts_of_nothing():
                 warnings.simplefilter("ignore")
+                caller = _Caller(module, without_last)
                 program = torch.export.export(
-                    _Caller(module, without_last),
+                    caller,
                     (args, kwargs),
                     dynamic_shapes={"args": arg_shapes, "kwargs": kwarg_shapes},
                     strict=False,
                 ).run_decompositions({})
-            return _sorted(program, pattern)
+            captured = _sorted(program, pattern)
+            captured.masks = caller.seen.computed if caller.seen.branches else 0
+            return captured
         except CaptureError:
             raise
         except IndexError as failure:
