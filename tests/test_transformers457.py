@@ -18,6 +18,8 @@ transformers = pytest.importorskip("transformers")
 if not transformers.__version__.startswith("4.57."):
     pytest.skip("for transformers 4.57", allow_module_level=True)
 
+from test_remote_code import check_rewritten_and_generating, publish  # noqa: E402
+
 import mxfp4_compile.passes.discover  # noqa: E402
 from mxfp4_compile import CheckpointError, OptimizeError  # noqa: E402
 from mxfp4_compile.families import listed_families, tiny_inputs, tiny_model, undecorated_families  # noqa: E402
@@ -33,10 +35,11 @@ PACKED = [
     "longcat_flash", "qwen3_vl_moe",
 ]  # fmt: skip
 FUSED = [*LISTED, *PACKED]
+# Its tokens are chosen by a mask with a capacity, so that the products are grouped and all else stays.
+SPLIT = ["switch_transformers"]
 # What each lacks, in words of the report's reason.
 REFUSED = {
     "nllb_moe": "the experts depend on their order|does not trace",
-    "switch_transformers": "a mask of tokens, no index",
     "vitpose_backbone": "a child is one matrix, not an up- and a down-projection",
 }
 # Of these families only some modules are rewritten: what the others lack.
@@ -54,20 +57,21 @@ def tiny(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def test_every_family_is_in_one_of_the_lists() -> None:
-    assert sorted([*FUSED, *REFUSED, *BROKEN]) == sorted({*listed_families(), *undecorated_families()})
+    assert sorted([*FUSED, *SPLIT, *REFUSED, *BROKEN]) == sorted({*listed_families(), *undecorated_families()})
 
 
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", [*FUSED, *SPLIT])
 def test_rewritten_verified_and_put_back(family: str) -> None:
     model = tiny(family)
     inputs = tiny_inputs(model)
     keys = set(model.state_dict())
     # A causal LM needs no example inputs.
     mxfp4_compile.optimize(model, example_inputs=None if family in CAUSAL else inputs, strict=family not in PARTLY)
-    fused = [s for s in model.mxfp4_report.sites if s.outcome == "fused"]
-    assert fused
-    assert all(s.error <= 1.5 * s.original_error + 2e-3 for s in fused)
-    left = [s for s in model.mxfp4_report.sites if s.outcome != "fused"]
+    outcome = "split" if family in SPLIT else "fused"
+    rewritten = [s for s in model.mxfp4_report.sites if s.outcome == outcome]
+    assert rewritten
+    assert all(s.error <= 1.5 * s.original_error + 2e-3 for s in rewritten)
+    left = [s for s in model.mxfp4_report.sites if s.outcome != outcome]
     assert bool(left) == (family in PARTLY)
     assert all(re.search(PARTLY[family], s.reason) for s in left)
     longer = tiny_inputs(model, batch=3, length=14, seed=1)
@@ -118,6 +122,10 @@ def test_gpt_oss_as_it_computes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         ours = model(**inputs).logits
         theirs = mxfp4_compile.restore(model)(**inputs).logits
     assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
+def test_a_model_that_brings_its_own_code(tmp_path: Path) -> None:
+    check_rewritten_and_generating(publish(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
