@@ -20,11 +20,14 @@ def class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
     """The class a configuration names: transformers' own, or an Auto class that finds it (in the model's own code)."""
     import transformers
 
+    architecture = (getattr(config, "architectures", None) or [""])[0]
     if trust_remote_code:
-        for name in getattr(config, "auto_map", None) or ():
-            if name.startswith("AutoModel"):
+        own = {n: c for n, c in (getattr(config, "auto_map", None) or {}).items() if n.startswith("AutoModel")}
+        named = [n for n, c in own.items() if isinstance(c, str) and c.rpartition(".")[2] == architecture]
+        for name in (*named, "AutoModelForCausalLM", *own):
+            if name in own:
                 return getattr(transformers, name)
-    found = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    found = getattr(transformers, architecture, None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     return transformers.AutoModelForCausalLM  # a configuration names what it likes

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from mxfp4_compile import CheckpointError, mx
 from mxfp4_compile.checkpoint.convert import convert
 from mxfp4_compile.cli import main
 from mxfp4_compile.compare import compare
+from mxfp4_compile.hub import class_of
 from mxfp4_compile.model_shapes import model_shapes
 from mxfp4_compile.passes.experts import mxfp4_sites
 
@@ -192,6 +194,27 @@ def test_compared_on_a_text(original: Path, tmp_path: Path) -> None:
         noise = (block(x).double() - y).square().sum() / y.square().sum()
     (site,) = result.sites
     assert site.name == "model.layers.1.mlp" and site.error == pytest.approx(float(noise), rel=1e-3)
+
+
+def test_the_class_that_the_configuration_names() -> None:
+    own = {"AutoConfig": "c.C", "AutoModel": "m.RemoteModel", "AutoModelForCausalLM": "m.RemoteForCausalLM"}
+    for architecture, cls in (
+        ("RemoteForCausalLM", "AutoModelForCausalLM"), ("RemoteModel", "AutoModel"), ("Other", "AutoModelForCausalLM"),
+    ):  # fmt: skip
+        config = SimpleNamespace(architectures=[architecture], auto_map=own)
+        assert class_of(config, trust_remote_code=True).__name__ == cls
+    ours = SimpleNamespace(architectures=["MixtralForCausalLM"], auto_map=own)
+    assert class_of(ours).__name__ == "MixtralForCausalLM"
+    assert class_of(SimpleNamespace(architectures=None)).__name__ == "AutoModelForCausalLM"
+
+
+def test_what_a_block_does_not_know_is_still_unexpected(original: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(original, bad)
+    extra = {"model.layers.1.mlp.gate.correction": torch.zeros(8)}
+    save_file({**load_file(original / "model.safetensors"), **extra}, bad / "model.safetensors", {"format": "pt"})
+    _, info = mxfp4_compile.load(bad, output_loading_info=True, **TRUST)
+    assert set(info["unexpected_keys"]) == set(extra) and not info["missing_keys"]
 
 
 def test_bad_experts_are_named(original: Path, tmp_path: Path) -> None:

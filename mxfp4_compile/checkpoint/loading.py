@@ -35,7 +35,7 @@ from ..ops.selection import requested_backend
 from ..ops.target import ACTIVATION_DTYPES, Request
 from ..passes.capture import TensorInfo
 from ..passes.discover import experts_implementation
-from ..passes.experts import MXFP4Experts
+from ..passes.experts import MXFP4Experts, projections_of, source_names
 from ..passes.match import NoMatch
 from ..passes.prep import ExpertReader
 from ..pipeline import (
@@ -253,16 +253,13 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                     del holder._parameters[leaf]
                     # Some families initialize experts from the block around them: let them write into nothing.
                     holder.__dict__[leaf] = parameter.detach()
+                    holder._is_hf_initialized = True  # type: ignore[assignment]
                     self.held[full] = parameter
-            for child in module.modules():
-                child._is_hf_initialized = True  # type: ignore[assignment]
             if isinstance(self.device_map, str):
                 # "auto" and the like place modules by the size of their parameters: show the final one.
                 nbytes = torch.empty(size, dtype=torch.uint8, device="meta")
                 module.register_parameter(_PLACEHOLDER, nn.Parameter(nbytes, requires_grad=False))
-            for name in site.candidate.names:
-                ignored.add(re.escape(name) + r"\.")
-                ignored.add(re.escape(name.partition(".")[2]) + r"\.")
+            ignored |= _patterns(site)
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         for name in [n for n in tied if n in self.held]:
             del tied[name]  # the plan made these one already
@@ -396,6 +393,19 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(known[key], NoMatch):
                 raise OptimizeError(f"{site.name} has no match on {device}: {known[key].reason}")
             site.structure = known[key]
+
+
+def _patterns(site: Site) -> set[str]:
+    """Regular expressions for the checkpoint's names of what a site replaces, which transformers does not find."""
+    assert site.structure is not None
+    found = set()
+    for source in source_names(projections_of(site.structure.found.spec)):
+        owners = source.split(".")[:-1]
+        inside = "".join(("[^.]+" if owner == "*" else re.escape(owner)) + r"\." for owner in owners)
+        for name in site.candidate.names:
+            # With and without the name of the base model.
+            found |= {re.escape(outside) + r"\." + inside for outside in (name, name.partition(".")[2]) if outside}
+    return found
 
 
 def _cast_as_captured(site: Site) -> None:

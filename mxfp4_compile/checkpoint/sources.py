@@ -91,7 +91,7 @@ class ExpertSource:
                 # One converter may fill several parameters (text and vision experts); it goes by the first.
                 continue
             name, number = place[real]
-            if pattern is not None and wanted[name].apart:
+            if pattern is not None and (wanted[name].apart or wanted[name].flattened):
                 raise CheckpointError(f"{weights[key]} is converted while loading, which {real} cannot be")
             self._number[key] = number
             part = self.parts.setdefault(name, Part())
