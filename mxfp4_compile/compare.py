@@ -27,7 +27,8 @@ from .hub import load_plain, read_config
 from .passes.discover import experts_implementation, find_candidates
 from .passes.experts import mxfp4_sites, projections_of
 from .passes.sources import members, stack, unstack
-from .pipeline import DEFAULT_CAPTURE_SIZE, Site, check_matches, match_all, optimize
+from .pipeline import DEFAULT_CAPTURE_SIZE, optimize
+from .planning import Site, check_matches, match_all
 from .report import Report
 
 

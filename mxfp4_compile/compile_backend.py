@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import mx
+from .installing import build_site, trial_of_backends
 from .ops.backend import BackendError
 from .ops.selection import BackendUnavailable, requested_backend
 from .passes.discover import Candidate
@@ -36,7 +37,7 @@ from .passes.prep import prep_program, prepare_bias, run_prep
 from .passes.regions import Region, RegionError, cuts, find_sites, source_path, splice
 from .passes.rewrite import RewriteError, rewrite
 from .passes.verify import Verification, VerificationError, check_weights
-from .pipeline import OptimizeError, Site, Structure, build_site, match_structure, trial_of_backends
+from .planning import OptimizeError, Site, Structure, match_structure
 from .report import Report, SiteReport
 
 NAME = "mxfp4_compile"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from . import mx, pipeline
+from . import installing, mx, planning
 from .inspection import readable
 from .ops.registry import known_backends
 from .ops.selection import requested_backend, requirements
@@ -21,7 +21,7 @@ from .passes.prep import prep_program
 from .passes.rewrite import RewriteError, rewrite
 from .passes.sources import stack
 from .passes.verify import VerificationError
-from .pipeline import Site, Structure
+from .planning import Site, Structure
 from .report import Report
 from .spec import MoESpec, SplitSpec
 
@@ -112,12 +112,12 @@ def explain_model(
     Raises OptimizeError for a model without a mixture of experts or one that optimize() refuses, and
     DiscoveryError if its forward does not run.
     """
-    sites = [pipeline.Site(candidate) for candidate in find_candidates(model)]
-    pipeline.check_model(model, [site.candidate for site in sites])
+    sites = [planning.Site(candidate) for candidate in find_candidates(model)]
+    planning.check_model(model, [site.candidate for site in sites])
     with experts_implementation(model, "grouped_mm"):
-        pipeline.match_all(model, sites, example_inputs, requested_backend("auto"))
+        planning.match_all(model, sites, example_inputs, requested_backend("auto"))
     if not any(site.structure is not None or site.outcome == "unmatched" for site in sites):
-        pipeline.check_matches(sites, Report("", "", 0, False), strict=True)  # raises: nothing was found
+        planning.check_matches(sites, Report("", "", 0, False), strict=True)  # raises: nothing was found
     groups: dict[Any, list[Site]] = {}
     for site in sites:
         key = id(site.structure) if site.structure else (site.outcome, site.reason, type(site.candidate.module))
@@ -162,9 +162,9 @@ def _explain_group(group: list[Site], model: nn.Module | None) -> SiteExplanatio
 def _measure(site: Site, model: nn.Module) -> Measured:
     """Quantize and verify one site as ``optimize`` does; nothing is installed."""
     try:
-        built, errors, messages = pipeline.build_site(site, mx.DEFAULT_SCALE_RULE, lambda _: None)
+        built, errors, messages = installing.build_site(site, mx.DEFAULT_SCALE_RULE, lambda _: None)
         with experts_implementation(model, "eager"):
-            result = pipeline.verify_site(built, site)
+            result = installing.verify_site(built, site)
     except (VerificationError, RewriteError) as error:
         return Measured(site.name, failure=str(error))
     return Measured(

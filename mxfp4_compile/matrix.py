@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import pipeline
+from . import planning
 from .ops.backend import Requirement
 from .ops.registry import failed_backends, known_backends
 from .ops.selection import (
@@ -104,18 +104,18 @@ def here() -> Target:
 
 
 def _rows(model: nn.Module, example_inputs: Any, target: Target) -> list[Row]:
-    sites = [pipeline.Site(candidate) for candidate in find_candidates(model)]
-    pipeline.check_model(model, [site.candidate for site in sites])
+    sites = [planning.Site(candidate) for candidate in find_candidates(model)]
+    planning.check_model(model, [site.candidate for site in sites])
     with experts_implementation(model, "grouped_mm"):
         # Matching says what a site is, which does not depend on where it would run.
-        pipeline.match_all(model, sites, example_inputs, None)
-    groups: dict[Any, tuple[list[str], pipeline.Structure]] = {}
+        planning.match_all(model, sites, example_inputs, None)
+    groups: dict[Any, tuple[list[str], planning.Structure]] = {}
     for site in sites:
         if site.structure is not None:
             names, _ = groups.setdefault(id(site.structure), ([], site.structure))
             names += site.candidate.names
     if not groups:
-        pipeline.check_matches(sites, Report("", "", 0, False), strict=True)
+        planning.check_matches(sites, Report("", "", 0, False), strict=True)
     return [_row(tuple(names), str(s.found.spec), s.request, target) for names, s in groups.values()]
 
 

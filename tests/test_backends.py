@@ -24,7 +24,7 @@ from mxfp4_compile.ops.selection import ORDER, BackendUnavailable, choose, order
 from mxfp4_compile.ops.target import ARCHITECTURES, Parallel, Request, Target
 from mxfp4_compile.ops.triton_kernels import api as tk
 from mxfp4_compile.passes.experts import mxfp4_sites
-from mxfp4_compile.pipeline import OptimizeError
+from mxfp4_compile.planning import OptimizeError
 from mxfp4_compile.spec import Activation, MoEParams
 
 ROOT = Path(__file__).parent.parent

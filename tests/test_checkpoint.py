@@ -25,7 +25,7 @@ from mxfp4_compile import CheckpointError, Mxfp4CompileConfig, mx
 from mxfp4_compile.checkpoint import files
 from mxfp4_compile.families import decorated_families, tiny_model
 from mxfp4_compile.passes.experts import mxfp4_sites
-from mxfp4_compile.pipeline import OptimizeError
+from mxfp4_compile.planning import OptimizeError
 
 OWN, GPT_OSS, CT = "mxfp4_compile", "gpt_oss", "compressed_tensors"
 # Without the experts interface of transformers: loops over modules of a list, flattened matrices, dense products.

@@ -27,7 +27,7 @@ from loop_models import (
 from torch import nn
 
 import mxfp4_compile
-from mxfp4_compile import OptimizeError, pipeline
+from mxfp4_compile import OptimizeError, planning
 from mxfp4_compile.passes.capture import call_pattern, describe
 from mxfp4_compile.passes.experts import mxfp4_sites
 from mxfp4_compile.passes.loops import capture_loop
@@ -219,8 +219,8 @@ def test_graph_grows_linearly_with_the_experts(style: str, monkeypatch: pytest.M
 
 def test_equal_blocks_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    trace = pipeline.trace
-    monkeypatch.setattr(pipeline, "trace", lambda *a: calls.append(1) or trace(*a))
+    trace = planning.trace
+    monkeypatch.setattr(planning, "trace", lambda *a: calls.append(1) or trace(*a))
     model = Model(RemoteMoE, torch.float32, layers=4)
     mxfp4_compile.optimize(model, example_inputs=(inputs(dtype=torch.float32),), verify=False)
     assert len(model.mxfp4_report.sites) == 4 and len(calls) == 1

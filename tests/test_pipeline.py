@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mxfp4_compile
-from mxfp4_compile import OptimizeError, pipeline
+from mxfp4_compile import OptimizeError, installing, planning
 from mxfp4_compile.families import tiny_inputs, tiny_model
 from mxfp4_compile.passes.capture import call_pattern, capture
 from mxfp4_compile.passes.discover import experts_implementation, find_candidates, record_calls
@@ -332,7 +332,7 @@ def test_a_wrong_kernel_never_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_layout_never_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = pipeline.prep_program
+    right = installing.prep_program
 
     def wrong(*args):
         program = right(*args)
@@ -344,13 +344,13 @@ def test_a_wrong_layout_never_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
         program.recompile()
         return program
 
-    monkeypatch.setattr(pipeline, "prep_program", wrong)
+    monkeypatch.setattr(installing, "prep_program", wrong)
     refused(make(), "relative squared error of .* no right layout")
 
 
 def test_a_site_that_disagrees_later_stays_and_the_rest_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(layers=3)
-    right = pipeline.verify_site
+    right = installing.verify_site
     middle = model.experts[1]
 
     def verify(built, site):
@@ -358,7 +358,7 @@ def test_a_site_that_disagrees_later_stays_and_the_rest_changes(monkeypatch: pyt
             raise VerificationError("made to fail")
         return right(built, site)
 
-    monkeypatch.setattr(pipeline, "verify_site", verify)
+    monkeypatch.setattr(installing, "verify_site", verify)
     state = {k: v.clone() for k, v in middle.state_dict().items()}
     with pytest.raises(OptimizeError, match=r"experts.1 \(made to fail\)\. Changed to MXFP4: experts.0, experts.2"):
         mxfp4_compile.optimize(model, example_inputs=tokens())
@@ -371,14 +371,14 @@ def test_a_site_that_disagrees_later_stays_and_the_rest_changes(monkeypatch: pyt
 
 def test_running_out_of_memory_half_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(layers=3)
-    right, last = pipeline.run_prep, model.experts[2]
+    right, last = installing.run_prep, model.experts[2]
 
     def run_prep(program, projection, original, *rest):
         if original is last:
             raise MemoryError("made to fail")
         return right(program, projection, original, *rest)
 
-    monkeypatch.setattr(pipeline, "run_prep", run_prep)
+    monkeypatch.setattr(installing, "run_prep", run_prep)
     with pytest.raises(MemoryError):
         mxfp4_compile.optimize(model, example_inputs=tokens())
     assert [s.names[0] for s in model.mxfp4_report.rewritten] == ["experts.0", "experts.1"]
@@ -445,8 +445,8 @@ def test_graphs_captured_on_a_gpu_match_without_one() -> None:
 
 def test_equal_layers_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     count = []
-    right = pipeline.capture
-    monkeypatch.setattr(pipeline, "capture", lambda *a: count.append(1) or right(*a))
+    right = planning.capture
+    monkeypatch.setattr(planning, "capture", lambda *a: count.append(1) or right(*a))
     model = mxfp4_compile.optimize(tiny_model("qwen3_moe", layers=12))
     assert len(mxfp4_sites(model)) == 12
     assert len(count) == 1

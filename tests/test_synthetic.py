@@ -13,8 +13,9 @@ from mxfp4_compile.families import tiny_inputs, tiny_model
 from mxfp4_compile.model_shapes import ShapeError, model_shapes, shapes_of
 from mxfp4_compile.ops import cpu, reference
 from mxfp4_compile.ops.synthetic import LayerShape, Prepared, call, prepare, random_inputs, random_layer
+from mxfp4_compile.passes.discover import find_candidates
 from mxfp4_compile.passes.match import FusedMatch
-from mxfp4_compile.pipeline import Site, find_candidates, match_all
+from mxfp4_compile.planning import Site, match_all
 
 CPU = torch.device("cpu")
 

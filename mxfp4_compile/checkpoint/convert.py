@@ -29,7 +29,8 @@ from .. import mx
 from ..hub import class_of, empty_model, read_config
 from ..passes.experts import projections_of
 from ..passes.prep import groups_of
-from ..pipeline import DEFAULT_CAPTURE_SIZE, Site, left_alone, versions_used
+from ..pipeline import DEFAULT_CAPTURE_SIZE, versions_used
+from ..planning import Site, left_alone
 from ..report import Report
 from ..spec import MoESpec, SplitSpec
 from .files import (

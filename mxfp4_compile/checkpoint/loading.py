@@ -31,6 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import mx
 from ..hub import class_of, read_config
+from ..installing import install_site, progress_bar, verify_structures
 from ..ops.selection import requested_backend
 from ..ops.target import ACTIVATION_DTYPES, Request
 from ..passes.capture import TensorInfo
@@ -38,19 +39,8 @@ from ..passes.discover import experts_implementation
 from ..passes.experts import MXFP4Experts, projections_of, source_names
 from ..passes.match import NoMatch
 from ..passes.prep import ExpertReader
-from ..pipeline import (
-    DEFAULT_CAPTURE_SIZE,
-    OptimizeError,
-    Site,
-    install_site,
-    left_alone,
-    match_structure,
-    progress_bar,
-    put_guard,
-    structure_key,
-    verify_structures,
-    versions_used,
-)
+from ..pipeline import DEFAULT_CAPTURE_SIZE, put_guard, versions_used
+from ..planning import OptimizeError, Site, left_alone, match_structure, structure_key
 from ..report import Report
 from ..runtime import attach
 from .files import CheckpointError, Weights, weight_files

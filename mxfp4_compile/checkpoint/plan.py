@@ -23,7 +23,7 @@ from ..passes.discover import Candidate, DiscoveryError, experts_implementation,
 from ..passes.discover import record_calls as record_real_calls
 from ..passes.experts import projections_of, source_names
 from ..passes.sources import members, stack
-from ..pipeline import Site, apply_skip, check_matches, check_model, match_all, skip_late, weight_ids
+from ..planning import Site, apply_skip, check_matches, check_model, match_all, skip_late, weight_ids
 from ..report import Report
 
 DeviceOf = Callable[[str], torch.device]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import mx
 from ..passes.experts import projections_of
-from ..pipeline import Site
+from ..planning import Site
 from .files import CheckpointError, Weights
 from .formats import GPT_OSS, Scheme
 from .plan import ExpertParameter

@@ -1,0 +1,280 @@
+"""Make a planned site's module: prepare its weights, verify it against the module it replaces, put it in its place.
+
+Contract: nothing is released before ``install_site``, which does it site by site.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .ops.backend import BackendError
+from .ops.selection import BackendUnavailable, choose
+from .passes.discover import experts_implementation
+from .passes.experts import MXFP4Experts, SitePlan, projections_of, release, source_names
+from .passes.match import FusedMatch
+from .passes.observe import observe
+from .passes.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
+from .passes.rewrite import RewriteError, rewrite
+from .passes.sources import Stack, stack
+from .passes.verify import Verification, VerificationError, check_weights, verify
+from .passes.verify_loop import is_loop, routes_itself, verify_loop
+from .passes.wrapped import carry_hooks, unhooked
+from .planning import OptimizeError, Site, Structure
+from .report import SiteReport
+
+
+def build_site(
+    site: Site, scale_rule: str, advance: Callable[[int], None], reader: ExpertReader | None = None
+) -> tuple[MXFP4Experts, torch.Tensor, list[str]]:
+    """Quantize and prepare a site's weights; the module that would take its place, errors, warnings."""
+    structure = site.structure
+    assert structure is not None
+    module, choice, spec = site.candidate.module, structure.choice, structure.found.spec
+    params = structure.found.spec.params if isinstance(structure.found, FusedMatch) else None
+    dtype = stack(module, projections_of(spec)[0].source.parameters[0]).dtype
+    plan = SitePlan(
+        spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained,
+        structure.request, structure.captured.out_spec,
+    )  # fmt: skip
+    weights, biases, errors, warnings = {}, {}, [], []
+    by_name: dict[str, dict[str, float]] = {}
+    for projection in projections_of(spec):
+        if reader is not None and reader.quantized(projection.source.parameters[0]):
+            program = codes_program(projection, params, choice.backend, choice.layout)
+        else:
+            program = prep_program(projection, params, scale_rule, choice.backend, choice.layout)
+        prepared = run_prep(program, projection, module, advance, reader)
+        weights[projection.slot] = prepared.tensors
+        bias = prepare_bias(projection, module, params, choice.backend, choice.layout, reader)
+        if bias is not None:
+            biases[projection.slot] = bias
+        errors.append(prepared.errors)
+        if prepared.errors.numel():
+            both = {"mean": float(prepared.errors.mean()), "max": float(prepared.errors.max())}
+            by_name.update(dict.fromkeys(projection.source.parameters, both))
+        warnings += check_weights(prepared.errors, scale_rule, projection.source.parameters)
+    counts = {slot: len(tensors) for slot, tensors in weights.items()}
+    key = tuple(counts.values())
+    if key not in structure.graphs:
+        structure.graphs[key] = rewrite(structure.captured, structure.found, counts, choice.backend, choice.layout)
+        observe("site_captured", structure.captured.graph)
+        observe("site_rewritten", structure.graphs[key].graph)
+    built = MXFP4Experts(plan, structure.graphs[key], module, weights, biases)
+    built.weight_errors = by_name
+    return built, torch.cat(errors), warnings
+
+
+def verify_structures(
+    sites: list[Site],
+    scale_rule: str,
+    model: nn.Module,
+    reader_of: Callable[[Site], ExpertReader | None] = lambda _: None,
+) -> None:
+    """Build and verify one site of each structure, and drop it again: nothing is released yet."""
+    for site in sites:
+        structure = site.structure
+        assert structure is not None
+        if structure.verified:
+            continue
+        try:
+            result = trial_of_backends(site, scale_rule, model, reader_of(site))
+            if result.error > _FINER_ABOVE * result.original_error and _can_round_finer(structure):
+                _try_finer(site, scale_rule, model, result, reader_of(site))
+        except (VerificationError, RewriteError) as error:
+            raise OptimizeError(
+                f"{site.name} was matched but failed verification: {error}. Nothing was changed."
+            ) from error
+        structure.verified = True
+
+
+def trial_of_backends(site: Site, scale_rule: str, model: nn.Module, reader: ExpertReader | None) -> Verification:
+    """Try the chosen backend; under "auto" one whose kernels fail gives way to the next.
+
+    OptimizeError, naming the site, where the one asked for fails, or the last.
+    """
+    structure = site.structure
+    assert structure is not None
+    failed: dict[str, str] = {}
+    while True:
+        try:
+            return _trial(site, scale_rule, model, reader)
+        except BackendError as error:
+            message = f"{site.name}: {error}. Nothing was changed."
+            if structure.requested is not None:
+                raise OptimizeError(message) from error
+            failed[structure.choice.backend] = str(error)
+            device = next(site.candidate.module.parameters()).device
+            try:
+                structure.choice = choose(structure.request.params, device, None, structure.request, failed)
+            except BackendUnavailable as unavailable:
+                raise OptimizeError(f"{message} {unavailable}") from error
+            structure.graphs.clear()
+
+
+# Kernels that round where the original does come out at 0.95 to 1.05 times its error. Well above that, the
+# original works in fp32 inside (openai_privacy_filter's default implementation does) though its captured
+# form does not.
+_FINER_ABOVE = 1.25
+
+
+def _trial(site: Site, scale_rule: str, model: nn.Module, reader: ExpertReader | None) -> Verification:
+    built, _, _ = build_site(site, scale_rule, lambda _: None, reader)
+    with experts_implementation(model, "eager"):
+        return verify_site(built, site)
+
+
+def _can_round_finer(structure: Structure) -> bool:
+    return isinstance(structure.found, FusedMatch) and structure.found.spec.params.round_dtype.itemsize < 4
+
+
+def _try_finer(
+    site: Site, scale_rule: str, model: nn.Module, before: Verification, reader: ExpertReader | None
+) -> None:
+    """Keep the stages in fp32 for sites whose original does, if that brings the site closer to it."""
+    structure = site.structure
+    assert structure is not None and isinstance(structure.found, FusedMatch)
+    coarse, spec = structure.found, structure.found.spec
+    params = replace(spec.params, round_dtype=torch.float32, accum_dtype=torch.float32)
+    structure.found = replace(coarse, spec=replace(spec, params=params))
+    structure.graphs.clear()
+    if _trial(site, scale_rule, model, reader).error >= before.error:
+        structure.found = coarse
+        structure.graphs.clear()
+
+
+def verify_site(built: MXFP4Experts, site: Site) -> Verification:
+    """Verify one built site against the module it would replace."""
+    assert site.structure is not None
+    with unhooked(site.candidate.module):
+        if is_loop(built) or routes_itself(built):
+            return verify_loop(built, site.candidate.module)
+        return verify(built, site.candidate.module, site.structure.found)
+
+
+def install_site(
+    model: nn.Module,
+    site: Site,
+    scale_rule: str,
+    check: bool,
+    advance: Callable[[int], None],
+    prepared: dict[tuple[int, ...], MXFP4Experts],
+    reader: ExpertReader | None = None,
+    *,
+    last: bool = True,
+) -> SiteReport:
+    """Put the rewritten module in a site's place; ``reader``: where its weights are, if not in the module.
+
+    ``last``: no other site is still to be made from the same weights, which are released then.
+    """
+    structure = site.structure
+    assert structure is not None
+    module, spec = site.candidate.module, structure.found.spec
+    projections = projections_of(spec)
+    before = sum(
+        p.numel() * p.element_size()
+        for projection in projections
+        for p in (stack(module, n) for n in projection.source.parameters)
+    )
+    base = SiteReport(
+        names=site.candidate.names,
+        module_class=type(module).__name__,
+        outcome="fused" if isinstance(structure.found, FusedMatch) else "split",
+        form=str(spec),
+        backend=structure.choice.backend,
+        layout=structure.choice.layout,
+        rejected=tuple(
+            f"{name}: " + ", ".join(f"{r.name} ({r.reason})" for r in unmet)
+            for name, unmet in structure.choice.rejected
+        ),
+        bytes_before=before,
+    )
+    verification = None
+    try:
+        built, errors, warnings = build_site(site, scale_rule, advance, reader)
+        _share_tensors(built, prepared.setdefault(site.tied, built))
+        if check:
+            with experts_implementation(model, "eager"):
+                verification = verify_site(built, site)
+    except (VerificationError, BackendError) as error:
+        return replace(base, outcome="failed", reason=str(error))
+    built.__dict__["site_name"] = site.name
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        setattr(built, hooks, copy.copy(getattr(module, hooks)))
+    carry_hooks(module, built)
+    for name in site.candidate.names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, built)
+    if last:
+        release(module, source_names(projections))
+    return replace(
+        base,
+        bytes_after=built.expert_bytes(),
+        weight_error_mean=float(errors.mean()) if errors.numel() else None,
+        weight_error_max=float(errors.max()) if errors.numel() else None,
+        error=None if verification is None else verification.error,
+        original_error=None if verification is None else verification.original_error,
+        warnings=tuple(warnings),
+    )
+
+
+def silenced_hooks(site: Site) -> list[str]:
+    """A note where modules inside a site have hooks: the rewritten graph does not call them."""
+    hooked = [
+        name
+        for name, module in site.candidate.module.named_modules()
+        if name and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    ]
+    if not hooked:
+        return []
+    shown = ", ".join(f"{site.name}.{name}" for name in hooked[:4])
+    more = f" and {len(hooked) - 4} more" if len(hooked) > 4 else ""
+    return [f"hooks of modules inside a rewritten block no longer run: {shown}{more}"]
+
+
+def _share_tensors(built: MXFP4Experts, first: MXFP4Experts) -> None:
+    """Weights tied between two modules stay tied."""
+    if built is not first and built.layout == first.layout:
+        for name in built._tensor_names:
+            built._buffers[name] = first._buffers[name]
+
+
+# progress
+
+
+@contextmanager
+def progress_bar(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[int], None]]:
+    """A bar over the bytes of the sites' weights, with the time left; None: on a terminal, for long work."""
+    total = sum(p.numel() * p.element_size() for s in sites for p in _weights_of(s))
+    if wanted is None:
+        # Short work needs no bar: a gigabyte takes seconds.
+        wanted = sys.stderr.isatty() and total > 1 << 28
+    if not wanted:
+        yield lambda count: None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield lambda count: None
+        return
+    with tqdm(total=total, unit="B", unit_scale=True, desc="MXFP4") as bar:
+        yield lambda count: bar.update(count)
+
+
+def _weights_of(site: Site) -> list[Stack]:
+    if site.structure is None:
+        return []
+    projections = projections_of(site.structure.found.spec)
+    return [stack(site.candidate.module, n) for p in projections for n in p.source.parameters]

@@ -1,0 +1,462 @@
+"""Plan a model's sites: which modules are mixtures of experts, what each of them computes, and which backend serves it.
+
+Contract: the model is read and run, never changed; every site gets its structure, or its outcome and the reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from .ops.selection import Choice, choose
+from .ops.target import PLAIN, Request
+from .passes.capture import CallPattern, Captured, CaptureError, call_pattern, capture
+from .passes.collapse import collapse
+from .passes.discover import Candidate, record_calls
+from .passes.experts import projections_of, source_names
+from .passes.forms import loop
+from .passes.loops import holds_list, trace
+from .passes.match import FusedMatch, NoMatch, SplitMatch, match
+from .passes.rewrite import RewriteError, retained_names
+from .passes.routing import has_dense_products, variants
+from .passes.sources import members, stack
+from .passes.wrapped import adapter_on, offload_hook, unhooked
+from .report import Report, SiteReport
+
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class OptimizeError(RuntimeError):
+    """optimize() could not do what was asked. ``report`` says what happened to every module."""
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class Structure:
+    """What sites of one distinct structure share: captured, matched and planned once."""
+
+    pattern: CallPattern
+    captured: Captured
+    found: FusedMatch | SplitMatch
+    choice: Choice
+    retained: tuple[str, ...]
+    request: Request = field(default_factory=Request)
+    requested: str | None = None
+    graphs: dict[tuple[int, ...], torch.fx.GraphModule] = field(default_factory=dict)
+    verified: bool = False
+
+
+@dataclass
+class Site:
+    """A candidate with its structure, or the reason why it has none.
+
+    ``tied``: ids of its weights; sites with the same weights share their prepared ones.
+    """
+
+    candidate: Candidate
+    structure: Structure | None = None
+    tied: tuple[int, ...] = ()
+    outcome: str = ""
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The first path to the module."""
+        return self.candidate.name
+
+
+# what can be optimized
+
+
+def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool = True) -> None:
+    """OptimizeError if the candidates' weights are such that they cannot be quantized; names the first.
+
+    ``loaded``: False for a model on the meta device, whose checkpoint is still to be read.
+    """
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    if loaded and quantization is not None:
+        method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method")
+        raise OptimizeError(f"this model is quantized already ({method}); optimize() takes bf16, fp16 or fp32 experts")
+    paths = {module: name for name, module in model.named_modules()}
+    for candidate in candidates:
+        for name, parameter in candidate.weights.named_parameters():
+            path = f"{paths[candidate.weights]}.{name}"
+            if _is_dtensor(parameter):
+                raise OptimizeError(f"{path} is a DTensor: tensor- or expert-parallel experts are not supported yet")
+            if loaded and parameter.device.type == "meta" and not offload_hook(model):
+                raise OptimizeError(f"{path} is on the meta device: load the model's weights first")
+            if parameter.is_floating_point() and parameter.dtype not in _WEIGHT_DTYPES:
+                raise OptimizeError(
+                    f"{path} is {parameter.dtype}: quantized already; optimize() takes bf16, fp16 or fp32 experts"
+                )
+        sharding = _sharding(candidate.module)
+        if sharding:
+            raise OptimizeError(f"{candidate.name} {sharding}, which is not supported yet")
+        if candidate.kind != "list":  # which lists are experts shows in their use
+            check_wrapped(model, candidate, loaded=loaded)
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise OptimizeError("this model is tensor-parallel (tp_plan), which is not supported yet")
+
+
+def check_wrapped(model: nn.Module, candidate: Candidate, *, loaded: bool = True) -> None:
+    """OptimizeError if accelerate keeps an experts module's weights elsewhere, or PEFT adapts one of its modules."""
+    hook = (offload_hook(candidate.module) or offload_hook(model)) if loaded else None
+    for name, parameter in candidate.module.named_parameters():
+        if parameter.device.type == "meta" and hook:
+            raise OptimizeError(
+                f"{candidate.name}.{name} is on the meta device: accelerate's {hook} keeps it on the CPU or disk and "
+                "loads it for each call. Offloaded experts are not supported here: "
+                "mxfp4_compile.load(path, device_map=...) quantizes them while it reads them, or load the model with "
+                "a device_map that keeps the experts on a device"
+            )
+    adapted = adapter_on(model, candidate.name)
+    if adapted:
+        raise OptimizeError(
+            f"{adapted}: adapters on experts are not supported. Call merge_and_unload() on the PEFT model and optimize "
+            "what it returns; adapters on attention may stay"
+        )
+
+
+# Attributes by which experts modules say that they hold a part of the experts, or more than one copy of some.
+_SHARDED = (
+    ("_is_expert_parallel", "is expert-parallel"),
+    ("expert_map", "maps global experts to local ones (expert parallelism)"),
+    ("_expert_map", "maps global experts to local ones (expert parallelism)"),
+    ("enable_eplb", "balances redundant experts (EPLB)"),
+    ("num_redundant_experts", "balances redundant experts (EPLB)"),
+    ("logical_to_physical_map", "balances redundant experts (EPLB)"),
+)
+
+
+def _sharding(module: nn.Module) -> str:
+    """How a module's experts are sharded or duplicated, "" if they are not."""
+    for attribute, words in _SHARDED:
+        value = getattr(module, attribute, None)
+        if isinstance(value, torch.Tensor) or (isinstance(value, (bool, int)) and value):
+            return words
+    if (getattr(module, "ep_size", None) or 1) > 1 or (getattr(module, "tp_size", None) or 1) > 1:
+        return "holds a shard of its experts (ep_size or tp_size above 1)"
+    return ""
+
+
+def _is_dtensor(parameter: torch.Tensor) -> bool:
+    return type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor"
+
+
+def apply_skip(sites: list[Site], skip: Sequence[str], report: Report) -> list[Site]:
+    """Mark the sites that ``skip`` names; a pattern that names none is noted."""
+    for pattern in skip:
+        hit = [s for s in sites if any(fnmatch.fnmatch(n, pattern) for n in s.candidate.names)]
+        if not hit:
+            report.notes.append(_names_none(pattern))
+        for site in hit:
+            site.outcome, site.reason = "skipped", f"skip={pattern!r}"
+    return sites
+
+
+def skip_late(sites: list[Site], skip: Sequence[str], report: Report) -> None:
+    """As ``apply_skip``, for the sites that only a forward showed."""
+    for pattern in skip:
+        for site in sites:
+            if site.candidate.kind == "block" and any(fnmatch.fnmatch(n, pattern) for n in site.candidate.names):
+                site.structure, site.outcome, site.reason = None, "skipped", f"skip={pattern!r}"
+                report.notes[:] = [n for n in report.notes if n != _names_none(pattern)]
+
+
+def _names_none(pattern: str) -> str:
+    return f"skip pattern {pattern!r} names no MoE-looking module"
+
+
+# discover, capture, match, plan
+
+
+StandIn = Callable[[nn.Module, CallPattern], nn.Module]
+
+
+def match_all(
+    model: nn.Module,
+    sites: list[Site],
+    example_inputs: Any,
+    requested: str | None,
+    terms: Request = PLAIN,
+    *,
+    record: Callable[[nn.Module, list[Candidate], Any], None] = record_calls,
+    stand_in: StandIn = lambda module, pattern: module,
+) -> None:
+    """Give each site its structure, or its outcome and the reason; drops lists that turn out to be no experts.
+
+    ``terms``: what every site asks of its backend besides what the site itself says. ``record`` and ``stand_in``
+    are how a model without weights is run and captured.
+    """
+    waiting = [s for s in sites if not s.outcome]
+    waiting_candidates = [s.candidate for s in waiting]
+    candidates = list(waiting_candidates)
+    record(model, candidates, example_inputs)
+    kept = {id(c) for c in candidates}
+    sites[:] = [s for s in sites if s.outcome or id(s.candidate) in kept]
+    old = {id(c) for c in waiting_candidates}
+    for candidate in candidates:
+        if id(candidate) not in old:  # the forwards showed it
+            sites.append(Site(candidate, outcome="unmatched" if candidate.refusal else "", reason=candidate.refusal))
+    for site in sites:
+        if not site.outcome and site.candidate.kind == "list" and site.candidate.calls:
+            check_wrapped(model, site.candidate)
+    known: dict[Any, Structure | NoMatch] = {}
+    patterns: dict[Any, CallPattern] = {}
+    for site in sites:
+        if site.outcome:
+            continue
+        if site.candidate.kind == "list" and not site.candidate.calls:
+            site.outcome = "unmatched"
+            site.reason = "a list of experts that the model itself calls; only modules within a model are replaced"
+            continue
+        _match_site(site, known, patterns, requested, terms, stand_in)
+        if (site.outcome in ("unmatched", "dense") or _is_split_loop(site)) and site.candidate.owner is not None:
+            inside = f"{site.candidate.owner.name}."
+            if not any(s is not site and s.name.startswith(inside) for s in sites):
+                _match_owner(site, site.candidate.owner, known, requested, terms, stand_in)
+    # Modules that no forward reached are matched by the calls of an equal module, if there is one.
+    for site in sites:
+        if site.outcome == "unreached":
+            shape = _shape_key(site.candidate.module)
+            if shape in patterns:
+                _match_pattern(site, patterns[shape], known, requested, terms, stand_in)
+            else:
+                site.outcome, site.reason = "unmatched", "no forward with these inputs reached it (pass example_inputs)"
+
+
+def _match_site(
+    site: Site,
+    known: dict[Any, Structure | NoMatch],
+    patterns: dict[Any, CallPattern],
+    requested: str | None,
+    terms: Request,
+    stand_in: StandIn,
+) -> None:
+    calls = site.candidate.calls
+    if not calls:
+        site.outcome = "unreached"
+        return
+    try:
+        pattern = call_pattern(calls[0], calls[-1])
+    except CaptureError as error:
+        site.outcome, site.reason = "unmatched", str(error)
+        return
+    patterns.setdefault(_shape_key(site.candidate.module), pattern)
+    _match_pattern(site, pattern, known, requested, terms, stand_in)
+
+
+def _is_split_loop(site: Site) -> bool:
+    """Whether a site's loop over experts can only be split: with the router in view it may be one op."""
+    found = None if site.structure is None else site.structure.found
+    return isinstance(found, SplitMatch) and all(g.form == loop.NAME for g in found.gemms)
+
+
+def _match_owner(
+    site: Site,
+    owner: Candidate,
+    known: dict[Any, Structure | NoMatch],
+    requested: str | None,
+    terms: Request,
+    stand_in: StandIn,
+) -> None:
+    """Match the module around a site that has no match by itself: what its experts lack, the router may show."""
+    if not owner.calls:
+        return
+    block = Site(owner)
+    _match_site(block, known, {}, requested, terms, stand_in)
+    if site.structure is not None:
+        if block.structure is not None and isinstance(block.structure.found, FusedMatch):
+            site.candidate, site.structure = owner, block.structure
+    elif block.structure is not None:
+        site.candidate, site.structure, site.outcome, site.reason = owner, block.structure, "", ""
+    elif block.reason != site.reason:
+        site.reason += f"; together with what calls it ({owner.name}): {block.reason}"
+
+
+def _match_pattern(
+    site: Site,
+    pattern: CallPattern,
+    known: dict[Any, Structure | NoMatch],
+    requested: str | None,
+    terms: Request,
+    stand_in: StandIn,
+) -> None:
+    module = site.candidate.module
+    key = (structure_key(module), pattern)
+    if key not in known:
+        with unhooked(module):
+            known[key] = match_structure(stand_in(module, pattern), pattern, requested, terms)
+    result = known[key]
+    if isinstance(result, NoMatch):
+        site.outcome = "dense" if result.dense else "unmatched"
+        site.reason = result.reason
+    else:
+        site.structure, site.outcome, site.reason = result, "", ""
+
+
+def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, FusedMatch | SplitMatch | NoMatch]:
+    """Match the module as it traces or, where its experts are called in a loop, as its loop does."""
+    reason = ""
+    if not holds_list(module):
+        try:
+            captured = capture(module, pattern)
+            found = match(captured)
+            if not isinstance(found, NoMatch) or found.dense:
+                return captured, found
+            reason = found.reason
+        except CaptureError as error:
+            reason = str(error)
+    before = f"{reason}; as a loop over experts: " if reason else ""
+    try:
+        captured = trace(module, pattern)
+    except CaptureError as error:
+        raise CaptureError(f"{before}{error}") from error
+    dense = has_dense_products(captured)
+    split: SplitMatch | None = None
+    try:
+        captured = collapse(module, captured)
+        found = match(captured)
+        if isinstance(found, FusedMatch):
+            return captured, found
+        if isinstance(found, SplitMatch):
+            split = found
+        else:
+            reason = f"{before}{found.reason}"
+    except CaptureError as error:
+        if not dense:
+            raise CaptureError(f"{before}{error}") from error
+    refusals = []
+    for variant in islice(variants(captured), _MAX_VARIANTS):
+        found = match(variant)
+        if isinstance(found, FusedMatch):
+            return variant, found
+        refusals += [found.reason] if isinstance(found, NoMatch) else []
+    if split is not None:
+        return captured, split
+    if not dense:
+        return captured, NoMatch(reason)
+    lacks = "no routing matrix with zeros for the experts that a token is not routed to was found"
+    return captured, NoMatch(f"dense: every expert is multiplied with every token; {(refusals or [lacks])[0]}", True)
+
+
+# A block has a routing matrix or two (a mask and the weights).
+_MAX_VARIANTS = 4
+
+
+def match_structure(
+    module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = PLAIN
+) -> Structure | NoMatch:
+    """Capture, match and plan one module; NoMatch with the reason, or BackendUnavailable for ``requested``."""
+    try:
+        captured, found = _captured_match(module, pattern)
+        if isinstance(found, NoMatch):
+            return found
+        retained = retained_names(captured, found)
+    except (CaptureError, RewriteError) as error:
+        return NoMatch(str(error))
+    params = found.spec.params if isinstance(found, FusedMatch) else None
+    device = next(module.parameters()).device
+    projections = projections_of(found.spec)
+    shapes, biases = tuple(p.shape for p in projections), any(p.source.bias for p in projections)
+    request = replace(terms, params=params, shapes=shapes, biases=biases)
+    choice = choose(params, device, requested, request)
+    return Structure(pattern, captured, found, choice, retained, request, requested)
+
+
+def structure_key(module: nn.Module) -> Any:
+    """Two modules with equal keys trace to the same graph: class, code, parameters, plain attributes."""
+    parts: list[Any] = []
+    for name, child in module.named_modules():
+        plain: list[tuple[str, Any]] = []
+        for attribute, value in sorted(vars(child).items()):
+            if isinstance(value, (bool, int, float, str, type(None), torch.dtype, tuple)):
+                plain.append((attribute, repr(value)))
+            elif attribute not in _OWN_STATE:
+                plain.append((attribute, id(value) if attribute == "config" else repr(type(value))))
+        tensors = [
+            (n, tuple(t.shape), t.dtype, t.device, t.stride())
+            for n, t in (*child._parameters.items(), *child._buffers.items())
+            if t is not None
+        ]
+        parts.append((name, type(child), tuple(plain), tuple(tensors)))
+    return tuple(parts)
+
+
+_OWN_STATE = frozenset(vars(nn.Module()))
+
+
+def _shape_key(module: nn.Module) -> Any:
+    return type(module), tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters())
+
+
+def check_matches(sites: list[Site], report: Report, strict: bool) -> None:
+    """Under ``strict``: OptimizeError for MoE-looking modules without a match, and for a model without any."""
+    unmatched = [s for s in sites if s.outcome == "unmatched"]
+    matched = [s for s in sites if s.structure is not None]
+    if not strict:
+        return
+    if unmatched:
+        report.sites = [left_alone(s) for s in sites if s.structure is None]
+        raise OptimizeError(
+            f"{len(unmatched)} modules look like mixtures of experts but have no match: "
+            + "; ".join(f"{s.name} [{type(s.candidate.module).__name__}]: {s.reason}" for s in unmatched[:8])
+            + ". Nothing was changed. strict=False leaves them in their original precision; skip=[...] names them.",
+            report,
+        )
+    if not matched and not any(s.outcome == "skipped" for s in sites):
+        report.sites = [left_alone(s) for s in sites]
+        found = "; ".join(f"{s.name}: {s.reason}" for s in sites)
+        raise OptimizeError(
+            "no mixture of experts was found. Looked for: modules with two or more floating 3-D parameters of equal "
+            "first dimension, and lists of two or more equal children with two or more matrices each of which a "
+            "forward uses a part" + (f". Found only: {found}" if found else "") + ". Nothing was changed.",
+            report,
+        )
+
+
+def scan_finite(sites: list[Site]) -> None:
+    seen: set[tuple[int, ...]] = set()
+    for site in sites:
+        assert site.structure is not None
+        names = source_names(projections_of(site.structure.found.spec))
+        for name in names:
+            parameter = stack(site.candidate.module, name)
+            key = tuple(id(site.candidate.module.get_parameter(n)) for n in members(site.candidate.module, name))
+            if key in seen:
+                continue
+            seen.add(key)
+            # One expert at a time, one synchronization a parameter; aminmax makes no copy and hands NaN on.
+            extremes = [torch.stack(torch.aminmax(expert)) for expert in parameter]
+            finite = torch.stack(extremes).isfinite().all(1)
+            if not bool(finite.all()):
+                expert = int((~finite).nonzero()[0])
+                raise OptimizeError(f"{site.name}.{name} holds NaN or Inf in expert {expert}. Nothing was changed.")
+
+
+def weight_ids(site: Site) -> tuple[int, ...]:
+    """Identities of a site's weights: sites with equal ones share them."""
+    assert site.structure is not None
+    names = source_names(projections_of(site.structure.found.spec))
+    return tuple(
+        id(site.candidate.module.get_parameter(n)) for name in names for n in members(site.candidate.module, name)
+    )
+
+
+def left_alone(site: Site) -> SiteReport:
+    """The report of a site that stays as it was."""
+    return SiteReport(
+        names=site.candidate.names,
+        module_class=type(site.candidate.module).__name__,
+        outcome=site.outcome,  # type: ignore[arg-type]
+        reason=site.reason,
+    )
