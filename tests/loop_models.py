@@ -155,7 +155,7 @@ class MaskMoE(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.view(-1, hidden_states.shape[-1])
         weights, ids = F.softmax(self.gate(x), dim=1, dtype=torch.float).topk(K, dim=-1)
-        weights = weights.to(x.dtype)
+        weights = self.kept(weights.to(x.dtype))
         out = torch.zeros_like(x)
         for e in range(E):
             mask = ids == e
@@ -164,12 +164,18 @@ class MaskMoE(nn.Module):
                 out = self.step(e, x, weights, out, chosen, (weights * mask).sum(-1))
         return out.view(hidden_states.shape)
 
+    def kept(self, weights: Tensor) -> Tensor:
+        return weights
+
     def has_some(self, e: int, mask: Tensor, x: Tensor) -> bool:
         return {
             "any": lambda: mask.any(),
             "torch.any": lambda: bool(torch.any(mask)),
             "sum": lambda: mask.sum() > 0,
             "count": lambda: torch.count_nonzero(mask).item() != 0,
+            "sum is zero": lambda: not (mask.sum() == 0),  # noqa: SIM201: as remote code has it
+            "items": lambda: mask.sum().item() >= 1 and mask.any().item(),
+            "truth": lambda: mask.sum(),
             "nothing": lambda: True,
         }[self.asks]()  # type: ignore[no-any-return, no-untyped-call]
 
@@ -179,6 +185,43 @@ class MaskMoE(nn.Module):
             return out
         token, slot = torch.where(mask)
         return out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+
+
+class FlatMaskMoE(nn.Module):
+    """DeepSeek's loop for training: a token once per choice, and a mask that is made anew wherever it is used."""
+
+    def __init__(self, asks: bool = True) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList([GatedMLP() for _ in range(E)])
+        self.asks = asks
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        weights, ids = F.softmax(self.gate(x), dim=1, dtype=torch.float).topk(K, dim=-1)
+        flat, x = ids.view(-1), x.repeat_interleave(K, dim=0)
+        y = torch.empty_like(x)
+        for e, expert in enumerate(self.experts):
+            if self.asks and not (flat == e).any():
+                continue
+            y[flat == e, :] = expert(x[flat == e])
+        y = (y.view(*weights.shape, -1) * weights.to(y.dtype).unsqueeze(-1)).sum(dim=1)
+        return y.view(hidden_states.shape)
+
+
+class OneHotMoE(LoopMoE):
+    """Asks the one-hot mask of integers, which is transformers' own."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        logits = self.gate(x)
+        weights, ids = F.softmax(logits, dim=1, dtype=torch.float).topk(K, dim=-1)
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, num_classes=E).permute(2, 1, 0)
+        for e in range(E):
+            if mask[e].any():
+                out = self.step(e, x, weights.to(x.dtype), out, *torch.where(mask[e]))
+        return out.view(hidden_states.shape), logits
 
 
 class CountsMoE(RemoteMoE):

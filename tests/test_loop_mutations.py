@@ -495,6 +495,41 @@ class AsksAndTakes(MaskMoE):
         return super().step(e, x, weights, out, mask, weight)
 
 
+class BranchesOnRows(MaskMoE):
+    """As many rows as another mask is true at are some."""
+
+    some = staticmethod(lambda x, mask: x[mask].shape[0] > 0)
+
+    def step(self, e, x, weights, out, mask, weight):
+        large = x.sum(-1) > -1e9
+        if self.some(x, large):
+            weights = weights * 2
+        return super().step(e, x, weights, out, mask, weight)
+
+
+class BranchesOnPlaces(BranchesOnRows):
+    some = staticmethod(lambda x, mask: torch.where(mask)[0].numel())
+
+
+class BranchesOnCount(BranchesOnRows):
+    some = staticmethod(lambda x, mask: (x > -1e9).sum(0)[0] > 0)
+
+
+class BranchesOnListedCount(BranchesOnRows):
+    some = staticmethod(lambda x, mask: (x[:, :2] > -1e9).sum(0).tolist()[1] > 0)
+
+
+class BranchesOnRowsItTakes(MaskMoE):
+    def step(self, e, x, weights, out, mask, weight):
+        large = x.sum(-1) > -1e9
+        rows = x[large]
+        if rows.shape[0] != 0:
+            x = x.clone()
+            x[large] = rows * 1.5
+            weights = weights * 2
+        return super().step(e, x, weights, out, mask, weight)
+
+
 class AsksAndDrops(MaskMoE):
     """Takes rows by a mask that nothing uses, so that no graph shows it."""
 
@@ -506,7 +541,10 @@ class AsksAndDrops(MaskMoE):
         return super().step(e, x, weights, out, mask, weight)
 
 
-OTHER_MASKS = [AsksTheTokens, AsksForLarge, AsksAndTakes, AsksAndDrops]
+OTHER_MASKS = [
+    AsksTheTokens, AsksForLarge, AsksAndTakes, AsksAndDrops, BranchesOnRows, BranchesOnPlaces, BranchesOnRowsItTakes,
+    BranchesOnCount, BranchesOnListedCount,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("mutation", OTHER_MASKS, ids=lambda m: m.__name__)
@@ -515,7 +553,142 @@ def test_branches_on_other_masks_are_refused_by_name(mutation: type[nn.Module]) 
         capture_loop(mutation().eval(), pattern())
 
 
+class AsksForOne(MaskMoE):
+    """One expert does something else with a single token."""
+
+    alone = staticmethod(lambda mask: mask.sum() == 1)
+
+    def step(self, e, x, weights, out, mask, weight):
+        if e == 5 and self.alone(mask):
+            weights = weights * 1.001
+        return super().step(e, x, weights, out, mask, weight)
+
+
+class AsksForOneItem(AsksForOne):
+    alone = staticmethod(lambda mask: mask.sum().item() < 2)
+
+
+class AsksForOnePlace(AsksForOne):
+    alone = staticmethod(lambda mask: torch.where(mask)[0].shape[0] == 1)
+
+
+class AsksForMany(MaskMoE):
+    def has_some(self, e, mask, x):
+        return mask.sum() > 1
+
+
+@pytest.mark.parametrize("mutation", [AsksForOne, AsksForOneItem, AsksForOnePlace, AsksForMany, AsksForOneOnly])
+def test_branches_on_more_than_whether_there_are_rows_are_refused_by_name(mutation: type[nn.Module]) -> None:
+    with pytest.raises(CaptureError, match="branches on a number of rows, and not only on whether there are any"):
+        capture_loop(mutation().eval(), pattern())
+
+
+class AnswerChanged(MaskMoE):
+    """Changes in place what a mask answered, by something else that is true most of the time."""
+
+    def has_some(self, e, mask, x):
+        some = mask.any()
+        some &= (x.sum(-1) > -1e9).all()
+        return some
+
+
+def test_an_answer_that_was_changed_is_refused_by_name() -> None:
+    with pytest.raises(CaptureError, match="a mask it has changed since"):
+        capture_loop(AnswerChanged().eval(), pattern())
+
+
+class MadeAnewOfOthers(MaskMoE):
+    """Makes its mask anew of ids that were changed after it asked."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, H)
+        weights, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            if (ids == e).any():
+                ids[0] = E
+                token, slot = torch.where(ids == e)
+                out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out.view(hidden_states.shape)
+
+
+class MadeAnewAfterAChange(MaskMoE):
+    """Changes the first of two masks that were made alike: the other is as it was."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, H)
+        weights, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            first, second = ids == e, ids == e
+            first[0] = False
+            if second.any():
+                token, slot = torch.where(first)
+                out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out.view(hidden_states.shape)
+
+
+class WeightOfTheNext(MaskMoE):
+    """The rows of a mask of tokens times what the tokens have for the next expert."""
+
+    def __init__(self):
+        super().__init__(by_tokens=True)
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, H)
+        weights, self.ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        self.weights = weights
+        return super().forward(hidden_states)
+
+    def step(self, e, x, weights, out, mask, weight):
+        return super().step(e, x, weights, out, mask, (self.weights * (self.ids == (e + 1) % E)).sum(-1))
+
+
+class WritesWhereTheNextIs(MaskMoE):
+    """Adds an expert's rows to the tokens of another: as many, so that it runs."""
+
+    def __init__(self):
+        super().__init__(by_tokens=True)
+
+    def step(self, e, x, weights, out, mask, weight):
+        out[mask.roll(1)] += self.experts[e](x[mask]) * weight[mask, None]
+        return out
+
+
+class AddsSumIfAny(MaskMoE):
+    """Adds something of the tokens' own, beside its rows."""
+
+    def step(self, e, x, weights, out, mask, weight):
+        return super().step(e, x, weights, out, mask, weight) + x.mean()
+
+
+class ScalesIfFirstHasSome(MaskMoE):
+    """The first expert's mask decides about everybody's weights."""
+
+    def forward(self, hidden_states):
+        self.first = None
+        return super().forward(hidden_states)
+
+    def step(self, e, x, weights, out, mask, weight):
+        self.first = mask if self.first is None else self.first
+        return super().step(e, x, weights * 1.25 if self.first.any() else weights, out, mask, weight)
+
+
+class SkipsUnlessBoth(MaskMoE):
+    """Serves an expert only if the first one has tokens too."""
+
+    def forward(self, hidden_states):
+        self.first = None
+        return super().forward(hidden_states)
+
+    def has_some(self, e, mask, x):
+        self.first = mask if self.first is None else self.first
+        return mask.any() and self.first.any()
+
+
 MUTATIONS = [
+    AsksForOne, AsksForOneItem, AsksForOnePlace, AsksForMany, AnswerChanged, MadeAnewOfOthers, MadeAnewAfterAChange,
+    WeightOfTheNext, WritesWhereTheNextIs, AddsSumIfAny, ScalesIfFirstHasSome, SkipsUnlessBoth,
     OtherActivation, NextExpert, SameExpert, WeightTwice, WeightTwiceForOne, ShiftedTokens, ShiftedOutput, OtherColumn,
     Capped, ScaledByCount, ManyTokensOnly, Clamped, Overwrites, EmptyAddsSomething, Residual, UsesOutput, OwnScale,
     Positional, Dense, OtherWeights, OffsetsWritten, CountsWritten, GateOfOthers, AsksThePrevious, AsksForAll,

@@ -13,6 +13,7 @@ from loop_models import (
     CalledListMoE,
     CountsMoE,
     E,
+    FlatMaskMoE,
     GatedMLP,
     H,
     LoopMoE,
@@ -20,6 +21,7 @@ from loop_models import (
     Model,
     NormedMLP,
     OffsetsMoE,
+    OneHotMoE,
     PlainMLP,
     RemoteMoE,
     SortedExperts,
@@ -34,6 +36,16 @@ from mxfp4_compile.passes.loops import capture_loop
 from mxfp4_compile.passes.match import FusedMatch, match
 from mxfp4_compile.passes.rewrite import count_ops
 
+
+class DropsSmallMoE(MaskMoE):
+    """Fills by a mask that chooses no rows."""
+
+    def kept(self, weights):
+        weights = weights.clone()
+        weights[weights < 0.2] = 0.0
+        return weights
+
+
 STYLES = {
     "remote code, sorted slices": RemoteMoE,
     "remote code, list called": CalledListMoE,
@@ -44,6 +56,13 @@ STYLES = {
     "count_nonzero(mask)": functools.partial(MaskMoE, "count"),
     "where(mask), asks nothing": functools.partial(MaskMoE, "nothing"),
     "rows by a mask, asks nothing": functools.partial(MaskMoE, "nothing", by_tokens=True),
+    "mask made anew": FlatMaskMoE,
+    "mask made anew, asks nothing": functools.partial(FlatMaskMoE, asks=False),
+    "not mask.sum() == 0": functools.partial(MaskMoE, "sum is zero"),
+    "mask.sum().item() and mask.any().item()": functools.partial(MaskMoE, "items"),
+    "if mask.sum()": functools.partial(MaskMoE, "truth"),
+    "one-hot mask": OneHotMoE,
+    "weights filled by another mask": DropsSmallMoE,
     "counts as a tensor": CountsMoE,
     "slices of packed weights": OffsetsMoE,
     "weights of all experts": AllWeightsMoE,
@@ -60,7 +79,8 @@ def inputs(batch: int = 2, length: int = 9, seed: int = 0, dtype: torch.dtype = 
 
 SLOW = {
     "counts as a tensor", "weights of all experts", "torch.any(mask)", "mask.sum() > 0", "count_nonzero(mask)",
-    "where(mask), asks nothing", "rows by a mask, asks nothing",
+    "where(mask), asks nothing", "rows by a mask, asks nothing", "mask made anew, asks nothing", "not mask.sum() == 0",
+    "mask.sum().item() and mask.any().item()", "if mask.sum()", "one-hot mask", "weights filled by another mask",
 }  # fmt: skip
 
 

@@ -138,7 +138,7 @@ class Captured:
     dense: tuple[fx.Node, ...] = ()  # [E, T, .] rows of all experts and tokens that must be zero but where ids say
     elsewhere: tuple[fx.Node, ...] = ()  # [T, E, .] what stands for dense products where ids do not say: zeros
     sentinels: int = 0  # so many ids from E on, which are no experts, occur
-    masks: int = 0  # the trace took branches as if each of so many masks were true somewhere
+    taken: frozenset[Any] = frozenset()  # sizes on which the code has branched, as if they were not zero
 
     def node(self, name: str) -> fx.Node:
         """The node named ``name``."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 import warnings
 from contextlib import contextmanager
 from typing import Any, TypeGuard
@@ -39,6 +40,9 @@ class _AllInUse(TorchFunctionMode):
     sums of counts is the one count by which they differ. ``sizes``: values, as sizes that the trace does not know.
     ``masks``: where a mask is true, by the mask: computed once, so that a branch on whether there is any and all that
     takes rows by the mask share one size. ``asked``: numbers made of a mask that a branch may compare with zero.
+    ``met``, ``first``: masks by how they were made, and the first mask that was made as a mask was.
+    ``places_made``: what ``masks`` holds, in the order of the trace. ``taken``: the sizes on which the code has
+    branched, which must turn out to be numbers of experts' rows (``collapse``).
     What has been written to since (another version) is not what was remembered.
     """
 
@@ -50,8 +54,11 @@ class _AllInUse(TorchFunctionMode):
         self.made: dict[int, tuple[list[int], Tensor, str, tuple[Any, ...]]] = {}
         self.sizes: dict[int, tuple[int, Tensor, Any]] = {}
         self.masks: dict[int, tuple[int, Tensor, Tensor]] = {}
-        self.asked: dict[int, tuple[Tensor, Tensor, int]] = {}
-        self.branches = self.computed = 0
+        self.asked: dict[int, tuple[list[int], Tensor, Tensor]] = {}
+        self.taken: set[Any] = set()
+        self.met: dict[Any, tuple[list[int], Tensor, list[Any]]] = {}
+        self.first: dict[int, tuple[list[int], Tensor, Tensor]] = {}
+        self.places_made: list[Tensor] = []
         self.sliced: Any = None
         # (begin, end) of an expert's rows, as formulas of the counts -> (count, where the rows begin, a tensor).
         self.slices: dict[tuple[Any, Any], tuple[Any, Tensor]] = {}
@@ -73,12 +80,12 @@ class _AllInUse(TorchFunctionMode):
             if id(args[0]) in self.places and (func in _COMPARED or func is Tensor.__bool__):
                 count = self._size(args[0])
                 torch._check(count >= 2)
-                return count != 0 if func is Tensor.__bool__ else _COMPARED[func](count, *args[1:])
+                return self.take(count != 0) if func is Tensor.__bool__ else _COMPARED[func](count, *args[1:])
             if id(args[0]) in self.asked and (func in _COMPARED or func in _AS_NUMBER):
                 return self._answer(func, *args)
-            if func in _ANY_OR_COUNT and len(args) == 1 and not kwargs and self._is_mask(args[0]):
+            if func in _ANY_OR_COUNT and len(args) == 1 and not kwargs and self._counts_trues(func, args[0]):
                 result = func(*args)
-                self.asked[id(result)] = (result, args[0], args[0]._version)
+                self.asked[id(result)] = (_versions(result, args[0]), result, args[0])
                 return result
             if func is Tensor.numpy:
                 return _Counts(self._counts(args[0]))
@@ -88,7 +95,7 @@ class _AllInUse(TorchFunctionMode):
                 return self._getitem(args[0], args[1])
             if func is Tensor.__setitem__ and isinstance(args[1], slice) and isinstance(args[2], Tensor):
                 return self._setitem(*args)
-            if func is Tensor.__setitem__ and self._is_mask(args[1]):
+            if func is Tensor.__setitem__ and isinstance(args[2], Tensor) and any(map(_unknown, args[2].shape)):
                 return Tensor.__setitem__(args[0], self._by_places(args[1]), args[2])
             if func in (Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes):
                 sizes = args[1] if len(args) > 1 else kwargs.get("split_size", kwargs.get("split_size_or_sections"))
@@ -98,6 +105,8 @@ class _AllInUse(TorchFunctionMode):
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.dtype in (torch.int32, torch.int64):
             self._make(func, args, result)
+        if func in _CHOOSING and isinstance(result, Tensor):
+            self._meet([func, *args, *sorted(kwargs), *(kwargs[name] for name in sorted(kwargs))], result)
         if func in (torch.cat, torch.concat) and self.sliced is not None and free_unbacked_symbols(result.shape[0]):
             # The slices make up what was sliced (else the probes in ``match`` find rows missing).
             torch._check(result.shape[0] == self.sliced)
@@ -219,32 +228,71 @@ class _AllInUse(TorchFunctionMode):
         fixed = isinstance(tensor, Tensor) and all(isinstance(n, int) for n in tensor.shape)
         return isinstance(tensor, Tensor) and tensor.dtype == torch.bool and tensor.dim() > 0 and not fixed
 
+    def _counts_trues(self, func: Any, tensor: Tensor) -> bool:
+        """Whether a function is zero just where a tensor is: a sum of integers may be zero although they are not."""
+        if func in (Tensor.sum, torch.sum):
+            return self._is_mask(tensor)
+        return not tensor.is_floating_point() and tensor.dim() > 0 and any(not isinstance(n, int) for n in tensor.shape)
+
+    def _meet(self, made: list[Any], result: Tensor) -> None:
+        """Remember how a mask was made: one that is made alike of the same, unchanged, is true at the same places."""
+        parts = [self._as_first(part) if isinstance(part, Tensor) else part for part in made]
+        if not all(isinstance(p, (Tensor, int, str)) or p is None for p in parts[1:]):
+            return
+        key = tuple((id(p), p._version) if isinstance(p, Tensor) else (type(p), p) for p in parts)
+        # The tensors are kept alive, so that no other gets their ids.
+        versions, first, _ = self.met.setdefault(key, (_versions(result), result, parts))
+        if versions == _versions(first):
+            self.first[id(result)] = (_versions(result, first), result, first)
+
+    def _as_first(self, mask: Tensor) -> Tensor:
+        versions, _, first = self.first.get(id(mask), ([], mask, mask))
+        return first if versions == _versions(mask, first) else mask
+
     def _by_places(self, index: Any) -> Any:
-        """A mask as the places where it is true; any other index as it is."""
-        return tuple(self._places(index).unbind(1)) if self._is_mask(index) else index
+        """Masks in an index as the places where they are true; any other index as it is."""
+        if not isinstance(index, tuple):
+            return tuple(self._places(index).unbind(1)) if self._is_mask(index) else index
+        parts = [self._places(i).unbind(1) if self._is_mask(i) else (i,) for i in index]
+        return tuple(itertools.chain(*parts))
 
     def _places(self, mask: Tensor) -> Tensor:
         """Where a mask is true, [rows, dimensions]."""
+        mask = self._as_first(mask)
         version, _, places = self.masks.get(id(mask), (-1, mask, mask))
         if version != mask._version:
             places = torch.nonzero(mask)
-            self.computed += 1
             torch._check(places.shape[0] >= 2)
+            self.places_made.append(places)
             self.masks[id(mask)] = (mask._version, mask, places)
         return places
 
     def _answer(self, func: Any, *args: Any) -> Any:
         """What a branch asks of the number of places where a mask is true: as if there were some."""
-        number, mask, version = self.asked[id(args[0])]
-        if mask._version != version:
+        versions, number, mask = self.asked[id(args[0])]
+        if versions != _versions(number, mask):
             raise CaptureError("its loop over experts asks for the number of trues in a mask it has changed since")
-        self.branches += 1
         count: Any = self._places(mask).shape[0]
         if number.dtype == torch.bool:
-            return _COMPARED[func](True, *args[1:]) if func in _COMPARED else True
+            some = self.take(count != 0)
+            return _COMPARED[func](some, *args[1:]) if func in _COMPARED else some
         if func in _COMPARED:
             return _COMPARED[func](count, *args[1:])
-        return count != 0 if func is Tensor.__bool__ else count
+        return self.take(count != 0) if func is Tensor.__bool__ else count
+
+    def take(self, condition: Any) -> bool:
+        """Follow a branch as the sizes say, which are two at least; it must not tell one row from many."""
+        if not isinstance(condition, torch.SymBool):
+            return bool(condition)
+        answer, symbols = bool(condition), free_unbacked_symbols(condition)
+        if symbols:
+            if condition.node.expr.subs(dict.fromkeys(symbols, 1)) != answer:
+                raise CaptureError(
+                    "its loop over experts branches on a number of rows, and not only on whether there are any: "
+                    f"{condition.node.expr}"
+                )
+            self.taken |= symbols
+        return answer
 
     def _counts(self, tensor: Tensor) -> list[Any]:
         known = self._number(tensor)
@@ -291,6 +339,8 @@ class _AllInUse(TorchFunctionMode):
             if index == slice(None) and self._all_hit(tensor):
                 return self._know(Tensor.__getitem__(tensor, index), -1)
         result = Tensor.__getitem__(tensor, index)
+        if isinstance(index, int):
+            self._meet([Tensor.__getitem__, tensor, index], result)
         known = self._number(tensor)
         if known is not None:
             return self._know(result, known)
@@ -335,6 +385,8 @@ _OF_KNOWN: dict[Any, Any] = {
     Tensor.__format__: format,  # f"expert_{e}"
 }
 _ANY_OR_COUNT = {Tensor.any, torch.any, Tensor.sum, torch.sum, Tensor.count_nonzero, torch.count_nonzero}
+# What masks are made with: what they say depends on nothing but the arguments.
+_CHOOSING = {Tensor.eq, Tensor.__eq__, torch.eq, Tensor.any, torch.any}
 _AS_NUMBER = {Tensor.__bool__, Tensor.item, Tensor.__int__, Tensor.__index__}
 _ADDED = {Tensor.__add__, Tensor.__radd__, Tensor.add, torch.add}
 _SAME_NUMBER = {Tensor.squeeze, Tensor.view, Tensor.reshape, Tensor.cpu, Tensor.to, Tensor.long, Tensor.int}
@@ -352,8 +404,35 @@ class _Caller(nn.Module):
         self.module, self.without_last = module, without_last
 
     def forward(self, args: Any, kwargs: Any) -> Any:
-        with _AllInUse(self.without_last) as self.seen:
+        with _AllInUse(self.without_last) as self.seen, _branches(self.seen):
             return self.module(*args, **kwargs)
+
+
+@contextmanager
+def _branches(seen: _AllInUse) -> Any:
+    """Branches on sizes that the trace does not know, in code that is not torch's own, are shown to ``seen``.
+
+    That a size is two at least answers them, and no graph shows what was asked.
+    """
+    of_bool, of_int = torch.SymBool.__bool__, torch.SymInt.__bool__
+
+    def truth(condition: torch.SymBool) -> bool:
+        return of_bool(condition) if _torchs_own(sys._getframe(1)) else seen.take(condition)
+
+    def not_zero(size: torch.SymInt) -> bool:
+        return of_int(size) if _torchs_own(sys._getframe(1)) else seen.take(size != 0)
+
+    torch.SymBool.__bool__, torch.SymInt.__bool__ = truth, not_zero  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.SymBool.__bool__, torch.SymInt.__bool__ = of_bool, of_int  # type: ignore[method-assign]
+
+
+def _torchs_own(frame: Any) -> bool:
+    """Whether a frame is torch's, or this module's, which asks for itself."""
+    name = str(frame.f_globals.get("__name__", ""))
+    return name == __name__ or name.partition(".")[0] in ("torch", "sympy")
 
 
 @contextmanager
@@ -399,7 +478,8 @@ def trace(module: nn.Module, pattern: CallPattern) -> Captured:
                     strict=False,
                 ).run_decompositions({})
             captured = _sorted(program, pattern)
-            captured.masks = caller.seen.computed if caller.seen.branches else 0
+            _check_names(captured, caller.seen)
+            captured.taken = frozenset(caller.seen.taken)
             return captured
         except CaptureError:
             raise
@@ -415,6 +495,14 @@ def trace(module: nn.Module, pattern: CallPattern) -> Captured:
     raise CaptureError(
         f"its loop over experts does not trace: {type(error).__name__}: {(lines or [''])[0][:300]}"
     ) from error
+
+
+def _check_names(captured: Captured, seen: _AllInUse) -> None:
+    """The sizes that were branched on are known by their names: these must mean in the graph what they did before."""
+    made = [expression(places.shape[0]) for places in seen.places_made]
+    found = [expression(n.meta["val"].shape[0]) for n in captured.graph.nodes if n.target == aten.nonzero.default]
+    if seen.taken and [size for size in found if size in made] != made:
+        raise CaptureError("it branches on whether a mask is true anywhere, and its graph has that mask no longer")
 
 
 @contextmanager
