@@ -543,7 +543,7 @@ class AsksAndDrops(MaskMoE):
 
 OTHER_MASKS = [
     AsksTheTokens, AsksForLarge, AsksAndTakes, AsksAndDrops, BranchesOnRows, BranchesOnPlaces, BranchesOnRowsItTakes,
-    BranchesOnCount, BranchesOnListedCount,
+    BranchesOnCount,
 ]  # fmt: skip
 
 
@@ -686,13 +686,38 @@ class SkipsUnlessBoth(MaskMoE):
         return mask.any() and self.first.any()
 
 
+class AsksForNoExpert(MaskMoE):
+    """A number that is no expert's decides about the weights: it is asked just as an expert's is."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, H)
+        weights, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(E + 1):
+            token, slot = torch.where(ids == e)
+            if e == E and token.numel():
+                out = self.serve(out, x, token) * 2
+            elif e < E and token.numel():
+                out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out.view(hidden_states.shape)
+
+    def serve(self, out, x, token):
+        return out.index_add_(0, token, x[token])
+
+
+class AsksForNoExpertOnly(AsksForNoExpert):
+    def serve(self, out, x, token):
+        return out
+
+
 MUTATIONS = [
-    AsksForOne, AsksForOneItem, AsksForOnePlace, AsksForMany, AnswerChanged, MadeAnewOfOthers, MadeAnewAfterAChange,
-    WeightOfTheNext, WritesWhereTheNextIs, AddsSumIfAny, ScalesIfFirstHasSome, SkipsUnlessBoth,
-    OtherActivation, NextExpert, SameExpert, WeightTwice, WeightTwiceForOne, ShiftedTokens, ShiftedOutput, OtherColumn,
-    Capped, ScaledByCount, ManyTokensOnly, Clamped, Overwrites, EmptyAddsSomething, Residual, UsesOutput, OwnScale,
-    Positional, Dense, OtherWeights, OffsetsWritten, CountsWritten, GateOfOthers, AsksThePrevious, AsksForAll,
-    AsksForOneOnly, AsksOnce, OtherMaskInOutput, ElseAddsSomething, MaskChanged, AddsIfAny, *OTHER_MASKS,
+    AsksForNoExpert, AsksForNoExpertOnly, BranchesOnListedCount, AsksForOne, AsksForOneItem, AsksForOnePlace,
+    AsksForMany, AnswerChanged, MadeAnewOfOthers, MadeAnewAfterAChange, WeightOfTheNext, WritesWhereTheNextIs,
+    AddsSumIfAny, ScalesIfFirstHasSome, SkipsUnlessBoth, OtherActivation, NextExpert, SameExpert, WeightTwice,
+    WeightTwiceForOne, ShiftedTokens, ShiftedOutput, OtherColumn, Capped, ScaledByCount, ManyTokensOnly, Clamped,
+    Overwrites, EmptyAddsSomething, Residual, UsesOutput, OwnScale, Positional, Dense, OtherWeights, OffsetsWritten,
+    CountsWritten, GateOfOthers, AsksThePrevious, AsksForAll, AsksForOneOnly, AsksOnce, OtherMaskInOutput,
+    ElseAddsSomething, MaskChanged, AddsIfAny, *OTHER_MASKS,
 ]  # fmt: skip
 QUICK = {OtherActivation, NextExpert, Capped, ScaledByCount, EmptyAddsSomething, ShiftedOutput}
 

@@ -58,7 +58,7 @@ STYLES = {
     "rows by a mask, asks nothing": functools.partial(MaskMoE, "nothing", by_tokens=True),
     "mask made anew": FlatMaskMoE,
     "mask made anew, asks nothing": functools.partial(FlatMaskMoE, asks=False),
-    "not mask.sum() == 0": functools.partial(MaskMoE, "sum is zero"),
+    "not mask.sum().eq(0)": functools.partial(MaskMoE, "sum is zero"),
     "mask.sum().item() and mask.any().item()": functools.partial(MaskMoE, "items"),
     "if mask.sum()": functools.partial(MaskMoE, "truth"),
     "one-hot mask": OneHotMoE,
@@ -79,7 +79,7 @@ def inputs(batch: int = 2, length: int = 9, seed: int = 0, dtype: torch.dtype = 
 
 SLOW = {
     "counts as a tensor", "weights of all experts", "torch.any(mask)", "mask.sum() > 0", "count_nonzero(mask)",
-    "where(mask), asks nothing", "rows by a mask, asks nothing", "mask made anew, asks nothing", "not mask.sum() == 0",
+    "where(mask), asks nothing", "rows by a mask, asks nothing", "mask made anew, asks nothing", "not mask.sum().eq(0)",
     "mask.sum().item() and mask.any().item()", "if mask.sum()", "one-hot mask", "weights filled by another mask",
 }  # fmt: skip
 

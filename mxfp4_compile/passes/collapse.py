@@ -58,6 +58,22 @@ def expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
+def _choice(mask: Any) -> tuple[Hashable, int] | None:
+    """Of a mask that says where the router gives a number: what is compared or taken a part of, and how; the number."""
+    steps: list[Hashable] = []
+    while isinstance(mask, fx.Node) and mask.op == "call_function":
+        rest = list(mask.args[1:])
+        if mask.target == aten.eq.Scalar and isinstance(rest[0], int):
+            return (*steps, mask.target, mask.args[0]), rest[0]
+        if mask.target == aten.select.int and rest[0] == 0 and isinstance(rest[1], int):
+            return (*steps, mask.target, mask.args[0]), rest[1]
+        if len(mask.all_input_nodes) != 1:
+            return None
+        steps.append((mask.target, repr(rest), repr(mask.kwargs)))
+        mask = mask.args[0]
+    return None
+
+
 class _Product:
     """One expert's product: node = rows @ weight(.T) (+ bias)."""
 
@@ -241,8 +257,22 @@ class _Collapse:
         check_idle(self.graph, experts, lambda n: None if known[n] is None else known[n][1])  # type: ignore[index]
 
     def _check_taken(self, experts: Mapping[Any, int]) -> None:
-        """What a branch asked must be whether an expert has rows: then the proof covers what the branch guards."""
-        if not self.captured.taken <= set(experts):
+        """What a branch asked must be whether an expert has rows: then the proof covers what the branch guards.
+
+        Or a number beside the experts' that the router may give, as identity experts have: their mask must be an
+        expert's but for the number.
+        """
+        others = self.captured.taken - set(experts)
+        masks = {
+            symbol: _choice(node.args[0])
+            for node in self.graph.nodes
+            if node.target == aten.nonzero.default
+            for symbol in free_unbacked_symbols(node.meta["val"].shape[0])
+        }
+        ours = [masks.get(symbol) for symbol in experts]
+        numbers = [mask[1] for mask in masks.values() if mask is not None]
+        alike = {mask and mask[0] for mask in (*ours, *map(masks.get, others))}
+        if others and (len(alike) != 1 or None in alike or len(set(numbers)) != len(masks)):
             raise CaptureError(
                 "it branches on whether a mask is true anywhere, or on a count, that does not choose the rows of an "
                 "expert"
