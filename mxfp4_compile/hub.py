@@ -42,11 +42,18 @@ def load_plain(path: str | os.PathLike[str], *, trust_remote_code: bool = False)
     return cast(nn.Module, loaded.eval())
 
 
-def empty_model(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
-    """A model whose parameters have shapes and no data (on the meta device)."""
-    cls = class_of(config, trust_remote_code=trust_remote_code)
+def is_auto(cls: Any) -> bool:
+    """Whether a class of ``class_of`` finds the model's class by itself."""
+    return bool(cls.__name__.startswith("AutoModel"))
+
+
+def empty_model(
+    config: Any, cls: Any = None, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> Any:
+    """A model whose parameters have shapes and no data (on the meta device); ``cls``: by default ``class_of`` it."""
+    cls = cls or class_of(config, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        if cls.__name__.startswith("AutoModel"):
+        if is_auto(cls):
             return cls.from_config(config, trust_remote_code=trust_remote_code, **options).eval()
         return cls._from_config(config, **options).eval()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import mx
-from ..hub import class_of, empty_model, read_config
+from ..hub import class_of, empty_model, is_auto, read_config
 from ..passes.experts import projections_of
 from ..passes.prep import groups_of
 from ..pipeline import DEFAULT_CAPTURE_SIZE, versions_used
@@ -190,16 +190,13 @@ def skeleton(
         said = declared if declared.get("quant_method") == OWN else (getattr(config, NOTE, None) or {})
         del config.quantization_config
     dtype = getattr(config, "dtype", None) or _most_common_float(weights)
-    if cls is not None:
-        with torch.device("meta"):
-            return cls._from_config(config, dtype=dtype).eval(), scheme, said
-    found = class_of(config, trust_remote_code=trust_remote_code)
-    if found.__name__.startswith("AutoModel") and not trust_remote_code:
+    cls = cls or class_of(config, trust_remote_code=trust_remote_code)
+    if is_auto(cls) and not trust_remote_code:
         hint = "; --trust-remote-code runs the code beside it" if getattr(config, "auto_map", None) else ""
         raise CheckpointError(
             f"{origin / 'config.json'} names {config.architectures}, which this transformers does not have{hint}"
         )
-    return empty_model(config, dtype=dtype, trust_remote_code=trust_remote_code), scheme, said
+    return empty_model(config, cls, dtype=dtype, trust_remote_code=trust_remote_code), scheme, said
 
 
 def _most_common_float(weights: Weights) -> torch.dtype:

@@ -200,11 +200,7 @@ class ExpertSource:
         """Some experts of what no conversion makes: [e, ...], whatever the tensors are stacked like."""
         whole = self.wanted[name]
         if whole.apart:
-            pieces = [self.weights.read(key) for key in keys[experts]]
-            for key, piece in zip(keys[experts], pieces, strict=True):
-                if piece.shape != pieces[0].shape:
-                    raise CheckpointError(f"{self.weights[key]} has another shape than expert {keys[experts][0]!r}")
-            return torch.stack(pieces)
+            return self._stacked(keys[experts])
         if not whole.flattened:
             return self.weights.read(keys[0], experts)
         stored = self.weights[keys[0]].shape  # [E * n, ...]
@@ -236,10 +232,14 @@ class ExpertSource:
             return self.weights.read(key, experts)
         if len(keys) != count:
             raise CheckpointError(f"{self.weights[keys[0]]} is one of {len(keys)} experts; the model has {count}")
-        pieces = [self.weights.read(key) for key in keys[experts]]
-        for key, piece in zip(keys[experts], pieces, strict=True):
+        return self._stacked(keys[experts])
+
+    def _stacked(self, keys: Sequence[str]) -> Tensor:
+        """One tensor per expert as [e, ...]."""
+        pieces = [self.weights.read(key) for key in keys]
+        for key, piece in zip(keys, pieces, strict=True):
             if piece.shape != pieces[0].shape:
-                raise CheckpointError(f"{self.weights[key]} has another shape than expert {keys[experts][0]!r}")
+                raise CheckpointError(f"{self.weights[key]} has another shape than expert {keys[0]!r}")
         return torch.stack(pieces)
 
     def _convert_whole(self, name: str, part: Part) -> dict[str, Tensor]:

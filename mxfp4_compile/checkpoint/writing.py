@@ -305,7 +305,9 @@ def expert_units(weight: ExpertWeight, format: str, linears: list[Linear]) -> li
         by_expert = [[linear for linear in linears if linear.expert == i] for i in range(e)]
         return [_linear_unit(weight, i, some, half, blocks) for i, some in enumerate(by_expert)]
     if len(weight.members) > 1:
-        return [_member_unit(weight, i, half, blocks) for i in range(e)]
+        whole = slice(0, n)
+        each = enumerate(weight.members)
+        return [_linear_unit(weight, i, [Linear(name, i, whole)], half, blocks, "_scales") for i, name in each]
     (name,) = weight.members
     codes, scales = f"{name}_packed", f"{name}_scales"
     shape: tuple[int, ...] = (e, n, half)
@@ -325,34 +327,21 @@ def expert_units(weight: ExpertWeight, format: str, linears: list[Linear]) -> li
     return [Unit(entries, produce, weight.facts)]
 
 
-def _member_unit(weight: ExpertWeight, expert: int, half: int, blocks: int) -> Unit:
-    """One expert's own parameter in our form."""
-    name = weight.members[expert]
-
-    def produce() -> Iterator[tuple[str, Tensor]]:
-        packed, scales = weight.codes(slice(expert, expert + 1))
-        yield f"{name}_packed", packed[0]
-        yield f"{name}_scales", scales[0]
-
-    entries = (
-        Entry(f"{name}_packed", torch.uint8, (weight.n, half)),
-        Entry(f"{name}_scales", torch.uint8, (weight.n, blocks)),
-    )
-    return Unit(entries, produce, weight.facts)
-
-
-def _linear_unit(weight: ExpertWeight, expert: int, linears: list[Linear], half: int, blocks: int) -> Unit:
+def _linear_unit(
+    weight: ExpertWeight, expert: int, linears: list[Linear], half: int, blocks: int, suffix: str = "_scale"
+) -> Unit:
+    """One expert's layers; ``suffix``: what the form calls their scales."""
     entries = []
     for linear in linears:
         rows = linear.rows.stop - linear.rows.start
         entries.append(Entry(linear.name + "_packed", torch.uint8, (rows, half)))
-        entries.append(Entry(linear.name + "_scale", torch.uint8, (rows, blocks)))
+        entries.append(Entry(linear.name + suffix, torch.uint8, (rows, blocks)))
 
     def produce() -> Iterator[tuple[str, Tensor]]:
         packed, scales = weight.codes(slice(expert, expert + 1))
         for linear in linears:
             yield linear.name + "_packed", packed[0, linear.rows]
-            yield linear.name + "_scale", scales[0, linear.rows]
+            yield linear.name + suffix, scales[0, linear.rows]
 
     return Unit(tuple(entries), produce, weight.facts)
 

@@ -225,14 +225,13 @@ class _AllInUse(TorchFunctionMode):
     @staticmethod
     def _is_mask(tensor: Any) -> TypeGuard[Tensor]:
         """Whether only the routing knows where a tensor is true (one place per expert: every expert is hit)."""
-        fixed = isinstance(tensor, Tensor) and all(isinstance(n, int) for n in tensor.shape)
-        return isinstance(tensor, Tensor) and tensor.dtype == torch.bool and tensor.dim() > 0 and not fixed
+        return isinstance(tensor, Tensor) and tensor.dtype == torch.bool and _varies(tensor)
 
     def _counts_trues(self, func: Any, tensor: Tensor) -> bool:
         """Whether a function is zero just where a tensor is: a sum of integers may be zero although they are not."""
         if func in (Tensor.sum, torch.sum):
             return self._is_mask(tensor)
-        return not tensor.is_floating_point() and tensor.dim() > 0 and any(not isinstance(n, int) for n in tensor.shape)
+        return not tensor.is_floating_point() and _varies(tensor)
 
     def _meet(self, made: list[Any], result: Tensor) -> None:
         """Remember how a mask was made: one that is made alike of the same, unchanged, is true at the same places."""
@@ -345,6 +344,11 @@ class _AllInUse(TorchFunctionMode):
         if known is not None:
             return self._know(result, known)
         return self._place(result, tensor, index) if isinstance(index, int) and _is_vector(tensor) else result
+
+
+def _varies(tensor: Tensor) -> bool:
+    """Whether a tensor's shape is not all numbers that the trace knows."""
+    return any(not isinstance(n, int) for n in tensor.shape)
 
 
 def _unknown(size: Any) -> bool:
