@@ -1,4 +1,5 @@
-"""Load a model in a directory with MXFP4 experts; print the peak of anonymous memory meanwhile, and what stays.
+"""Load a model in a directory with MXFP4 experts; print the peak of anonymous memory meanwhile, what stays, and how
+much of that all living tensors hold.
 
 ``load_memory.py DIR``: run by test_remote_code.py in a process of its own; bytes above those of the imports.
 """
@@ -11,6 +12,7 @@ import time
 
 import torch
 from convert_memory import anonymous
+from test_memory import live_bytes
 
 import mxfp4_compile
 from mxfp4_compile.checkpoint import loading  # noqa: F401  (before the measurement, with transformers)
@@ -34,7 +36,7 @@ def main() -> None:
         done[0] = True
         watcher.join()
     assert model.mxfp4_report.rewritten
-    print(max(peak[0], final) - before, final - before)
+    print(max(peak[0], final) - before, final - before, live_bytes())
 
 
 if __name__ == "__main__":

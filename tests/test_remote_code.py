@@ -149,8 +149,9 @@ def test_memory_while_loading(tmp_path: Path) -> None:
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    peak, final = map(int, done.stdout.split())
-    assert 6 * block // 4 < final < 6 * block
+    peak, final, tensors = map(int, done.stdout.split())
+    assert 6 * block // 4 < tensors < 6 * block // 2  # the interpreter's own memory is in the other two
+    assert tensors < final
     assert peak <= final + block
 
 
