@@ -60,10 +60,23 @@ class CaptureReport:
 
 
 @dataclass
+class PrefillReport:
+    """Decoder layers compiled for one kind of prompt, of any length.
+
+    ``error``: the largest relative error of logits, keys and values against eager layers, on a probe.
+    """
+
+    prompts: str
+    seconds: float
+    error: float
+
+
+@dataclass
 class RuntimeReport:
     """What ``generate`` runs on; grows as it is used. Copies start without captures, as models' copies do."""
 
     captures: list[CaptureReport] = field(default_factory=list)
+    prefills: list[PrefillReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -72,7 +85,7 @@ class RuntimeReport:
             self.notes.append(text)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"captures": [], "notes": []}
+        return {"captures": [], "prefills": [], "notes": []}
 
     def lines(self) -> list[str]:
         """A readable account."""
@@ -80,6 +93,9 @@ class RuntimeReport:
             f"decode step: batch {c.batch}, {c.length} tokens, {c.replay}, {c.made}: {c.seconds:.1f} s, cache "
             f"{_size(c.cache_bytes)}, graph {_size(c.graph_bytes)}, error {c.error:.1e} against eager"
             for c in self.captures
+        ]
+        out += [
+            f"{p.prompts}: compiled layers: {p.seconds:.1f} s, error {p.error:.1e} against eager" for p in self.prefills
         ]
         return out + [f"generate: {note}" for note in self.notes]
 

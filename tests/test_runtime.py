@@ -557,8 +557,8 @@ def test_the_model_stays_what_it_was() -> None:
     assert inspect.signature(model.generate) == signature
 
 
-def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Dynamo's own backend in Inductor's place: one compilation per structure of layer, none later."""
+def counting_backend(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Graphs that Dynamo hands over, which then run as they are: its own backend in Inductor's place."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -567,23 +567,144 @@ def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, options, **kwargs: real(f, backend=backend, **kwargs))
+    return graphs
+
+
+def windowed(layers: int = 6) -> nn.Module:
+    """gpt_oss with both kinds of layers, optimized."""
     config = AutoConfig.for_model(**tiny_model("gpt_oss").config.to_dict())
-    config.num_hidden_layers, config.layer_types = 6, ["sliding_attention", "full_attention"] * 3
+    config.num_hidden_layers, config.layer_types = layers, ["sliding_attention", "full_attention"] * (layers // 2)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    mxfp4_compile.optimize(model, verify=False)
+    return mxfp4_compile.optimize(model, verify=False)
+
+
+def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One compilation per structure of layer, none later."""
+    graphs = counting_backend(monkeypatch)
+    model = windowed()
     ids = torch.randint(3, 100, (2, 7))
     options = {"max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
     expected = model.generate(ids, **options)
     recorded(model, compiles=True)
     assert len(steps.decoder_layers(model)) == 6
     assert torch.equal(model.generate(ids, **options), expected)
-    assert len(graphs) == 2
+    assert len(graphs) == 2 + 1  # of the step, whose caches differ; of prompts, whose masks are arguments
     assert torch.equal(model.generate(ids, **options), expected)
-    assert len(graphs) == 2
+    assert len(graphs) == 3
     runtime = runtime_of(model)
     for length in (600, 1100, 4000):
         runtime.step(2, length)
     assert len(runtime.report.captures) == 4, str(runtime.report)
-    assert len(graphs) == 2, "a longer cache was compiled for again"
+    assert len(graphs) == 3, "a longer cache was compiled for again"
     assert "compiled layers" in runtime_of(model).report.captures[0].made
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "deepseek_v3"])
+def test_prompts_of_all_lengths_share_a_compilation(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = counting_backend(monkeypatch)
+    model = windowed() if family == "gpt_oss" else mxfp4_compile.optimize(tiny_model(family, layers=3), verify=False)
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    generator = torch.Generator().manual_seed(5)
+    inputs = []
+    for rows, length, padded in (
+        (1, 7, False), (1, 2, False), (1, 200, False), (1, 1, False), (3, 9, False), (2, 33, False), (5, 5, False),
+        (3, 9, True), (2, 40, True),
+    ):  # fmt: skip
+        mask = torch.ones(rows, length, dtype=torch.int64)
+        if padded:
+            mask[0, :2] = 0
+        inputs.append({"input_ids": torch.randint(3, 60, (rows, length), generator=generator), "attention_mask": mask})
+    expected = [model.generate(**i, **options) for i in inputs]
+    recorded(model, compiles=True)
+    for i, want in zip(inputs, expected, strict=True):
+        assert torch.equal(model.generate(**i, **options), want)
+    report = runtime_of(model).report
+    kinds = ["prompts, one row", "prompts, several rows", "prompts, several rows, padded"]
+    assert [p.prompts for p in report.prefills] == kinds
+    assert max(p.error for p in report.prefills) < 1e-5
+    of_prompts = [g for g in graphs if any(n.op == "output" and len(n.args[0]) >= 3 for n in g.graph.nodes)]
+    assert len(of_prompts) == 3, [len(graphs), str(report)]
+    before = len(graphs)
+    for i, want in zip(inputs, expected, strict=True):
+        assert torch.equal(model.generate(**i, **options), want)
+    assert len(graphs) == before
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_layers_that_do_not_compile_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = windowed(2)
+    ids = torch.randint(3, 100, (1, 12))
+    options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    expected = model.generate(ids, **options)
+
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise ValueError("no such compiler")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **kwargs: real(f, backend=fails, **kwargs))
+    recorded(model, compiles=True)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **options), expected)
+    report = runtime_of(model).report
+    assert not report.prefills
+    assert sum("prompts, one row: layers are not compiled" in note for note in report.notes) == 1, str(report)
+
+
+def test_compiled_layers_that_disagree_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            return [o * 1.05 if o.is_floating_point() else o for o in graph.forward(*args)]
+
+        return run
+
+    model = windowed(2)
+    ids = torch.randint(3, 100, (1, 12))
+    options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    expected = model.generate(ids, **options)
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **kwargs: real(f, backend=wrong, **kwargs))
+    recorded(model, compiles=True)
+    assert torch.equal(model.generate(ids, **options), expected)
+    report = runtime_of(model).report
+    assert not report.prefills
+    assert any("not compiled (they differ from the eager ones by 0.0" in note for note in report.notes), str(report)
+
+
+def test_a_prompt_whose_compilation_fails_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is run by the layers as they are, cache included, and none is tried after it."""
+    counting_backend(monkeypatch)
+    model = windowed(4)
+    options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    ids = torch.randint(3, 100, (1, 12))
+    expected = model.generate(ids, **options)
+    recorded(model, compiles=True)
+    model.generate(ids, **options)
+    runtime = runtime_of(model)
+    (made,) = runtime.prefills.values()
+    calls, run = [], made._run
+
+    def breaks(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("recompile limit")
+        return run(*args)
+
+    made._run = breaks
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **options), expected)
+    assert len(calls) == 3
+    assert any("not compiled (RuntimeError: recompile limit)" in n for n in runtime.report.notes)
+
+
+@pytest.mark.slow
+def test_prompts_through_inductor() -> None:
+    model = windowed(2)
+    options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    inputs = [torch.randint(3, 100, (1, n)) for n in (5, 150)]
+    expected = [model.generate(i, **options) for i in inputs]
+    recorded(model, compiles=True)
+    for i, want in zip(inputs, expected, strict=True):
+        assert torch.equal(model.generate(i, **options), want)
+    (made,) = runtime_of(model).report.prefills
+    assert made.error < 1e-5

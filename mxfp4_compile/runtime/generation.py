@@ -2,7 +2,8 @@
 
 ``attach`` puts a callable in the place of ``model.generate``. It runs transformers' ``generate`` on a *driver*,
 an object that shares the model's state and whose class is the model's with three methods more. Everything
-before the decoding loop is transformers' code, and so is the prefill. Then one of three:
+before the decoding loop is transformers' code, and so is the prefill, whose decoder layers are compiled where that is
+right (prefill.py). Then one of three:
 
 1. the *plain* loop below, for greedy decoding and sampling whose only reasons to stop are a length and end
    tokens: the same operations as transformers' ``_sample`` in the same order, but the device is never waited
@@ -18,7 +19,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.experts import mxfp4_sites
-from ..report import CaptureReport, Report, RuntimeReport
+from ..report import CaptureReport, PrefillReport, Report, RuntimeReport
 from .graphs import Recorder, recorder_for
 from .sizes import MIN_LENGTH, capture_sizes, length_for, size_for
 
@@ -61,6 +63,7 @@ class Runtime:
         self.steps: dict[Any, Any] = {}
         self.refused: dict[Any, str] = {}
         self.layers: dict[tuple[int, int], Any] = {}
+        self.prefills: dict[Any, Any] = {}
         self.arena: Any = None
         self.fingerprint: int | None = None
 
@@ -76,6 +79,7 @@ class Runtime:
         """Let go of every recorded step and its memory."""
         self._fresh()
         self.report.captures.clear()
+        self.report.prefills.clear()
 
     # whether
 
@@ -130,6 +134,35 @@ class Runtime:
             return None
         return self._make(key)
 
+    def prefill(self, batch: int, attention_mask: Tensor | None) -> Any:
+        """Compiled layers for a prompt of ``batch`` rows with the mask [B, T], made if they can be; None if not."""
+        from .prefill import Prefill, kind_of
+
+        if not self.compile_layers or self.recorder is None or not self.recorder.compiles:
+            return None
+        kind = kind_of(batch, attention_mask)
+        if kind is None or kind in self.refused:
+            return None
+        made = self.prefills.get(kind)
+        if made is None:
+            with torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
+                try:
+                    made = Prefill(self.model, kind)
+                except Exception as failure:
+                    return self._refuse(kind, f"{kind}: layers are not compiled ({_brief(failure)})")
+            if made.broken is None and made.error > self._tolerance():
+                made.broken = f"they differ from the eager ones by {made.error:.2g}"
+            if made.broken is None:
+                self.prefills[kind] = made
+                self.report.prefills.append(PrefillReport(str(kind), made.seconds, made.error))
+        if made.broken is not None:
+            self.prefills.pop(kind, None)
+            return self._refuse(kind, f"{kind}: layers are not compiled ({made.broken})")
+        return made
+
+    def _tolerance(self) -> float:
+        return _TOLERANCE.get(_dtype(self.model), _HALF_TOLERANCE)
+
     # making
 
     def _make(self, key: Any) -> Any:
@@ -168,8 +201,7 @@ class Runtime:
                 except Exception as failure:
                     self.report.note(f"{key} with {made}: {_brief(failure)}")
                     continue
-                limit = _TOLERANCE.get(_dtype(self.model), _HALF_TOLERANCE)
-                if difference <= limit:
+                if difference <= self._tolerance():
                     self.steps[key] = step
                     size = sum(s.bytes(key.rows, key.length) for s in shapes)
                     how = self.recorder.name
@@ -425,7 +457,10 @@ class _Session:
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """``model(**inputs)``, by a recorded step where it is a decode step that one can do."""
         if args or not self._recordable(inputs):
-            return self.model(*args, **inputs)
+            ids: Any = inputs.get("input_ids")
+            beginning = self.step is not None and self.cache.get_seq_length() == 0 and ids is not None
+            with self.prompt(inputs.get("attention_mask"), ids.shape if beginning else ()):
+                return self.model(*args, **inputs)
         self.enter(inputs.get("attention_mask"))
         step, batch = self.step, inputs["input_ids"].shape[0]
         positions = inputs.get("position_ids")
@@ -433,6 +468,20 @@ class _Session:
         step.replay()
         self.cache.advance()
         return step.output_class(logits=step.logits[:batch, None].clone(), past_key_values=self.cache)
+
+    @contextmanager
+    def prompt(self, attention_mask: Any, shape: Any) -> Iterator[None]:
+        """Around the forward of a prompt of ``shape`` [B, T]: its decoder layers are compiled where they can be."""
+        prefill = None
+        if len(shape) == 2 and shape[1] > 1 and (attention_mask is None or isinstance(attention_mask, Tensor)):
+            prefill = self.runtime.prefill(shape[0], attention_mask)
+        if prefill is None:
+            yield
+            return
+        with prefill.applied():
+            yield
+        if prefill.broken is not None:
+            self.runtime.prefill(shape[0], attention_mask)  # says so, once
 
     def _recordable(self, inputs: dict[str, Any]) -> bool:
         cache: Any = self.cache
@@ -530,7 +579,9 @@ def _plain_loop(
     unfinished = torch.ones(batch, dtype=torch.int64, device=device)
     late = _Late(device)
 
-    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    embeds = model_kwargs.get("inputs_embeds")
+    with session.prompt(model_kwargs.get("attention_mask"), (input_ids if embeds is None else embeds).shape[:2]):
+        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
     del outputs
@@ -677,10 +728,11 @@ def _generates(model: Any) -> bool:
 def capture(
     model: Any, sizes: Any = None, max_length: int = MIN_LENGTH, progress: bool | None = None
 ) -> RuntimeReport:
-    """Record the decode steps of an optimized model now instead of when each is first needed.
+    """Record the decode steps of an optimized model, and compile for its prompts, now instead of when first needed.
 
-    sizes: batch sizes, by default all up to ``max_capture_size``. max_length: tokens of prompt and answer
-    together. progress: None shows a bar on a terminal. Returns what was captured, and why not the rest.
+    Prompts with padding are compiled for when the first one comes. sizes: batch sizes, by default all up to
+    ``max_capture_size``. max_length: tokens of prompt and answer together. progress: None shows a bar on a terminal.
+    Returns what was captured, and why not the rest.
 
     Raises TypeError if the model is not one that optimize() has rewritten and whose generate is transformers'.
     """
@@ -696,6 +748,8 @@ def capture(
         # The largest first: the smaller ones then share its cache.
         for size in _bar(sorted(wanted, reverse=True), progress):
             runtime.step(size, max_length)
+        for batch in {min(size, 2) for size in wanted if "model" not in runtime.refused}:
+            runtime.prefill(batch, None)
     return runtime.report
 
 

@@ -1,0 +1,170 @@
+"""The forward of a prompt with compiled decoder layers, which fill the same dynamic cache as the eager ones.
+
+A short prompt waits for launches: a layer's two hundred microseconds of work are forty operations. One compilation
+of each structure of layer serves prompts of every length, and every batch above one.
+"""
+
+from __future__ import annotations
+
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from .step import LayerFunction, decoder_layers
+
+_PROBE_TOKENS = 160
+
+
+@dataclass(frozen=True)
+class PromptKind:
+    """What compilations differ by: one row or more, with padding or without."""
+
+    batched: bool
+    padded: bool
+
+    def __str__(self) -> str:
+        return f"prompts, {'several rows' if self.batched else 'one row'}{', padded' if self.padded else ''}"
+
+
+def kind_of(batch: int, attention_mask: Tensor | None) -> PromptKind | None:
+    """The kind of a prompt of ``batch`` rows; None for masks that are not [B, T]. Waits for the device."""
+    if attention_mask is None:
+        return PromptKind(batch > 1, False)
+    if attention_mask.dim() != 2:
+        return None
+    return PromptKind(batch > 1, not bool(attention_mask.all()))
+
+
+class Prefill:
+    """Compiled decoder layers for one kind of prompt.
+
+    error: of logits, keys and values on a probe, relative to the eager layers' (the largest of them). broken: why the
+    layers run eagerly again, or None.
+    """
+
+    def __init__(self, model: nn.Module, kind: PromptKind) -> None:
+        started = time.perf_counter()
+        self.kind = kind
+        self.broken: str | None = None
+        self._model = model
+        self._layers = decoder_layers(model)
+        self._run = _compiled(kind)
+        self.error = self._error() if self._layers else 0.0
+        self.seconds = time.perf_counter() - started
+        if not self._layers:
+            self.broken = "its decoder layers cannot be told apart"
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the decoder layers are compiled where they begin a cache, and as they are elsewhere."""
+        if self.broken is not None:
+            yield
+            return
+        try:
+            for index, layer in self._layers.items():
+                layer.forward = _Forward(self, self._run, layer, index)
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.__dict__.pop("forward", None)
+
+    def _error(self) -> float:
+        inputs, mask = _probe(self._model, self.kind)
+        eager = self._model(**inputs, use_cache=True)
+        with self.applied():
+            compiled = self._model(**inputs, use_cache=True)
+        if self.broken is not None:
+            return float("inf")
+        pairs = [(compiled.logits[:, -1], eager.logits[:, -1])]
+        for ours, theirs in zip(compiled.past_key_values.layers, eager.past_key_values.layers, strict=True):
+            held = mask[:, mask.shape[1] - theirs.keys.shape[2] :]
+            for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+                pairs.append((a.transpose(1, 2)[held], b.transpose(1, 2)[held]))
+        return max(_relative(a, b) for a, b in pairs)
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    expected = expected.double()
+    error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+def _probe(model: Any, kind: PromptKind) -> tuple[dict[str, Tensor], Tensor]:
+    """A forward's inputs, past a window where there is one, and its mask, bool [B, T]."""
+    device = next(model.parameters()).device
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) or 0
+    rows, length = 3 if kind.batched else 1, _PROBE_TOKENS + (window if window <= 512 else 0)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (rows, length), generator=generator).to(device)
+    mask = torch.ones(rows, length, dtype=torch.int64, device=device)
+    if kind.padded:
+        mask[0, :5] = 0
+    inputs = {"input_ids": ids, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    if kind.padded:
+        inputs["attention_mask"] = mask
+    return inputs, mask.bool()
+
+
+class _Beginning:
+    """The cache of one layer before the first token, which keeps what it is given."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
+    cache = _Beginning()
+    out = type(layer).forward(layer, *args, past_key_values=cache, **kwargs)
+    return out, cache.keys, cache.values
+
+
+def _compiled(kind: PromptKind) -> Callable[..., tuple[Any, Tensor, Tensor]]:
+    # A code object of its own: Dynamo counts compilations against its limit by code object.
+    name = f"prompt_layer_{'batch' if kind.batched else 'row'}{'_padded' if kind.padded else ''}"
+    code = _run_layer.__code__.replace(co_name=name)
+    function = types.FunctionType(code, _run_layer.__globals__, name)
+    return torch.compile(function, dynamic=True, fullgraph=True, options={})
+
+
+class _Forward:
+    """A decoder layer's forward for the time of one prompt."""
+
+    def __init__(self, owner: Prefill, run: LayerFunction, layer: nn.Module, index: int) -> None:
+        self._owner, self._run, self._layer, self._index = owner, run, layer, index
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if (
+            self._owner.broken is None
+            and isinstance(cache, DynamicCache)
+            and cache.get_seq_length(self._index) == 0
+            and isinstance(hidden, Tensor)
+            and hidden.shape[1] > 1
+        ):
+            try:
+                rest = {k: v for k, v in kwargs.items() if k != "past_key_values"}
+                out, keys, values = self._run(self._layer, args, rest)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as failure:  # whatever the compiler says: the layer itself is still there
+                lines = str(failure).strip().splitlines()
+                self._owner.broken = f"{type(failure).__name__}: {lines[0][:300] if lines else ''}"
+            else:
+                cache.update(keys, values, self._index)
+                return out
+        return type(self._layer).forward(self._layer, *args, **kwargs)
