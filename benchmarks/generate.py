@@ -85,7 +85,8 @@ class Counter:
         from torch._dynamo.utils import counters
 
         report = getattr(self.model, "mxfp4_report", None)
-        return counters["stats"]["unique_graphs"], len(report.runtime.captures) if report is not None else 0
+        recorded = len(report.runtime.captures) + len(report.runtime.prefills) if report is not None else 0
+        return counters["stats"]["unique_graphs"], recorded
 
 
 def decode(model: Any, batch: int, prompt: int, new: int, options: dict[str, Any]) -> dict[str, Any]:

@@ -61,14 +61,17 @@ class CaptureReport:
 
 @dataclass
 class PrefillReport:
-    """Decoder layers compiled for one kind of prompt, of any length.
+    """Decoder layers compiled for one kind of prompt, of any length; or the forward of some of them, recorded.
 
-    ``error``: the largest relative error of logits, keys and values against eager layers, on a probe.
+    ``error``: the largest relative error of logits, keys and values against eager layers, on a probe. ``replay``: how
+    it is replayed, "" if not recorded; ``graph_bytes``: what recording it added to the pool that all graphs share.
     """
 
     prompts: str
     seconds: float
     error: float
+    replay: str = ""
+    graph_bytes: int = 0
 
 
 @dataclass
@@ -95,7 +98,9 @@ class RuntimeReport:
             for c in self.captures
         ]
         out += [
-            f"{p.prompts}: compiled layers: {p.seconds:.1f} s, error {p.error:.1e} against eager" for p in self.prefills
+            f"{p.prompts}: {p.replay + ', ' if p.replay else ''}compiled layers: {p.seconds:.1f} s, "
+            f"{'graph ' + _size(p.graph_bytes) + ', ' if p.replay else ''}error {p.error:.1e} against eager"
+            for p in self.prefills
         ]
         return out + [f"generate: {note}" for note in self.notes]
 

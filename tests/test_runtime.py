@@ -24,7 +24,7 @@ from mxfp4_compile.runtime import runtime_of
 from mxfp4_compile.runtime import step as steps
 from mxfp4_compile.runtime.cache import Arena, HandoverCache, StaticKV, shapes_of
 from mxfp4_compile.runtime.graphs import EagerRecorder
-from mxfp4_compile.runtime.sizes import capture_sizes, length_for, size_for
+from mxfp4_compile.runtime.sizes import capture_sizes, length_for, prompt_length_for, prompt_lengths, size_for
 
 
 class CountingRecorder(EagerRecorder):
@@ -297,6 +297,15 @@ def test_padded_rows_choose_the_experts_of_row_0(trained: nn.Module) -> None:
 
 
 # sizes
+
+
+def test_prompt_sizes() -> None:
+    assert prompt_lengths(1, 512) == (16, 32, 64, 128, 256, 512)
+    assert prompt_lengths(8, 512) == (16, 32, 64)
+    assert prompt_lengths(33, 512) == ()
+    assert [prompt_length_for(t, 1, 512) for t in (2, 16, 17, 512, 513)] == [16, 16, 32, 512, None]
+    assert prompt_length_for(65, 8, 512) is None
+    assert prompt_length_for(2, 1, 0) is None
 
 
 def test_sizes() -> None:
@@ -600,10 +609,14 @@ def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert "compiled layers" in runtime_of(model).report.captures[0].made
 
 
+@pytest.mark.parametrize("largest", [512, 8], ids=["recorded", "compiled"])
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "deepseek_v3"])
-def test_prompts_of_all_lengths_share_a_compilation(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_all_lengths_share_a_compilation(
+    family: str, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graphs = counting_backend(monkeypatch)
     model = windowed() if family == "gpt_oss" else mxfp4_compile.optimize(tiny_model(family, layers=3), verify=False)
+    runtime_of(model).max_capture_size = largest
     options = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
     generator = torch.Generator().manual_seed(5)
     inputs = []
@@ -620,15 +633,17 @@ def test_prompts_of_all_lengths_share_a_compilation(family: str, monkeypatch: py
     for i, want in zip(inputs, expected, strict=True):
         assert torch.equal(model.generate(**i, **options), want)
     report = runtime_of(model).report
-    kinds = ["prompts, one row", "prompts, several rows", "prompts, several rows, padded"]
-    assert [p.prompts for p in report.prefills] == kinds
+    kinds = {"prompts, one row", "prompts, several rows", "prompts, several rows, padded"}
+    assert {p.prompts for p in report.prefills if not p.replay} == kinds
+    sizes = {(1, 16), (1, 256), (4, 16), (2, 64), (8, 16)} if largest == 512 else set()
+    assert {p.prompts for p in report.prefills if p.replay} == {f"prompts, batch {b}, {n} tokens" for b, n in sizes}
     assert max(p.error for p in report.prefills) < 1e-5
     of_prompts = [g for g in graphs if any(n.op == "output" and len(n.args[0]) >= 3 for n in g.graph.nodes)]
     assert len(of_prompts) == 3, [len(graphs), str(report)]
-    before = len(graphs)
+    before = len(graphs), len(report.prefills)
     for i, want in zip(inputs, expected, strict=True):
         assert torch.equal(model.generate(**i, **options), want)
-    assert len(graphs) == before
+    assert (len(graphs), len(report.prefills)) == before
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -679,8 +694,9 @@ def test_a_prompt_whose_compilation_fails_later(monkeypatch: pytest.MonkeyPatch)
     ids = torch.randint(3, 100, (1, 12))
     expected = model.generate(ids, **options)
     recorded(model, compiles=True)
-    model.generate(ids, **options)
     runtime = runtime_of(model)
+    runtime.max_capture_size = 4  # no prompt is recorded
+    model.generate(ids, **options)
     (made,) = runtime.prefills.values()
     calls, run = [], made._run
 
@@ -706,5 +722,46 @@ def test_prompts_through_inductor() -> None:
     recorded(model, compiles=True)
     for i, want in zip(inputs, expected, strict=True):
         assert torch.equal(model.generate(i, **options), want)
-    (made,) = runtime_of(model).report.prefills
-    assert made.error < 1e-5
+    made = runtime_of(model).report.prefills
+    assert [p.prompts for p in made] == [
+        "prompts, one row", "prompts, batch 1, 16 tokens", "prompts, batch 1, 256 tokens"
+    ]  # fmt: skip
+    assert max(p.error for p in made) < 1e-5
+
+
+def test_a_recorded_prompt_leaves_out_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache holds the prompt's tokens alone, past the window too, and belongs to the caller."""
+    counting_backend(monkeypatch)
+    model = windowed(2)
+    ids = torch.randint(3, 100, (3, model.config.sliding_window + 7))
+    options = {"max_new_tokens": 2, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    expected = model.generate(ids, **options, return_dict_in_generate=True).past_key_values
+    recorded(model, compiles=True)
+    got = model.generate(ids, **options, return_dict_in_generate=True).past_key_values
+    kept = [layer.keys.clone() for layer in got.layers]
+    model.generate(ids.flip(1), **options)
+    assert any(p.replay for p in runtime_of(model).report.prefills)
+    for ours, theirs, before in zip(got.layers, expected.layers, kept, strict=True):
+        assert torch.equal(ours.keys, before)
+        assert ours.keys.shape == theirs.keys.shape
+        assert torch.allclose(ours.keys, theirs.keys, atol=1e-5)
+        assert torch.allclose(ours.values, theirs.values, atol=1e-5)
+
+
+def test_prompts_that_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of the user's, embeddings, a single token, more tokens than max_capture_size: as without recordings."""
+    counting_backend(monkeypatch)
+    model = mxfp4_compile.optimize(tiny_model("qwen3_moe", layers=2), verify=False)
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    ids = torch.randint(3, 60, (1, 9))
+    inputs: list[dict[str, Any]] = [
+        {"input_ids": ids, "position_ids": torch.arange(9)[None] + 5},
+        {"inputs_embeds": model.get_input_embeddings()(ids).detach()},
+        {"input_ids": ids[:, :1]},
+        {"input_ids": torch.randint(3, 60, (1, 530))},
+    ]
+    expected = [model.generate(**i, **options) for i in inputs]
+    recorded(model, compiles=True)
+    for i, want in zip(inputs, expected, strict=True):
+        assert torch.equal(model.generate(**i, **options), want)
+    assert not any(p.replay for p in runtime_of(model).report.prefills), str(runtime_of(model).report)

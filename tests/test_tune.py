@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -66,6 +67,21 @@ def chosen(tokens: int, shape: tuple[int, int, int, int] = SHAPE, dtype: torch.d
 
 def shipped(tokens: int, shape: tuple[int, int, int, int] = SHAPE, dtype: torch.dtype = BF16) -> Choice:
     return choose("interpreter", *shape, tokens, dtype == BF16)
+
+
+# compiling
+
+
+def test_a_job_named_twice_is_compiled_once() -> None:
+    """As where the shipped choice has the same tiles for both projections, and is a candidate too."""
+    from mxfp4_compile.ops.triton import tune
+
+    job = tune._Job(LayerShape(*SHAPE), 4, VECTOR, "no such layout")
+    told = []
+    done = tune._compile_all([job, job], CPU, 1, time.monotonic() + 120, lambda *state: told.append(state))
+    assert list(done) == [job]
+    assert done[job]  # there is no such layout
+    assert told == [("compiling", 1, 1)]
 
 
 # where

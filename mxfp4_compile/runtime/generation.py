@@ -19,8 +19,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from ..passes.experts import mxfp4_sites
 from ..report import CaptureReport, PrefillReport, Report, RuntimeReport
 from .graphs import Recorder, recorder_for
-from .sizes import MIN_LENGTH, capture_sizes, length_for, size_for
+from .sizes import MIN_LENGTH, capture_sizes, length_for, prompt_length_for, prompt_lengths, size_for
 
 HOOK = "generate"
 
@@ -64,6 +63,7 @@ class Runtime:
         self.refused: dict[Any, str] = {}
         self.layers: dict[tuple[int, int], Any] = {}
         self.prefills: dict[Any, Any] = {}
+        self.prompts: dict[tuple[int, int], Any] = {}
         self.arena: Any = None
         self.fingerprint: int | None = None
 
@@ -158,6 +158,34 @@ class Runtime:
         if made.broken is not None:
             self.prefills.pop(kind, None)
             return self._refuse(kind, f"{kind}: layers are not compiled ({made.broken})")
+        return made
+
+    def recorded_prompt(self, batch: int, tokens: int) -> Any:
+        """The recorded forward for a prompt [batch, tokens] without padding, made if it can be; None if not."""
+        from .prefill import RecordedPrompt
+
+        rows = size_for(batch, self.max_capture_size)
+        length = prompt_length_for(tokens, rows, self.max_capture_size) if rows else None
+        if rows is None or length is None or tokens < 2:
+            return None
+        key = (rows, length)
+        name = f"prompts, batch {rows}, {length} tokens"
+        if key in self.prompts or name in self.refused:
+            return self.prompts.get(key)
+        prefill = self.prefill(rows, None)
+        if prefill is None:
+            return None
+        assert self.recorder is not None
+        with torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
+            try:
+                made = RecordedPrompt(self.model, rows, length, self.recorder, prefill)
+            except Exception as failure:
+                return self._refuse(name, f"{name}: not recorded ({_brief(failure)})")
+        if made.error > self._tolerance():
+            return self._refuse(name, f"{name}: not recorded, differs from the eager one by {made.error:.2g}")
+        self.prompts[key] = made
+        how = self.recorder.name
+        self.report.prefills.append(PrefillReport(name, made.seconds, made.error, how, made.bytes))
         return made
 
     def _tolerance(self) -> float:
@@ -457,10 +485,7 @@ class _Session:
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """``model(**inputs)``, by a recorded step where it is a decode step that one can do."""
         if args or not self._recordable(inputs):
-            ids: Any = inputs.get("input_ids")
-            beginning = self.step is not None and self.cache.get_seq_length() == 0 and ids is not None
-            with self.prompt(inputs.get("attention_mask"), ids.shape if beginning else ()):
-                return self.model(*args, **inputs)
+            return self.model(*args, **inputs) if args else self._prompt(inputs)
         self.enter(inputs.get("attention_mask"))
         step, batch = self.step, inputs["input_ids"].shape[0]
         positions = inputs.get("position_ids")
@@ -469,19 +494,49 @@ class _Session:
         self.cache.advance()
         return step.output_class(logits=step.logits[:batch, None].clone(), past_key_values=self.cache)
 
-    @contextmanager
-    def prompt(self, attention_mask: Any, shape: Any) -> Iterator[None]:
-        """Around the forward of a prompt of ``shape`` [B, T]: its decoder layers are compiled where they can be."""
-        prefill = None
-        if len(shape) == 2 and shape[1] > 1 and (attention_mask is None or isinstance(attention_mask, Tensor)):
-            prefill = self.runtime.prefill(shape[0], attention_mask)
+    def _prompt(self, inputs: dict[str, Any]) -> Any:
+        """``model(**inputs)`` of anything but a decode step: if it begins the cache, recorded or by compiled layers."""
+        ids = inputs.get("input_ids")
+        ids = inputs.get("inputs_embeds") if ids is None else ids
+        mask = inputs.get("attention_mask")
+        if (
+            self.step is None
+            or self.cache.get_seq_length() > 0
+            or id(inputs.get("past_key_values")) != id(self.cache)
+            or ids is None
+            or ids.shape[1] < 2
+            or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
+        ):
+            return self.model(**inputs)
+        if self._plain_prompt(inputs):
+            recorded = self.runtime.recorded_prompt(*ids.shape)
+            if recorded is not None:
+                with torch.inference_mode(False), torch.no_grad():
+                    return recorded(ids, self.cache)
+        prefill = self.runtime.prefill(ids.shape[0], mask)
         if prefill is None:
-            yield
-            return
+            return self.model(**inputs)
         with prefill.applied():
-            yield
+            out = self.model(**inputs)
         if prefill.broken is not None:
-            self.runtime.prefill(shape[0], attention_mask)  # says so, once
+            self.runtime.prefill(ids.shape[0], mask)  # says so, once
+        return out
+
+    def _plain_prompt(self, inputs: dict[str, Any]) -> bool:
+        """Nothing but tokens, at positions 0, 1, ... in every row, of which the last one's logits are wanted."""
+        ids, mask, positions = (inputs.get(n) for n in ("input_ids", "attention_mask", "position_ids"))
+        usual = _PLAIN_INPUTS | {"return_dict"}
+        return (
+            ids is not None
+            and not [k for k, v in inputs.items() if k not in usual and v is not None and v is not False]
+            and isinstance(inputs.get("logits_to_keep"), int)
+            and inputs["logits_to_keep"] == 1
+            and (mask is None or (mask.shape == ids.shape and bool(mask.all())))
+            and (
+                positions is None
+                or (positions.dim() == 2 and bool((positions == torch.arange(ids.shape[1], device=ids.device)).all()))
+            )
+        )
 
     def _recordable(self, inputs: dict[str, Any]) -> bool:
         cache: Any = self.cache
@@ -579,9 +634,7 @@ def _plain_loop(
     unfinished = torch.ones(batch, dtype=torch.int64, device=device)
     late = _Late(device)
 
-    embeds = model_kwargs.get("inputs_embeds")
-    with session.prompt(model_kwargs.get("attention_mask"), (input_ids if embeds is None else embeds).shape[:2]):
-        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    outputs = session.driver._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
     del outputs
@@ -748,8 +801,9 @@ def capture(
         # The largest first: the smaller ones then share its cache.
         for size in _bar(sorted(wanted, reverse=True), progress):
             runtime.step(size, max_length)
-        for batch in {min(size, 2) for size in wanted if "model" not in runtime.refused}:
-            runtime.prefill(batch, None)
+        for size in wanted if "model" not in runtime.refused else ():
+            for length in reversed(prompt_lengths(size, runtime.max_capture_size)):
+                runtime.recorded_prompt(size, length)
     return runtime.report
 
 

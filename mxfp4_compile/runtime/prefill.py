@@ -1,11 +1,14 @@
-"""The forward of a prompt with compiled decoder layers, which fill the same dynamic cache as the eager ones.
+"""The forward of a prompt: compiled decoder layers that fill the same dynamic cache as the eager ones, and recordings.
 
 A short prompt waits for launches: a layer's two hundred microseconds of work are forty operations. One compilation
-of each structure of layer serves prompts of every length, and every batch above one.
+of each structure of layer serves prompts of every length, and every batch above one (``Prefill``). Where a prompt has
+few tokens, the forward is recorded whole (``RecordedPrompt``), for a length to which shorter prompts are padded on the
+right: what follows a token does not change it.
 """
 
 from __future__ import annotations
 
+import inspect
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from .step import LayerFunction, decoder_layers
+from .graphs import Recorder
+from .step import LayerFunction, decoder_layers, expand_rows
 
 _PROBE_TOKENS = 160
 
@@ -80,14 +84,19 @@ class Prefill:
         eager = self._model(**inputs, use_cache=True)
         with self.applied():
             compiled = self._model(**inputs, use_cache=True)
-        if self.broken is not None:
+        return _difference(compiled, eager, mask) if self.broken is None else float("inf")
+
+
+def _difference(got: Any, expected: Any, mask: Tensor) -> float:
+    """The largest relative error of the last logits and of each layer's keys and values where mask [B, T] has it."""
+    pairs = [(got.logits[:, -1], expected.logits[:, -1])]
+    for ours, theirs in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        if ours.keys.shape != theirs.keys.shape:
             return float("inf")
-        pairs = [(compiled.logits[:, -1], eager.logits[:, -1])]
-        for ours, theirs in zip(compiled.past_key_values.layers, eager.past_key_values.layers, strict=True):
-            held = mask[:, mask.shape[1] - theirs.keys.shape[2] :]
-            for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
-                pairs.append((a.transpose(1, 2)[held], b.transpose(1, 2)[held]))
-        return max(_relative(a, b) for a, b in pairs)
+        held = mask[:, mask.shape[1] - theirs.keys.shape[2] :]
+        for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            pairs.append((a.transpose(1, 2)[held], b.transpose(1, 2)[held]))
+    return max(_relative(a, b) for a, b in pairs)
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
@@ -168,3 +177,94 @@ class _Forward:
                 cache.update(keys, values, self._index)
                 return out
         return type(self._layer).forward(self._layer, *args, **kwargs)
+
+
+class _Taken(DynamicCache):  # type: ignore[misc]
+    """A cache that stays empty, as a prompt's layers see it, and hands out what they put in."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.taken: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep one layer's keys and values [B, heads, T, dim]; returns them."""
+        self.taken[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+
+class RecordedPrompt:
+    """The forward of prompts of up to ``length`` tokens and ``rows`` rows without padding, recorded.
+
+    tokens int64 [rows, length] and last int64 [1], the last token's index, are read; logits [rows, 1, V] and every
+    layer's keys and values are written. error: as ``Prefill``'s, of a prompt that is shorter than ``length``.
+    """
+
+    def __init__(self, model: Any, rows: int, length: int, recorder: Recorder, prefill: Prefill) -> None:
+        started = time.perf_counter()
+        device = next(model.parameters()).device
+        self.rows, self.length = rows, length
+        self.tokens = torch.zeros(rows, length, dtype=torch.int64, device=device)
+        self.last = torch.zeros(1, dtype=torch.int64, device=device)
+        self.logits = torch.empty(0)
+        self.output_class: Any = None
+        self._model, self._prefill = model, prefill
+        self._positions = torch.arange(length, device=device).expand(rows, length)
+        self._cache = _Taken(model.config.get_text_config(decoder=True))
+        self._mask = _masks(model, rows, length, self._cache, self._positions)
+        self.recording = recorder.record(self._run, 2)
+        if prefill.broken is not None:
+            raise RuntimeError(prefill.broken)
+        self.error = self._error()
+        self.seconds = time.perf_counter() - started
+        self.bytes = self.recording.bytes
+
+    def _run(self) -> None:
+        with self._prefill.applied():
+            out = self._model.forward(
+                input_ids=self.tokens,
+                attention_mask=self._mask,
+                position_ids=self._positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                return_dict=True,
+                logits_to_keep=self.last,
+            )
+        self.output_class = type(out)
+        self.logits = out.logits
+
+    def __call__(self, tokens: Tensor, cache: DynamicCache) -> Any:
+        """tokens int64 [B, T] and an empty cache, which is filled; returns the model's output for the last token."""
+        batch, count = tokens.shape
+        self.tokens[:, :count].copy_(expand_rows(tokens, self.rows))
+        self.tokens[:, count:].copy_(self.tokens[:, count - 1 : count].expand(-1, self.length - count))
+        self.last.fill_(count - 1)
+        self.recording.replay()
+        for index, (keys, values) in sorted(self._cache.taken.items()):
+            cache.update(keys[:batch, :, :count], values[:batch, :, :count], index)
+        return self.output_class(logits=self.logits[:batch].clone(), past_key_values=cache)
+
+    def _error(self) -> float:
+        config = self._model.config.get_text_config(decoder=True)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, config.vocab_size, (self.rows, self.length - 3), generator=generator)
+        ids = ids.to(self.tokens.device)
+        positions = self._positions[:, : ids.shape[1]]
+        expected = self._model(input_ids=ids, position_ids=positions, use_cache=True)
+        got = self(ids, DynamicCache(config=config))
+        return _difference(got, expected, torch.ones_like(ids).bool())
+
+
+def _masks(model: Any, rows: int, length: int, cache: _Taken, positions: Tensor) -> Any:
+    """The masks that transformers gives such a prompt, made once: None where attention is causal without one."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    config = model.config.get_text_config(decoder=True)
+    embeds = model.get_input_embeddings()(torch.zeros(rows, length, dtype=torch.int64, device=positions.device))
+    arguments: dict[str, Any] = {
+        "config": config, "inputs_embeds": embeds, "input_embeds": embeds, "attention_mask": None,
+        "past_key_values": cache, "position_ids": positions, "cache_position": positions[0],
+    }  # fmt: skip
+    known = inspect.signature(create_masks_for_generate).parameters
+    return create_masks_for_generate(**{k: v for k, v in arguments.items() if k in known})

@@ -268,6 +268,7 @@ def _compile_all(
 ) -> dict[_Job, str]:
     """Job -> the reason of its failure, or ""; jobs that were not done by ``until`` (monotonic) are left out."""
     done: dict[_Job, str] = {}
+    jobs = list(dict.fromkeys(jobs))  # where both projections have the same tiles, the shipped choice is a candidate
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, _start_worker, (device.index or 0,)) as pool:
         results = pool.imap_unordered(_compile, jobs)
