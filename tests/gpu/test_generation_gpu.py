@@ -101,6 +101,21 @@ def test_nothing_is_compiled_or_recorded_again(trained: nn.Module) -> None:
     assert (counters["stats"]["unique_graphs"], len(captures)) == before
 
 
+@pytest.mark.parametrize("family", ["trained", "gpt_oss"])
+def test_recorded_prompts(trained: nn.Module, family: str) -> None:
+    """Padded on the right to 16, 64 or 256 tokens; gpt_oss past its window."""
+    model = trained if family == "trained" else mxfp4_compile.optimize(tiny_model(family).cuda())
+    generator = torch.Generator().manual_seed(2)
+    for batch, length in ((1, 5), (3, 50), (1, 200), (1, 64)):
+        ids = torch.randint(3, 100, (batch, length), generator=generator).cuda()
+        expected, got = both(model, {"input_ids": ids}, eos_token_id=None)
+        assert torch.equal(got, expected)
+    made = [p for p in model.mxfp4_report.runtime.prefills if p.replay]
+    assert {p.replay for p in made} == {"CUDA graphs"}
+    assert len(made) == 4, str(model.mxfp4_report.runtime)
+    assert max(p.error for p in made) < 1e-3
+
+
 def test_inference_mode(trained: nn.Module) -> None:
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     with torch.inference_mode():
