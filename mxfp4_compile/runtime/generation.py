@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..passes.experts import mxfp4_sites
 from ..report import CaptureReport, PrefillReport, Report, RuntimeReport
-from .graphs import Recorder, recorder_for
+from .graphs import Recorder, brief, recorder_for
 from .sizes import MIN_LENGTH, capture_sizes, length_for, prompt_length_for, prompt_lengths, size_for
 
 HOOK = "generate"
@@ -149,7 +149,7 @@ class Runtime:
                 try:
                     made = Prefill(self.model, kind)
                 except Exception as failure:
-                    return self._refuse(kind, f"{kind}: layers are not compiled ({_brief(failure)})")
+                    return self._refuse(kind, f"{kind}: layers are not compiled ({brief(failure)})")
             if made.broken is None and made.error > self._tolerance():
                 made.broken = f"they differ from the eager ones by {made.error:.2g}"
             if made.broken is None:
@@ -180,7 +180,7 @@ class Runtime:
             try:
                 made = RecordedPrompt(self.model, rows, length, self.recorder, prefill)
             except Exception as failure:
-                return self._refuse(name, f"{name}: not recorded ({_brief(failure)})")
+                return self._refuse(name, f"{name}: not recorded ({brief(failure)})")
         if made.error > self._tolerance():
             return self._refuse(name, f"{name}: not recorded, differs from the eager one by {made.error:.2g}")
         self.prompts[key] = made
@@ -207,7 +207,7 @@ class Runtime:
             except CannotMove as error:
                 return self._refuse("model", f"{error}: generate runs without graphs")
             except Exception as error:
-                return self._refuse("model", f"the model's forward is not one a step can be made of ({_brief(error)})")
+                return self._refuse("model", f"the model's forward is not one a step can be made of ({brief(error)})")
             need, free = self.arena.missing(shapes, key.rows, key.length), self.recorder.free_bytes()
             if free is not None and need + _RESERVE_BYTES > free:
                 text = f"{key}: not captured, its cache takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
@@ -227,7 +227,7 @@ class Runtime:
                 except torch.OutOfMemoryError:
                     return self._refuse(key, f"{key}: not captured, out of memory")
                 except Exception as failure:
-                    self.report.note(f"{key} with {made}: {_brief(failure)}")
+                    self.report.note(f"{key} with {made}: {brief(failure)}")
                     continue
                 if difference <= self._tolerance():
                     self.steps[key] = step
@@ -250,11 +250,6 @@ class Runtime:
     def _refuse(self, what: Any, reason: str) -> None:
         self.refused[what] = reason
         self.report.note(reason)
-
-
-def _brief(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

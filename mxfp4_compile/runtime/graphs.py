@@ -98,7 +98,11 @@ class CudaGraphRecorder:
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may use the device meanwhile (a data loader, another model).
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        # Compiling during a capture breaks it, and the random generators with it: what would is to fail first.
+        with (
+            torch.compiler.set_stance("fail_on_recompile"),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             run()
         torch.cuda.synchronize(self.device)
         return _Graph(graph, max(torch.cuda.memory_reserved(self.device) - before, 0))
@@ -109,6 +113,12 @@ class CudaGraphRecorder:
 
     def guard(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device)
+
+
+def brief(error: Exception) -> str:
+    """An exception in a line: of a compiler's pages, what failed and why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:2]])[:400]
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

@@ -8,7 +8,6 @@ right: what follows a token does not change it.
 
 from __future__ import annotations
 
-import inspect
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from .graphs import Recorder
-from .step import LayerFunction, decoder_layers, expand_rows
+from .graphs import Recorder, brief
+from .step import LayerFunction, decoder_layers, expand_rows, mask_names
 
 _PROBE_TOKENS = 160
 
@@ -66,14 +65,18 @@ class Prefill:
             self.broken = "its decoder layers cannot be told apart"
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside the block the decoder layers are compiled where they begin a cache, and as they are elsewhere."""
+    def applied(self, masks: dict[int, Any] | None = None) -> Iterator[None]:
+        """Inside the block the decoder layers are compiled where they begin a cache, and as they are elsewhere.
+
+        masks: what each layer is given as attention_mask, written where it is missing and used where it is not; no
+        layer runs eagerly then.
+        """
         if self.broken is not None:
             yield
             return
         try:
             for index, layer in self._layers.items():
-                layer.forward = _Forward(self, self._run, layer, index)
+                layer.forward = _Forward(self, self._run, layer, index, masks)
             yield
         finally:
             for layer in self._layers.values():
@@ -152,12 +155,16 @@ def _compiled(kind: PromptKind) -> Callable[..., tuple[Any, Tensor, Tensor]]:
 class _Forward:
     """A decoder layer's forward for the time of one prompt."""
 
-    def __init__(self, owner: Prefill, run: LayerFunction, layer: nn.Module, index: int) -> None:
-        self._owner, self._run, self._layer, self._index = owner, run, layer, index
+    def __init__(
+        self, owner: Prefill, run: LayerFunction, layer: nn.Module, index: int, masks: dict[int, Any] | None
+    ) -> None:
+        self._owner, self._run, self._layer, self._index, self._masks = owner, run, layer, index, masks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         hidden = args[0] if args else kwargs.get("hidden_states")
+        if self._masks is not None:
+            kwargs["attention_mask"] = self._masks.setdefault(self._index, kwargs.get("attention_mask"))
         if (
             self._owner.broken is None
             and isinstance(cache, DynamicCache)
@@ -171,8 +178,9 @@ class _Forward:
             except torch.OutOfMemoryError:
                 raise
             except Exception as failure:  # whatever the compiler says: the layer itself is still there
-                lines = str(failure).strip().splitlines()
-                self._owner.broken = f"{type(failure).__name__}: {lines[0][:300] if lines else ''}"
+                if self._masks is not None:
+                    raise
+                self._owner.broken = brief(failure)
             else:
                 cache.update(keys, values, self._index)
                 return out
@@ -212,16 +220,21 @@ class RecordedPrompt:
         self._model, self._prefill = model, prefill
         self._positions = torch.arange(length, device=device).expand(rows, length)
         self._cache = _Taken(model.config.get_text_config(decoder=True))
-        self._mask = _masks(model, rows, length, self._cache, self._positions)
+        # What transformers makes of no mask depends on whether a graph is being recorded, and so would compilations.
+        # Each layer is therefore given what it had outside of one; the model itself, something it only passes on.
+        self._masks: dict[int, Any] = {}
+        self._mask: Any = None
+        self._run()
+        whole = torch.ones(rows, 1, length, length, dtype=torch.bool, device=device)
+        names = mask_names(model)
+        self._mask = dict.fromkeys(names, whole) if names else whole
         self.recording = recorder.record(self._run, 2)
-        if prefill.broken is not None:
-            raise RuntimeError(prefill.broken)
         self.error = self._error()
         self.seconds = time.perf_counter() - started
         self.bytes = self.recording.bytes
 
     def _run(self) -> None:
-        with self._prefill.applied():
+        with self._prefill.applied(self._masks):
             out = self._model.forward(
                 input_ids=self.tokens,
                 attention_mask=self._mask,
@@ -254,17 +267,3 @@ class RecordedPrompt:
         expected = self._model(input_ids=ids, position_ids=positions, use_cache=True)
         got = self(ids, DynamicCache(config=config))
         return _difference(got, expected, torch.ones_like(ids).bool())
-
-
-def _masks(model: Any, rows: int, length: int, cache: _Taken, positions: Tensor) -> Any:
-    """The masks that transformers gives such a prompt, made once: None where attention is causal without one."""
-    from transformers.masking_utils import create_masks_for_generate
-
-    config = model.config.get_text_config(decoder=True)
-    embeds = model.get_input_embeddings()(torch.zeros(rows, length, dtype=torch.int64, device=positions.device))
-    arguments: dict[str, Any] = {
-        "config": config, "inputs_embeds": embeds, "input_embeds": embeds, "attention_mask": None,
-        "past_key_values": cache, "position_ids": positions, "cache_position": positions[0],
-    }  # fmt: skip
-    known = inspect.signature(create_masks_for_generate).parameters
-    return create_masks_for_generate(**{k: v for k, v in arguments.items() if k in known})

@@ -77,7 +77,7 @@ class DecodeStep:
         self.output_class: Any = None
         self.notes: list[str] = []
         self._model = model
-        self._names = _mask_names(model)
+        self._names = mask_names(model)
         self._attention = use_attention
         self._layer = layer
         self.recording = recorder.record(self._in_place, 2)
@@ -127,7 +127,7 @@ def _additive(mask: Any, dtype: torch.dtype) -> Any:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _mask_names(model: Any) -> tuple[str, ...]:
+def mask_names(model: Any) -> tuple[str, ...]:
     """Kinds of layers by which the model's forward wants its masks, as transformers' generate prepares them."""
     config = model.config.get_text_config(decoder=True)
     return tuple(sorted(set(config.layer_types))) if getattr(config, "layer_types", None) else ()
