@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument("--hf-batches", type=numbers, help="batches of the hf modes, which are slow")
     parser.add_argument("--hf-new", type=int, help="--new of the hf modes")
     parser.add_argument("--prefill", type=numbers, default=[])
+    parser.add_argument("--record-prompts", action="store_true", help="of ours, record the forward of short prompts")
     parser.add_argument("--profile", action="store_true", help="one step of ours by kernel")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
@@ -227,6 +229,7 @@ def main() -> None:
     import transformers
 
     import mxfp4_compile
+    from mxfp4_compile.runtime.generation import RECORD_PROMPTS
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     config = config_of(args.model, args.layers)
@@ -255,6 +258,8 @@ def main() -> None:
         if mode == "ours":
             gc.collect()
             torch._dynamo.reset()
+            if args.record_prompts:
+                os.environ[RECORD_PROMPTS] = "1"
             # The scale rule does not matter to speed; floor is the quickest to compute.
             result["optimize_seconds"] = timed(
                 lambda: mxfp4_compile.optimize(model, verify=False, scale_rule="floor")

@@ -60,6 +60,7 @@ def recorded(model: nn.Module, **kwargs: Any) -> CountingRecorder:
     runtime = runtime_of(model)
     runtime.drop()
     runtime.report.notes.clear()
+    runtime.record_prompts = True
     runtime.recorder = CountingRecorder(**kwargs)
     return runtime.recorder
 
@@ -746,6 +747,18 @@ def test_a_recorded_prompt_leaves_out_its_padding(monkeypatch: pytest.MonkeyPatc
         assert ours.keys.shape == theirs.keys.shape
         assert torch.allclose(ours.keys, theirs.keys, atol=1e-5)
         assert torch.allclose(ours.values, theirs.values, atol=1e-5)
+
+
+def test_prompts_are_recorded_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting_backend(monkeypatch)
+    ids = torch.randint(3, 60, (1, 9))
+    for wanted in (False, True):
+        monkeypatch.setenv("MXFP4_COMPILE_RECORD_PROMPTS", str(int(wanted)))
+        model = mxfp4_compile.optimize(tiny_model("qwen3_moe", layers=2), verify=False)
+        runtime = runtime_of(model)
+        runtime.recorder = CountingRecorder(compiles=True)
+        model.generate(ids, max_new_tokens=3, pad_token_id=0, eos_token_id=None, do_sample=False)
+        assert [bool(p.replay) for p in runtime.report.prefills] == [False, True][: 1 + wanted], str(runtime.report)
 
 
 def test_prompts_that_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

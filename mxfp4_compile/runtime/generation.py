@@ -17,6 +17,7 @@ right (prefill.py). Then one of three:
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +33,9 @@ from .graphs import Recorder, brief, recorder_for
 from .sizes import MIN_LENGTH, capture_sizes, length_for, prompt_length_for, prompt_lengths, size_for
 
 HOOK = "generate"
+# Prompts of few tokens are recorded whole if this is 1: not yet by themselves, as captures of it have been seen to
+# work on a GPU for models that run with eager attention only (tests/gpu/test_generation_gpu.py).
+RECORD_PROMPTS = "MXFP4_COMPILE_RECORD_PROMPTS"
 
 # Free memory that a capture must leave for activations and whatever else runs on the device.
 _RESERVE_BYTES = 1 << 30
@@ -54,6 +58,7 @@ class Runtime:
         self.report = report
         self.compile_layers = True
         self.use_attention = True
+        self.record_prompts = os.environ.get(RECORD_PROMPTS) == "1"
         self.recorder: Recorder | None = None
         self._fresh()
 
@@ -68,7 +73,8 @@ class Runtime:
         self.fingerprint: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("model", "max_capture_size", "report", "compile_layers", "use_attention")}
+        kept = ("model", "max_capture_size", "report", "compile_layers", "use_attention", "record_prompts")
+        return {k: getattr(self, k) for k in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -164,7 +170,7 @@ class Runtime:
         """The recorded forward for a prompt [batch, tokens] without padding, made if it can be; None if not."""
         from .prefill import RecordedPrompt
 
-        rows = size_for(batch, self.max_capture_size)
+        rows = size_for(batch, self.max_capture_size) if self.record_prompts else None
         length = prompt_length_for(tokens, rows, self.max_capture_size) if rows else None
         if rows is None or length is None or tokens < 2:
             return None
@@ -797,6 +803,7 @@ def capture(
         for size in _bar(sorted(wanted, reverse=True), progress):
             runtime.step(size, max_length)
         for size in wanted if "model" not in runtime.refused else ():
+            runtime.prefill(size, None)
             for length in reversed(prompt_lengths(size, runtime.max_capture_size)):
                 runtime.recorded_prompt(size, length)
     return runtime.report

@@ -102,9 +102,10 @@ def test_nothing_is_compiled_or_recorded_again(trained: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("family", ["trained", "gpt_oss"])
-def test_recorded_prompts(trained: nn.Module, family: str) -> None:
+def test_recorded_prompts(trained: nn.Module, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded on the right to 16, 64 or 256 tokens; gpt_oss past its window."""
     model = trained if family == "trained" else mxfp4_compile.optimize(tiny_model(family).cuda())
+    monkeypatch.setattr(runtime_of(model), "record_prompts", True)
     generator = torch.Generator().manual_seed(2)
     for batch, length in ((1, 5), (3, 50), (1, 200), (1, 64)):
         ids = torch.randint(3, 100, (batch, length), generator=generator).cuda()
