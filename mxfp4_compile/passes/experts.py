@@ -20,7 +20,7 @@ from ..ops.selection import Choice, choose
 from ..ops.target import PLAIN, Request
 from ..spec import MoEParams, MoESpec, Role, SplitSpec, WeightSource
 from .capture import CallPattern, TensorInfo
-from .sources import members, stack, unstack
+from .sources import members, sizes, unstack
 
 BLUEPRINT = "_original"
 
@@ -36,8 +36,8 @@ class Projection:
 
     def rows(self, original: nn.Module) -> list[int]:
         """N of each source parameter, in order."""
-        dim = 2 if self.source.transposed else 1
-        return [stack(original, name).shape[dim] for name in self.source.parameters]
+        dim = 1 if self.source.transposed else 0
+        return [sizes(original, name)[dim] for name in self.source.parameters]
 
 
 def projections_of(spec: MoESpec | SplitSpec) -> tuple[Projection, ...]:
@@ -225,7 +225,7 @@ class MXFP4Experts(nn.Module):
         for projection in self.projections:
             bias = self.canonical_bias(projection)
             if bias is not None:
-                rows = [stack(self.original, name).shape[1] for name in projection.source.bias]
+                rows = [sizes(self.original, name)[0] for name in projection.source.bias]
                 for name, part in zip(projection.source.bias, bias.split(rows, dim=1), strict=True):
                     out.update(unstack(self.original, name, part))
         return out

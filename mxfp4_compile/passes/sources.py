@@ -9,6 +9,7 @@ that experts which lie apart never exist as a second copy.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,10 +17,14 @@ import torch
 from torch import Tensor, nn
 
 
-def listed(owner: nn.Module) -> list[str]:
-    """The names of a list's or dict's experts, in order: its children with parameters (no dropout and the like)."""
+def listed(owner: nn.Module, count: int | None = None) -> list[str]:
+    """The names of a list's or dict's experts, in order: its children with parameters (no dropout and the like).
+
+    With ``count``, the first so many.
+    """
     children = owner._modules.items()
-    return [name for name, child in children if child is not None and any(True for _ in child.parameters())]
+    named = (name for name, child in children if child is not None and any(True for _ in child.parameters()))
+    return list(itertools.islice(named, count))
 
 
 def is_packed(name: str) -> bool:
@@ -27,8 +32,8 @@ def is_packed(name: str) -> bool:
     return not set("*#@") & set(name)
 
 
-def members(module: nn.Module, name: str) -> tuple[str, ...]:
-    """The names of the real parameters behind ``name``, in the experts' order."""
+def members(module: nn.Module, name: str, count: int | None = None) -> tuple[str, ...]:
+    """The names of the real parameters behind ``name``, in the experts' order; with ``count``, of so many experts."""
     if "#" in name or "@" in name:
         return (name.replace("@", "#").partition("#")[0],)
     if "*" not in name.split("."):
@@ -37,7 +42,7 @@ def members(module: nn.Module, name: str) -> tuple[str, ...]:
     star = parts.index("*")
     prefix, rest = parts[:star], parts[star + 1 :]
     owner = module.get_submodule(".".join(prefix))
-    return tuple(".".join([*prefix, child, *rest]) for child in listed(owner))
+    return tuple(".".join([*prefix, child, *rest]) for child in listed(owner, count))
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,12 @@ class Stack:
         return iter(self.parts) if len(self.parts) > 1 else iter(self.parts[0].reshape(self.shape))
 
 
-def stack(module: nn.Module, name: str) -> Stack:
-    """The weights behind ``name``, without gradients; nothing is copied."""
-    parts = tuple(module.get_parameter(n).detach() for n in members(module, name))
+def stack(module: nn.Module, name: str, count: int | None = None) -> Stack:
+    """The weights behind ``name``, without gradients; nothing is copied.
+
+    With ``count``, of the first so many experts where each has parameters of its own.
+    """
+    parts = tuple(module.get_parameter(n).detach() for n in members(module, name, count))
     shape = tuple(parts[0].shape)
     if "#" in name:
         experts = int(name.partition("#")[2])
@@ -82,6 +90,11 @@ def stack(module: nn.Module, name: str) -> Stack:
     elif "*" in name.split("."):
         shape = (len(parts), *shape)
     return Stack(parts, shape)
+
+
+def sizes(module: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape [n, k] that each expert's weights behind ``name`` have; [n] of a bias."""
+    return stack(module, name, 1).shape[1:]
 
 
 def unstack(module: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
@@ -98,5 +111,5 @@ def unstack(module: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
     if "#" in name:
         return {members(module, name)[0]: value.flatten(0, 1)}
     if "*" in name.split("."):
-        return dict(zip(members(module, name), value, strict=False))
+        return dict(zip(members(module, name, len(value)), value, strict=True))
     return {name: value}

@@ -190,6 +190,7 @@ class _Experts:
         self.prefix = name.split(".*.")[0] if ".*." in name else ""
         self.children = listed(original.get_submodule(self.prefix))
         self.biases = site.dequantized_biases()
+        self.members = {n: members(original, n) for p in site.projections for n in p.source.bias}
         self.used: set[int] = set()
 
     def weights(self, expert: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -201,7 +202,7 @@ class _Experts:
             for name, value in values.items():  # named after the first expert
                 out[name.removeprefix(f"{head}{self.children[0]}.")] = value
             for name in projection.source.bias:
-                member = members(self.original, name)[expert]
+                member = self.members[name][expert]
                 out[member.removeprefix(f"{head}{self.children[expert]}.")] = self.biases[member].to(dtype)
         return out
 
