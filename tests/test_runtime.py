@@ -749,6 +749,21 @@ def test_a_recorded_prompt_leaves_out_its_padding(monkeypatch: pytest.MonkeyPatc
         assert torch.allclose(ours.values, theirs.values, atol=1e-5)
 
 
+def test_probes_ask_for_the_last_logits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of 512 rows and a large vocabulary would be gigabytes."""
+    counting_backend(monkeypatch)
+    model = windowed(2)
+    made: list[torch.Size] = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: made.append(out.shape))
+    runtime = runtime_of(model)
+    recorded(model, compiles=True)
+    assert runtime.step(4, 30) is not None
+    assert runtime.prefill(4, None) is not None
+    hook.remove()
+    assert made
+    assert {shape[1] for shape in made} == {1}
+
+
 def test_prompts_are_recorded_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     counting_backend(monkeypatch)
     ids = torch.randint(3, 60, (1, 9))

@@ -307,6 +307,8 @@ class _Probe:
     """A short eager generation against which a recorded step is checked, with left padding and past a window."""
 
     def __init__(self, model: Any, rows: int) -> None:
+        from .step import last_logits
+
         self.model, self.rows = model, rows
         device = next(model.parameters()).device
         config = model.config.get_text_config(decoder=True)
@@ -320,7 +322,11 @@ class _Probe:
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
         self.token, self.positions = ids[:, -1:], positions
         self.cache = model(
-            input_ids=ids[:, :-1], attention_mask=self._mask(length), position_ids=positions[:, :-1], use_cache=True
+            input_ids=ids[:, :-1],
+            attention_mask=self._mask(length),
+            position_ids=positions[:, :-1],
+            use_cache=True,
+            **last_logits(model),  # all of them, for many rows and a large vocabulary, are gigabytes
         ).past_key_values
 
     def _mask(self, length: int) -> Tensor | None:

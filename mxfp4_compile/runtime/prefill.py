@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from .graphs import Recorder, brief
-from .step import LayerFunction, decoder_layers, expand_rows, mask_names
+from .step import LayerFunction, decoder_layers, expand_rows, last_logits, mask_names
 
 _PROBE_TOKENS = 160
 
@@ -110,7 +110,7 @@ def _relative(got: Tensor, expected: Tensor) -> float:
     return float(error) if torch.isfinite(error) else float("inf")
 
 
-def _probe(model: Any, kind: PromptKind) -> tuple[dict[str, Tensor], Tensor]:
+def _probe(model: Any, kind: PromptKind) -> tuple[dict[str, Any], Tensor]:
     """A forward's inputs, past a window where there is one, and its mask, bool [B, T]."""
     device = next(model.parameters()).device
     config = model.config.get_text_config(decoder=True)
@@ -121,7 +121,7 @@ def _probe(model: Any, kind: PromptKind) -> tuple[dict[str, Tensor], Tensor]:
     mask = torch.ones(rows, length, dtype=torch.int64, device=device)
     if kind.padded:
         mask[0, :5] = 0
-    inputs = {"input_ids": ids, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    inputs = {"input_ids": ids, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0), **last_logits(model)}
     if kind.padded:
         inputs["attention_mask"] = mask
     return inputs, mask.bool()
@@ -264,6 +264,6 @@ class RecordedPrompt:
         ids = torch.randint(0, config.vocab_size, (self.rows, self.length - 3), generator=generator)
         ids = ids.to(self.tokens.device)
         positions = self._positions[:, : ids.shape[1]]
-        expected = self._model(input_ids=ids, position_ids=positions, use_cache=True)
+        expected = self._model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1)
         got = self(ids, DynamicCache(config=config))
         return _difference(got, expected, torch.ones_like(ids).bool())

@@ -6,6 +6,7 @@ parameters and cache Dynamo turns into inputs. The model's own forward calls the
 
 from __future__ import annotations
 
+import inspect
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -221,6 +222,11 @@ class _Forward:
             return type(self._layer).forward(self._layer, *args, **kwargs)
         kwargs.pop("past_key_values")
         return self._run(self._layer, self._view, args, kwargs)
+
+
+def last_logits(model: nn.Module) -> dict[str, Any]:
+    """The argument that asks the model's forward for the last token's logits alone, if it has one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def expand_rows(source: Tensor, rows: int, dim: int = 0) -> Tensor:
