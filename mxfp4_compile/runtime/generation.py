@@ -99,7 +99,8 @@ class Runtime:
             self.recorder = recorder_for(device)
         if self.recorder is None:
             return f"there are no CUDA graphs on {device.type}"
-        if len({p.device for p in model.parameters()}) > 1:
+        modules = _modules(model)
+        if len({p.device for module in modules for p in module._parameters.values() if p is not None}) > 1:
             return "the model is spread over several devices"
         if model.config.is_encoder_decoder:
             return "the model is an encoder-decoder"
@@ -110,10 +111,10 @@ class Runtime:
         odd = _odd_attention(model)
         if odd is not None:
             return odd
-        hooked = _hooked(model)
+        hooked = _hooked(model, modules)
         if hooked is not None:
             return f"{hooked} has forward hooks, which a recorded step would not call"
-        fingerprint = _fingerprint(model)
+        fingerprint = _fingerprint(model, modules)
         if fingerprint != self.fingerprint:
             if self.steps or self.refused:
                 self.report.note("weights or modules moved: recorded steps were dropped")
@@ -280,23 +281,35 @@ def _odd_attention(model: Any) -> str | None:
     return None
 
 
-def _hooked(model: nn.Module) -> str | None:
-    """The first module with forward hooks of the user's; transformers' own, which record outputs, do no harm."""
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules, each once: every generate looks at them, and ``model.modules()`` makes a name for each."""
+    found: dict[int, nn.Module] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            waiting.extend(module._modules.values())
+    return list(found.values())
+
+
+def _hooked(model: nn.Module, modules: list[nn.Module]) -> str | None:
+    """The name of a module with forward hooks of the user's; transformers' own, which record outputs, do no harm."""
     from torch.nn.modules import module as registry
 
     if registry._global_forward_hooks or registry._global_forward_pre_hooks:
         return "torch"
-    for name, module in model.named_modules():
+    for module in modules:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not (getattr(hook, "__module__", None) or "").startswith("transformers.utils.output_capturing"):
-                return name or "the model"
+                return next(name for name, m in model.named_modules() if m is module) or "the model"
     return None
 
 
-def _fingerprint(model: nn.Module) -> int:
+def _fingerprint(model: nn.Module, modules: list[nn.Module]) -> int:
     """Changes when a parameter, buffer or module was exchanged or moved: recorded addresses are stale then."""
     parts: list[Any] = [getattr(getattr(model, "config", None), "_attn_implementation", None)]
-    for module in model.modules():
+    for module in modules:
         parts.append(id(module))
         parts += [t.data_ptr() for t in module._parameters.values() if t is not None]
         parts += [t.data_ptr() for t in module._buffers.values() if t is not None]
