@@ -244,12 +244,12 @@ def test_the_pass_on_a_graph_with_our_op(clean_hook: None) -> None:
     assert targets.count(schema.route) == targets.count(schema.moe) == 1 and torch.ops.aten.topk.default not in targets
 
 
-def test_fusing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fusing_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(lower.ENVIRONMENT_VARIABLE, raising=False)
-    assert LowerPass().devices == ()
-    monkeypatch.setenv(lower.ENVIRONMENT_VARIABLE, "1")
     assert LowerPass().devices == ("cuda",)
-    assert LowerPass().uuid() != LowerPass(()).uuid()
+    monkeypatch.setenv(lower.ENVIRONMENT_VARIABLE, "0")
+    assert LowerPass().devices == ()
+    assert LowerPass().uuid() != LowerPass(("cuda",)).uuid()
 
 
 def test_other_graphs_are_not_touched(clean_hook: None) -> None:
