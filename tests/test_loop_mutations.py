@@ -423,16 +423,23 @@ class AsksForOneOnly(MaskMoE):
         return mask.sum() > 1 if e == 3 else mask.any()
 
 
-class AsksOnce(MaskMoE):
-    """Whether the first expert has tokens decides for all of them."""
+class KnowsFirst(MaskMoE):
+    """With the first expert's mask at hand."""
 
     def forward(self, hidden_states):
         self.first = None
         return super().forward(hidden_states)
 
-    def has_some(self, e, mask, x):
+    def first_of(self, mask):
         self.first = mask if self.first is None else self.first
-        return super().has_some(e, self.first, x)
+        return self.first
+
+
+class AsksOnce(KnowsFirst):
+    """Whether the first expert has tokens decides for all of them."""
+
+    def has_some(self, e, mask, x):
+        return super().has_some(e, self.first_of(mask), x)
 
 
 class OtherMaskInOutput(MaskMoE):
@@ -662,28 +669,20 @@ class AddsSumIfAny(MaskMoE):
         return super().step(e, x, weights, out, mask, weight) + x.mean()
 
 
-class ScalesIfFirstHasSome(MaskMoE):
+class ScalesIfFirstHasSome(KnowsFirst):
     """The first expert's mask decides about everybody's weights."""
 
-    def forward(self, hidden_states):
-        self.first = None
-        return super().forward(hidden_states)
-
     def step(self, e, x, weights, out, mask, weight):
-        self.first = mask if self.first is None else self.first
-        return super().step(e, x, weights * 1.25 if self.first.any() else weights, out, mask, weight)
+        weights = weights * 1.25 if self.first_of(mask).any() else weights
+        return super().step(e, x, weights, out, mask, weight)
 
 
-class SkipsUnlessBoth(MaskMoE):
+class SkipsUnlessBoth(KnowsFirst):
     """Serves an expert only if the first one has tokens too."""
 
-    def forward(self, hidden_states):
-        self.first = None
-        return super().forward(hidden_states)
-
     def has_some(self, e, mask, x):
-        self.first = mask if self.first is None else self.first
-        return mask.any() and self.first.any()
+        first = self.first_of(mask)
+        return mask.any() and first.any()
 
 
 class AsksForNoExpert(MaskMoE):

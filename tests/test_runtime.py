@@ -567,6 +567,12 @@ def test_the_model_stays_what_it_was() -> None:
     assert inspect.signature(model.generate) == signature
 
 
+def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    """Another backend in Inductor's place."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **kwargs: real(f, backend=backend, **kwargs))
+
+
 def counting_backend(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     """Graphs that Dynamo hands over, which then run as they are: its own backend in Inductor's place."""
     graphs = []
@@ -575,8 +581,7 @@ def counting_backend(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModu
         graphs.append(graph)
         return graph.forward
 
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, options, **kwargs: real(f, backend=backend, **kwargs))
+    compile_with(monkeypatch, backend)
     return graphs
 
 
@@ -657,8 +662,7 @@ def test_layers_that_do_not_compile_run_as_they_are(monkeypatch: pytest.MonkeyPa
     def fails(graph: Any, inputs: Any) -> Any:
         raise ValueError("no such compiler")
 
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, options, **kwargs: real(f, backend=fails, **kwargs))
+    compile_with(monkeypatch, fails)
     recorded(model, compiles=True)
     for _ in range(2):
         assert torch.equal(model.generate(ids, **options), expected)
@@ -678,8 +682,7 @@ def test_compiled_layers_that_disagree_are_not_used(monkeypatch: pytest.MonkeyPa
     ids = torch.randint(3, 100, (1, 12))
     options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
     expected = model.generate(ids, **options)
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, options, **kwargs: real(f, backend=wrong, **kwargs))
+    compile_with(monkeypatch, wrong)
     recorded(model, compiles=True)
     assert torch.equal(model.generate(ids, **options), expected)
     report = runtime_of(model).report

@@ -320,23 +320,18 @@ class _Probe:
     """A short eager generation against which a recorded step is checked, with left padding and past a window."""
 
     def __init__(self, model: Any, rows: int) -> None:
-        from .step import last_logits
+        from .step import last_logits, positions_of, probe_tokens
 
         self.model, self.rows = model, rows
-        device = next(model.parameters()).device
-        config = model.config.get_text_config(decoder=True)
-        window = getattr(config, "sliding_window", None) or 0
-        length = (window if window <= 512 else 0) + 9
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, config.vocab_size, (rows, length + 1), generator=generator).to(device)
-        self.mask = torch.ones(rows, length + 1, dtype=torch.int64, device=device)
+        ids = probe_tokens(model, rows, 10)
+        self.mask = torch.ones_like(ids)
         if rows > 1:
             self.mask[1, :3] = 0
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        positions = positions_of(self.mask)
         self.token, self.positions = ids[:, -1:], positions
         self.cache = model(
             input_ids=ids[:, :-1],
-            attention_mask=self._mask(length),
+            attention_mask=self._mask(ids.shape[1] - 1),
             position_ids=positions[:, :-1],
             use_cache=True,
             **last_logits(model),  # all of them, for many rows and a large vocabulary, are gigabytes
@@ -352,6 +347,8 @@ class _Probe:
 
     def error_of(self, step: Any) -> float:
         """Relative error of the step's logits for the token after the prompt."""
+        from .step import relative_error
+
         step.kv.fill(self.cache, self._mask(self.mask.shape[1] - 1))
         step.tokens.copy_(self.token)
         step.position_ids.copy_(self.positions[:, -1:])
@@ -363,9 +360,7 @@ class _Probe:
             past_key_values=copy.deepcopy(self.cache),
             use_cache=True,
         ).logits[:, -1]
-        expected = expected.double()
-        error = (step.logits.double() - expected).norm() / expected.norm()
-        return float(error) if torch.isfinite(error) else float("inf")
+        return relative_error(step.logits, expected)
 
 
 # the driver
@@ -528,7 +523,7 @@ class _Session:
             or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
         ):
             return self.model(**inputs)
-        if self._plain_prompt(inputs):
+        if self.runtime.record_prompts and self._plain_prompt(inputs):
             recorded = self.runtime.recorded_prompt(*ids.shape)
             if recorded is not None:
                 with torch.inference_mode(False), torch.no_grad():
@@ -545,10 +540,9 @@ class _Session:
     def _plain_prompt(self, inputs: dict[str, Any]) -> bool:
         """Nothing but tokens, at positions 0, 1, ... in every row, of which the last one's logits are wanted."""
         ids, mask, positions = (inputs.get(n) for n in ("input_ids", "attention_mask", "position_ids"))
-        usual = _PLAIN_INPUTS | {"return_dict"}
         return (
             ids is not None
-            and not [k for k, v in inputs.items() if k not in usual and v is not None and v is not False]
+            and not _unusual(inputs)
             and isinstance(inputs.get("logits_to_keep"), int)
             and inputs["logits_to_keep"] == 1
             and (mask is None or (mask.shape == ids.shape and bool(mask.all())))
@@ -567,8 +561,7 @@ class _Session:
         mask: Any = inputs.get("attention_mask")
         if ids is None or ids.shape[1] != 1:
             return False
-        usual = _PLAIN_INPUTS | {"return_dict"}
-        extra = [k for k, v in inputs.items() if k not in usual and v is not None and v is not False]
+        extra = _unusual(inputs)
         if _planes(inputs) != self.step.key.planes:
             extra.append("position_ids of another kind")
         if extra:
@@ -597,6 +590,12 @@ class _Session:
         else:
             last = positions[..., -1:].expand(*positions.shape[:-2], tokens.shape[0], 1)
             step.position_ids.copy_(expand_rows(last, step.key.rows, last.dim() - 2))
+
+
+def _unusual(inputs: dict[str, Any]) -> list[str]:
+    """Names of what a model is called with beside tokens, their places and the cache."""
+    usual = _PLAIN_INPUTS | {"return_dict"}
+    return [k for k, v in inputs.items() if k not in usual and v is not None and v is not False]
 
 
 def _planes(inputs: dict[str, Any]) -> int:

@@ -9,7 +9,6 @@ right: what follows a token does not change it.
 from __future__ import annotations
 
 import time
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,18 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from .graphs import Recorder, brief
-from .step import LayerFunction, decoder_layers, expand_rows, last_logits, mask_names
+from .step import (
+    LayerFunction,
+    decoder_layers,
+    expand_rows,
+    last_logits,
+    layer_forwards,
+    mask_names,
+    own_code,
+    positions_of,
+    probe_tokens,
+    relative_error,
+)
 
 _PROBE_TOKENS = 160
 
@@ -55,14 +65,12 @@ class Prefill:
     def __init__(self, model: nn.Module, kind: PromptKind) -> None:
         started = time.perf_counter()
         self.kind = kind
-        self.broken: str | None = None
         self._model = model
         self._layers = decoder_layers(model)
+        self.broken = None if self._layers else "its decoder layers cannot be told apart"
         self._run = _compiled(kind)
-        self.error = self._error() if self._layers else 0.0
+        self.error = self._error() if self._layers else float("inf")
         self.seconds = time.perf_counter() - started
-        if not self._layers:
-            self.broken = "its decoder layers cannot be told apart"
 
     @contextmanager
     def applied(self, masks: dict[int, Any] | None = None) -> Iterator[None]:
@@ -74,13 +82,9 @@ class Prefill:
         if self.broken is not None:
             yield
             return
-        try:
-            for index, layer in self._layers.items():
-                layer.forward = _Forward(self, self._run, layer, index, masks)
+        run = self._run
+        with layer_forwards({layer: _Forward(self, run, layer, i, masks) for i, layer in self._layers.items()}):
             yield
-        finally:
-            for layer in self._layers.values():
-                layer.__dict__.pop("forward", None)
 
     def _error(self) -> float:
         inputs, mask = _probe(self._model, self.kind)
@@ -99,29 +103,16 @@ def _difference(got: Any, expected: Any, mask: Tensor) -> float:
         held = mask[:, mask.shape[1] - theirs.keys.shape[2] :]
         for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
             pairs.append((a.transpose(1, 2)[held], b.transpose(1, 2)[held]))
-    return max(_relative(a, b) for a, b in pairs)
-
-
-def _relative(got: Tensor, expected: Tensor) -> float:
-    if got.shape != expected.shape:
-        return float("inf")
-    expected = expected.double()
-    error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-30)
-    return float(error) if torch.isfinite(error) else float("inf")
+    return max(relative_error(a, b) for a, b in pairs)
 
 
 def _probe(model: Any, kind: PromptKind) -> tuple[dict[str, Any], Tensor]:
     """A forward's inputs, past a window where there is one, and its mask, bool [B, T]."""
-    device = next(model.parameters()).device
-    config = model.config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None) or 0
-    rows, length = 3 if kind.batched else 1, _PROBE_TOKENS + (window if window <= 512 else 0)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (rows, length), generator=generator).to(device)
-    mask = torch.ones(rows, length, dtype=torch.int64, device=device)
+    ids = probe_tokens(model, 3 if kind.batched else 1, _PROBE_TOKENS)
+    mask = torch.ones_like(ids)
     if kind.padded:
         mask[0, :5] = 0
-    inputs = {"input_ids": ids, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0), **last_logits(model)}
+    inputs = {"input_ids": ids, "position_ids": positions_of(mask), **last_logits(model)}
     if kind.padded:
         inputs["attention_mask"] = mask
     return inputs, mask.bool()
@@ -145,11 +136,8 @@ def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _compiled(kind: PromptKind) -> Callable[..., tuple[Any, Tensor, Tensor]]:
-    # A code object of its own: Dynamo counts compilations against its limit by code object.
     name = f"prompt_layer_{'batch' if kind.batched else 'row'}{'_padded' if kind.padded else ''}"
-    code = _run_layer.__code__.replace(co_name=name)
-    function = types.FunctionType(code, _run_layer.__globals__, name)
-    return torch.compile(function, dynamic=True, fullgraph=True, options={})
+    return torch.compile(own_code(_run_layer, name), dynamic=True, fullgraph=True, options={})
 
 
 class _Forward:
@@ -260,9 +248,7 @@ class RecordedPrompt:
 
     def _error(self) -> float:
         config = self._model.config.get_text_config(decoder=True)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, config.vocab_size, (self.rows, self.length - 3), generator=generator)
-        ids = ids.to(self.tokens.device)
+        ids = probe_tokens(self._model, self.rows, self.length - 3, past_window=False)
         positions = self._positions[:, : ids.shape[1]]
         expected = self._model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1)
         got = self(ids, DynamicCache(config=config))

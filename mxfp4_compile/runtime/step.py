@@ -180,12 +180,19 @@ def _layers(model: nn.Module, kv: StaticKV, run: LayerFunction | None) -> Iterat
     if run is None or not layers:
         yield
         return
+    with layer_forwards({layer: _Forward(run, layer, kv, index) for index, layer in layers.items()}):
+        yield
+
+
+@contextmanager
+def layer_forwards(forwards: dict[nn.Module, LayerFunction]) -> Iterator[None]:
+    """Inside the block each layer has another forward."""
     try:
-        for index, layer in layers.items():
-            layer.forward = _Forward(run, layer, kv, index)
+        for layer, forward in forwards.items():
+            layer.forward = forward
         yield
     finally:
-        for layer in layers.values():
+        for layer in forwards:
             layer.__dict__.pop("forward", None)
 
 
@@ -204,11 +211,13 @@ def compile_options(rows: int) -> dict[str, Any]:
 
 def compiled_layer(rows: int) -> LayerFunction:
     """The function that runs decoder layers of ``rows`` rows, compiled once per structure of layer."""
-    # A code object of its own: Dynamo keeps compilations, and counts them against its limit, by code object.
-    name = f"decode_layer_{rows}"
-    code = _run_layer.__code__.replace(co_name=name)
-    function = types.FunctionType(code, _run_layer.__globals__, name)
+    function = own_code(_run_layer, f"decode_layer_{rows}")
     return torch.compile(function, dynamic=False, fullgraph=True, options=compile_options(rows))
+
+
+def own_code(function: Any, name: str) -> LayerFunction:
+    """A copy of a function: Dynamo keeps compilations, and counts them against its limit, by code object."""
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
 
 
 class _Forward:
@@ -222,6 +231,32 @@ class _Forward:
             return type(self._layer).forward(self._layer, *args, **kwargs)
         kwargs.pop("past_key_values")
         return self._run(self._layer, self._view, args, kwargs)
+
+
+def probe_tokens(model: Any, rows: int, length: int, past_window: bool = True) -> Tensor:
+    """Random tokens int64 [rows, length] on the model's device, the same ones every time.
+
+    past_window: longer by a sliding window that is not too long to go past.
+    """
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) or 0
+    length += window if past_window and window <= 512 else 0
+    ids = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    return ids.to(next(model.parameters()).device)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Positions int64 [B, T] of left-padded tokens, as transformers counts them: the first that is not padding is 0."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Of all elements together, in fp64; infinite where shapes differ or something is not finite."""
+    if got.shape != expected.shape:
+        return float("inf")
+    expected = expected.double()
+    error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    return float(error) if torch.isfinite(error) else float("inf")
 
 
 def last_logits(model: nn.Module) -> dict[str, Any]:
