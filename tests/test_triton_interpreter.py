@@ -93,7 +93,7 @@ def case(**overrides):
     o = {
         "e": 6, "top_k": 2, "h": 64, "i": 48, "t": 5, "act": "silu", "layout": "halves", "half": 0,
         "bias": False, "on_input": False, "kind": "uniform", "dtype": "float32", "ids": "int64",
-        "regime": None, "bits": "nibbles", "weights": "float32", "strided": False,
+        "regime": None, "tiles": {}, "bits": "nibbles", "weights": "float32", "strided": False,
     }  # fmt: skip
     o.update(overrides)
     act = ACTIVATIONS[o["act"]]
@@ -131,17 +131,19 @@ def case(**overrides):
     if o["regime"]:
         tiles = {
             "vector": (("ROWS", 8), ("BLOCK", 2)),
-            "scan": (("BM", 64), ("BT", 16), ("QUADS", o["half"]), ("UNROLL", 2 - o["half"]), ("WAIT", 0)),
-            "sorted": (
-                ("BM", 64),
-                ("BT", 32),
-                ("QUADS", 0),
-                ("UNROLL", 1 + o["half"]),
-                ("WAIT", 0),
-                ("GROUP", 2),
-                ("TAIL", 16),
-            ),
+            "scan": {"BM": 64, "BT": 16, "QUADS": o["half"], "UNROLL": 2 - o["half"], "WAIT": 0, "SPLIT_K": 1},
+            "sorted": {
+                "BM": 64,
+                "BT": 32,
+                "QUADS": 0,
+                "UNROLL": 1 + o["half"],
+                "WAIT": 0,
+                "GROUP": 2,
+                "TAIL": 16,
+                "MERGE": 0,
+            },
         }[o["regime"]]
+        tiles = tuple({**dict(tiles), **o["tiles"]}.items())
         choice = Choice(o["regime"], Tiles(4, 1, tiles), o["regime"], Tiles(4, 1, tiles))
     got = moe(x, ids, weights, *prepared, *kernel_biases, params, o["bits"], choice)
     assert got.dtype == x.dtype and got.shape == x.shape and got.is_contiguous()
@@ -203,6 +205,24 @@ def cases():
         out[f"strided-{regime}"] = {"strided": True, "regime": regime}
         out[f"top1-{regime}"] = {"top_k": 1, "regime": regime}
         out[f"top3-{regime}"] = {"top_k": 3, "regime": regime}
+    # Columns of blocks: few tokens, K split over programs, K not a multiple of a group of steps.
+    for tokens, split, unroll in itertools.product((1, 2, 4), (1, 3), (1, 2)):
+        tiles = {"BT": tokens, "QUADS": 1, "UNROLL": unroll, "SPLIT_K": split}
+        wide = {"regime": "scan", "tiles": tiles, "e": 3, "t": 7, "kind": "sentinel", "bias": True}
+        out[f"blocks{tokens}-{split}-{unroll}"] = {**wide, "h": 512, "i": 1100, "act": "gpt_oss"}
+        out[f"blocks{tokens}-{split}-{unroll}-short"] = {**wide, "h": 40, "i": 64, "on_input": True}
+    for dtype in ("bfloat16", "float16"):
+        tiles = {"BT": 2, "QUADS": 1, "SPLIT_K": 2}
+        out[f"blocks-{dtype}"] = {"regime": "scan", "tiles": tiles, "dtype": dtype, "h": 256, "i": 320}
+    for tokens in (1, 2, 4):
+        tiles = {"BT": tokens, "QUADS": 1, "TAIL": 0}
+        out[f"blocks{tokens}-sorted"] = {"regime": "sorted", "tiles": tiles, "e": 3, "t": 9, "h": 200, "i": 128}
+    # Rows left over join the tile before: none, some, as many as TAIL, one more.
+    for t in (3, 8, 12, 16, 17, 30, 41):
+        tiles = {"BT": 8, "TAIL": 4, "MERGE": 1, "UNROLL": 1 + t % 2}
+        wide = {"regime": "sorted", "tiles": tiles, "t": t, "bias": True, "h": 200 if t % 3 else 128}
+        out[f"merge{t}"] = {**wide, "e": 3}
+        out[f"merge{t}-one"] = {**wide, "kind": "one", "on_input": True}
     out["twiddled-vector"] = {"bits": "sm80", "regime": "vector", "h": 128}
     for t in (0, 1, 2, 5, 33):
         out[f"t{t}"] = {"t": t, "top_k": 4, "e": 16, "h": 64, "i": 32}

@@ -29,7 +29,7 @@ BF16 = torch.bfloat16
 SHAPE = (16, 4, 256, 128)
 VECTOR = Choice("vector", Tiles(2, 1, (("ROWS", 2), ("BLOCK", 16))), "vector", Tiles(8, 1, (("ROWS", 4), ("BLOCK", 8))))
 SORTED_TILES = Tiles(
-    4, 3, (("BM", 64), ("BT", 16), ("QUADS", 1), ("UNROLL", 1), ("WAIT", 0), ("GROUP", 8), ("TAIL", 0)), 168
+    4, 3, (("BM", 64), ("BT", 16), ("QUADS", 1), ("UNROLL", 1), ("WAIT", 0), ("GROUP", 8), ("TAIL", 0), ("MERGE", 0)), 168
 )
 SORTED = Choice("sorted", SORTED_TILES, "sorted", SORTED_TILES)
 
@@ -322,7 +322,7 @@ def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPa
     job = tune._Job(LayerShape(4, 2, 128, 64, biased=True), 1, VECTOR, "sm80")
     assert tune._compile(job) == (job, "")
     assert compiled == ["vector_up", "vector_down"]
-    scan = Tiles(4, 3, (("BM", 64), ("BT", 24), ("QUADS", 0), ("UNROLL", 1), ("WAIT", 0)))
+    scan = Tiles(4, 3, (("BM", 64), ("BT", 24), ("QUADS", 0), ("UNROLL", 1), ("WAIT", 0), ("SPLIT_K", 1)))
     job = tune._Job(LayerShape(4, 2, 128, 64), 4, Choice("scan", scan, "scan", scan), "sm80")
     _, reason = tune._compile(job)
     assert "power of 2" in reason

@@ -38,6 +38,7 @@ SHAPES = (  # E, K, H, I: real models' and awkward ones
     (1024, 8, 128, 64),
     (7, 6, 1000, 72),
     (5, 5, 6, 10),
+    (3, 2, 5000, 6200),
 )
 TOKENS = (0, 1, 2, 3, 5, 8, 16, 33, 64, 100, 257, 512, 1500, 4096)
 TOLERANCE = {BF16: 6e-3, torch.float16: 2e-3, torch.float32: 1e-4}

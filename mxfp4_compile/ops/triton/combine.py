@@ -8,12 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def combine(
-    y,  # [T*TOP_K, N] contiguous; rows of pairs whose id is no expert hold anything
+    y,  # [T*TOP_K, SPLIT_K, N] contiguous; rows of pairs whose id is no expert hold anything
     ids,  # [T, TOP_K]
     weights,  # [T, TOP_K], or None: all ones
     out,  # [T, N] contiguous
     E: tl.constexpr,
     TOP_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -26,7 +27,10 @@ def combine(
         pair = token * TOP_K + i
         expert = tl.load(ids + pair)
         ok = (expert >= 0) & (expert < E)
-        row = tl.load(y + pair * N + n, mask=n < tl.where(ok, N, 0), other=0.0).to(tl.float32)
+        inside = n < tl.where(ok, N, 0)
+        row = tl.load(y + pair * (SPLIT_K * N) + n, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, SPLIT_K):
+            row += tl.load(y + (pair * SPLIT_K + part) * N + n, mask=inside, other=0.0).to(tl.float32)
         if weights is not None:
             row *= tl.load(weights + pair).to(tl.float32)
         # A sentinel's weight may be anything, NaN included.

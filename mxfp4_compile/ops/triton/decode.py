@@ -13,46 +13,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Tensor-core operands are scaled by 2^-32, so that block scales from 2^-127 to 2^33 have a bf16 multiplier.
-OPERAND_UNSCALE = tl.constexpr(4294967296.0)
+# A prepared scale byte is the exponent of 2^126 * block scale / SCALE, which bf16 and fp32 hold for block scales
+# from 2^-127 to 2^33 (layout.py). Where it multiplies the weights, SCALE multiplies the sums in the end; where it
+# multiplies the sums of a block, SCALE multiplies the activations first.
+SCALE = tl.constexpr(4294967296.0)
 
-# Vector kernels scale activations by 2^64 (a code alone is subnormal), undone in the block multiplier.
-VECTOR_SCALE = tl.constexpr(18446744073709551616.0)
-
-# One word in, its eight codes times a bf16 multiplier out, two at a time.
-_UNTWIDDLE = tl.constexpr(
-    """{
-    .reg .b32 m, z, a, b, c, d, t;
-    mov.b32 m, {$9, $9};
-    mov.b32 z, 0x80008000;
-    and.b32 a, $8, 0x81C081C0;
-    shl.b32 t, $8, 3;
-    and.b32 b, t, 0x81C081C0;
-    shl.b32 t, $8, 6;
-    and.b32 c, t, 0x81C081C0;
-    shl.b32 t, $8, 1;
-    and.b32 d, t, 0x80008000;
-    shr.u32 t, $8, 3;
+# One word in, its eight codes out, two to a register, times 2^-126: subnormal, or nearly so.
+_MASKS = """
+    and.b32 $0, $4, 0x81C081C0;
+    shl.b32 t, $4, 3;
+    and.b32 $1, t, 0x81C081C0;
+    shl.b32 t, $4, 6;
+    and.b32 $2, t, 0x81C081C0;
+    shl.b32 t, $4, 1;
+    and.b32 $3, t, 0x80008000;
+    shr.u32 t, $4, 3;
     and.b32 t, t, 0x01800180;
-    or.b32 d, d, t;
-    shr.u32 t, $8, 7;
+    or.b32 $3, $3, t;
+    shr.u32 t, $4, 7;
     and.b32 t, t, 0x00400040;
-    or.b32 d, d, t;
-    fma.rn.bf16x2 a, a, m, z;
-    fma.rn.bf16x2 b, b, m, z;
-    fma.rn.bf16x2 c, c, m, z;
-    fma.rn.bf16x2 d, d, m, z;
-    mov.b32 {$0, $1}, a;
-    mov.b32 {$2, $3}, b;
-    mov.b32 {$4, $5}, c;
-    mov.b32 {$6, $7}, d;
-}"""
+    or.b32 $3, $3, t;
+"""
+_UNTWIDDLE_RAW = tl.constexpr("{\n.reg .b32 t;" + _MASKS + "}")
+
+# The same times a bf16 multiplier.
+_UNTWIDDLE = tl.constexpr(
+    "{\n.reg .b32 t, m, z;\nmov.b32 m, {$5, $5};\nmov.b32 z, 0x80008000;"
+    + _MASKS
+    + "".join(f"fma.rn.bf16x2 ${i}, ${i}, m, z;\n" for i in range(4))
+    + "}"
 )
 
 
 @triton.jit
-def _multiplier(scale, DTYPE: tl.constexpr):
-    """Prepared scale byte (layout.py) -> 2^126 * block scale / OPERAND_UNSCALE: the byte is the exponent."""
+def multiplier(scale, DTYPE: tl.constexpr):
+    """Prepared scale byte (int32) -> 2^126 * block scale / SCALE; infinite for a NaN block."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = (scale << 7).to(tl.int16)
     else:
@@ -74,7 +69,7 @@ def _nibble(code, DTYPE: tl.constexpr):
 def decode_operand(
     words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """words int32 [SLABS, 128], scales int32 [SLABS, 8] -> DTYPE [SLABS*16, 64] / OPERAND_UNSCALE: a K step.
+    """words int32 [SLABS, 128], scales int32 [SLABS, 8] -> DTYPE [SLABS*16, 64] / SCALE: a K step.
 
     A slab's 128 words are, for each of 32 lanes (row of eight, quarter of a fragment), the four it
     decodes: (row half, block), each eight codes. A coalesced load thus lands every code in the thread
@@ -83,27 +78,22 @@ def decode_operand(
     first = tl.join(scales & 0xFF, (scales >> 8) & 0xFF)
     second = tl.join((scales >> 16) & 0xFF, (scales >> 24) & 0xFF)
     s = tl.permute(tl.join(first, second), (0, 1, 3, 2))  # [SLABS, 8, row half, block]
-    m = tl.reshape(_multiplier(s, DTYPE), [SLABS, 8, 1, 2, 2])
+    m = tl.reshape(multiplier(s, DTYPE), [SLABS, 8, 1, 2, 2])
     m = tl.reshape(tl.broadcast_to(m, [SLABS, 8, 4, 2, 2]), [SLABS, 128])
     # digits: nibble, half, parity
     if TWIDDLED:
-        w000, w001, w010, w011, w100, w101, w110, w111 = tl.inline_asm_elementwise(
+        a, b, c, d = tl.inline_asm_elementwise(
             _UNTWIDDLE,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
+            "=&r,=&r,=&r,=&r,r,h",
             [words, m],
-            dtype=(
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-            ),
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,
         )
+        w000, w001 = _halves(a)
+        w010, w011 = _halves(b)
+        w100, w101 = _halves(c)
+        w110, w111 = _halves(d)
     else:
         w000 = _nibble(words, DTYPE) * m
         w001 = _nibble(words >> 8, DTYPE) * m
@@ -113,6 +103,52 @@ def decode_operand(
         w101 = _nibble(words >> 12, DTYPE) * m
         w110 = _nibble(words >> 20, DTYPE) * m
         w111 = _nibble(words >> 28, DTYPE) * m
+    return _arrange(w000, w001, w010, w011, w100, w101, w110, w111, SLABS, QUADS)
+
+
+@triton.jit
+def raw_operand(words, SLABS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr):
+    """``decode_operand`` with QUADS and without scales: values times 2^-126.
+
+    Tensor cores multiply subnormal bf16 exactly, so that scales can wait for the sums over their blocks.
+    """
+    if TWIDDLED:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _UNTWIDDLE_RAW,
+            "=&r,=&r,=&r,=&r,r",
+            [words],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        w000, w001 = _halves(a)
+        w010, w011 = _halves(b)
+        w100, w101 = _halves(c)
+        w110, w111 = _halves(d)
+    else:
+        w000 = _nibble(words, DTYPE)
+        w001 = _nibble(words >> 8, DTYPE)
+        w010 = _nibble(words >> 16, DTYPE)
+        w011 = _nibble(words >> 24, DTYPE)
+        w100 = _nibble(words >> 4, DTYPE)
+        w101 = _nibble(words >> 12, DTYPE)
+        w110 = _nibble(words >> 20, DTYPE)
+        w111 = _nibble(words >> 28, DTYPE)
+    return _arrange(w000, w001, w010, w011, w100, w101, w110, w111, SLABS, True)
+
+
+@triton.jit
+def _halves(pair):
+    """int32 of two bf16 -> (low, high). Registers of the assembly that hold one bf16 each would cost moves."""
+    return (
+        pair.to(tl.int16).to(tl.bfloat16, bitcast=True),
+        (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True),
+    )
+
+
+@triton.jit
+def _arrange(w000, w001, w010, w011, w100, w101, w110, w111, SLABS: tl.constexpr, QUADS: tl.constexpr):
+    """Eight codes per word (digits: nibble, half, parity), [SLABS, 128] each -> [SLABS*16, 64]."""
     low = tl.join(tl.join(w000, w001), tl.join(w010, w011))
     high = tl.join(tl.join(w100, w101), tl.join(w110, w111))
     # slab, row, quarter, row half, block, parity, half, nibble -> rows (slab, row half, row),
@@ -154,10 +190,3 @@ def code_bits(word, POSITION: tl.constexpr, TWIDDLED: tl.constexpr):
         code = word >> SHIFT
         bits = ((code & 8) << 28) | ((code & 7) << 22)
     return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def block_multiplier(scale):
-    """Prepared scale byte (int32) -> 2^126 * block scale / VECTOR_SCALE as fp32; infinite for a NaN block."""
-    exponent = tl.where(scale == 255, 255, tl.maximum(scale - 32, 0))
-    return (exponent << 23).to(tl.float32, bitcast=True)

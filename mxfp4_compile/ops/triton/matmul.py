@@ -12,15 +12,18 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .decode import OPERAND_UNSCALE, decode_operand, quads
+from .decode import SCALE, decode_operand, multiplier, quads, raw_operand
+
+# Columns of the narrowest tensor-core operation. Tiles of fewer tokens fill them with blocks of K.
+_COLUMNS = tl.constexpr(8)
 
 
 @triton.jit
 def _product(
-    acc, words, scales, x,
-    SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr, WAIT: tl.constexpr,
+    acc, tail_acc, words, scales, x, tail_x,
+    TAIL: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """acc + decoded weights [BM, 64] @ x [BT, 64]^T."""
+    """acc + decoded weights [BM, 64] @ x [BT, 64]^T, and with TAIL the same of ``tail_x``."""
     if WAIT:
         # wgmma reads its first operand from registers after it was issued, and Triton leaves some in
         # flight from one iteration to the next: they must be done before the registers are reused.
@@ -33,6 +36,15 @@ def _product(
             pack=1,
         )
     w = decode_operand(words, scales, words.shape[0], QUADS, TWIDDLED, DTYPE)
+    acc = _dot(acc, w, x, SPLIT, QUADS, DTYPE)
+    if TAIL:
+        tail_acc = _dot(tail_acc, w, tail_x, SPLIT, QUADS, DTYPE)
+    return acc, tail_acc
+
+
+@triton.jit
+def _dot(acc, w, x, SPLIT: tl.constexpr, QUADS: tl.constexpr, DTYPE: tl.constexpr):
+    """acc + w [BM, 64] @ x [BT, 64]^T."""
     if QUADS:
         x = quads(x, x.shape[0])
     if SPLIT:
@@ -51,6 +63,7 @@ def _product(
 @triton.jit
 def _accumulate(
     x_rows,  # [BT] pointers to the tokens' first elements
+    tail_rows,  # [TAIL] pointers to those of some tokens more, or None
     codes,  # pointer to the expert's codes, int32 [SLABS, STEPS, 128]
     scales,  # pointer to the expert's scales, int32 [SLABS, STEPS, 8]
     slab0,
@@ -66,7 +79,7 @@ def _accumulate(
     UNROLL: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """sum over k of weight[slab0*16 + r, k] * x[t, k] -> fp32 [BM, BT]."""
+    """sum over k of weight[slab0*16 + r, k] * x[t, k] -> fp32 [BM, BT], and for the tail [BM, TAIL]."""
     k = tl.arange(0, 64)
     # Slabs past the end repeat the last: no mask in the loop, and the store drops them.
     slab = tl.minimum(slab0 + tl.arange(0, BM // 16), SLABS - 1).to(tl.int64) * STEPS
@@ -74,6 +87,13 @@ def _accumulate(
     scale_ptrs = scales + (slab * 8)[:, None] + tl.arange(0, 8)[None, :]
     x_ptrs = x_rows[:, None] + k[None, :]
     acc = tl.zeros([BM, BT], tl.float32)
+    # Without a tail these go unused.
+    tail_ptrs = x_ptrs
+    tail_acc = tl.zeros([1, 1], tl.float32)
+    TAIL: tl.constexpr = tail_rows is not None
+    if TAIL:
+        tail_ptrs = tail_rows[:, None] + k[None, :]
+        tail_acc = tl.zeros([BM, tail_rows.shape[0]], tl.float32)
     # Two steps per iteration halve what the loop itself costs: barriers, waits, addresses.
     WIDE: tl.constexpr = STEPS // UNROLL * UNROLL if K % 64 == 0 else 0
     if UNROLL == 2:
@@ -84,8 +104,18 @@ def _accumulate(
             c1 = tl.load(code_ptrs + 128)
             s1 = tl.load(scale_ptrs + 8)
             x1 = tl.load(x_ptrs + 64)
-            acc = _product(acc, c0, s0, x0, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT)
-            acc = _product(acc, c1, s1, x1, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT)
+            tail0 = x0
+            tail1 = x1
+            if TAIL:
+                tail0 = tl.load(tail_ptrs)
+                tail1 = tl.load(tail_ptrs + 64)
+                tail_ptrs += 128
+            acc, tail_acc = _product(
+                acc, tail_acc, c0, s0, x0, tail0, TAIL, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT
+            )
+            acc, tail_acc = _product(
+                acc, tail_acc, c1, s1, x1, tail1, TAIL, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT
+            )
             code_ptrs += 256
             scale_ptrs += 16
             x_ptrs += 128
@@ -98,21 +128,154 @@ def _accumulate(
                 x = tl.load(x_ptrs)
             else:
                 x = tl.load(x_ptrs, mask=(step * 64 + k < K)[None, :], other=0.0)
-            acc = _product(acc, c, s, x, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT)
+            tail = x
+            if TAIL:
+                if K % 64 == 0:
+                    tail = tl.load(tail_ptrs)
+                else:
+                    tail = tl.load(tail_ptrs, mask=(step * 64 + k < K)[None, :], other=0.0)
+                tail_ptrs += 64
+            acc, tail_acc = _product(
+                acc, tail_acc, c, s, x, tail, TAIL, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT
+            )
             code_ptrs += 128
             scale_ptrs += 8
             x_ptrs += 64
-    return acc * OPERAND_UNSCALE
+    return acc * SCALE, tail_acc * SCALE
+
+
+@triton.jit
+def _accumulate_blocks(
+    x_cols,  # [8] pointers to the first element of each column's token
+    codes,  # pointer to the expert's codes, int32 [SLABS, STEPS, 128]
+    scales,  # pointer to the expert's scales, int32 [SLABS, STEPS, 8]
+    slab0,
+    part,  # which of SPLIT_K parts of K to sum
+    SLABS,
+    STEPS: tl.constexpr,
+    K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TWIDDLED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """``_accumulate`` for fewer than eight tokens, over a part of K: -> fp32 [BM, BT].
+
+    A tensor-core operation has eight columns. They hold (token, block): the token's activations within one
+    of 8 / BT neighbouring blocks of 32, zeros elsewhere. The sums of a block then lie in a column of their
+    own, and its scale multiplies them there, once for all 32 weights, rather than every weight.
+    """
+    BLOCKS: tl.constexpr = _COLUMNS // BT
+    GROUP: tl.constexpr = BLOCKS // 2  # K steps
+    k = tl.arange(0, 64)
+    slab = tl.minimum(slab0 + tl.arange(0, BM // 16), SLABS - 1).to(tl.int64) * STEPS
+    code_ptrs = codes + (slab * 128)[:, None] + tl.arange(0, 128)[None, :]
+    # Lane (row, quarter) holds the sums of columns 2 * quarter and the next: one word of scales is for both.
+    word = tl.arange(0, 4)[:, None] % GROUP * 8 + _opaque(tl.arange(0, 8), TWIDDLED)[None, :]
+    scale_ptrs = scales + (slab * 8)[None, None, :] + word[:, :, None]
+    x_ptrs = x_cols[:, None] + k[None, :]
+    block = (tl.arange(0, _COLUMNS) % BLOCKS)[:, None] - (k // 32)[None, :]
+    total = tl.zeros([BM, _COLUMNS], tl.float32)
+    WHOLE: tl.constexpr = STEPS if K % 64 == 0 else STEPS - 1
+    WIDE: tl.constexpr = WHOLE // (GROUP * UNROLL) * (GROUP * UNROLL)
+    if WIDE > 0:
+        TURNS: tl.constexpr = WIDE // (GROUP * UNROLL)
+        first = part * TURNS // SPLIT_K * (GROUP * UNROLL)
+        last = (part + 1) * TURNS // SPLIT_K * (GROUP * UNROLL)
+        code_ptrs += first * 128
+        scale_ptrs += first * 8
+        x_ptrs += first * 64
+        # Loads that feed no product are not pipelined: the scales of the next iteration by hand.
+        ahead = tl.load(scale_ptrs)
+        for at in range(first, last, GROUP * UNROLL):
+            for u in tl.static_range(UNROLL):
+                s = ahead
+                scale_ptrs += GROUP * 8
+                more = at + (u + 1) * GROUP + tl.zeros([1, 1, 1], tl.int32) < last
+                ahead = tl.load(scale_ptrs, mask=more, other=0)
+                acc = tl.zeros([BM, _COLUMNS], tl.float32)
+                for j in tl.static_range(GROUP):
+                    c = tl.load(code_ptrs + (u * GROUP + j) * 128)
+                    x = tl.load(x_ptrs + (u * GROUP + j) * 64, mask=block == j * 2, other=0.0)
+                    acc = _raw_product(acc, c, x, SPLIT, TWIDDLED, DTYPE)
+                total += acc * _block_scales(s, BM)
+            code_ptrs += UNROLL * GROUP * 128
+            x_ptrs += UNROLL * GROUP * 64
+    if part == SPLIT_K - 1:
+        for rest in tl.static_range(WIDE, STEPS, GROUP):
+            ahead = tl.load(scale_ptrs, mask=(rest + tl.arange(0, 4) % GROUP < STEPS)[:, None, None], other=0)
+            acc = tl.zeros([BM, _COLUMNS], tl.float32)
+            for i in tl.static_range(GROUP):
+                if rest + i < STEPS:
+                    c = tl.load(code_ptrs + i * 128)
+                    own = (block == i * 2) & ((rest + i) * 64 + k < K)[None, :]
+                    x = tl.load(x_ptrs + i * 64, mask=own, other=0.0)
+                    acc = _raw_product(acc, c, x, SPLIT, TWIDDLED, DTYPE)
+            total += acc * _block_scales(ahead, BM)
+            code_ptrs += GROUP * 128
+            scale_ptrs += GROUP * 8
+            x_ptrs += GROUP * 64
+    return tl.sum(tl.reshape(total, [BM, BT, BLOCKS]), 2)
+
+
+@triton.jit
+def _token_of_column(BT: tl.constexpr):
+    """Which of BT tokens each column of ``_accumulate_blocks`` belongs to."""
+    return tl.arange(0, _COLUMNS) // (_COLUMNS // BT)
+
+
+@triton.jit
+def _opaque(x, TWIDDLED: tl.constexpr):
+    """x, of which the compiler no longer knows that neighbours are contiguous.
+
+    It would have a thread load four neighbouring words, where each of four threads needs one.
+    """
+    if TWIDDLED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
+def _raw_product(acc, words, x, SPLIT: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr):
+    """acc + codes [BM, 64] @ x [8, 64]^T, times 2^-126 of the codes and SCALE of the activations."""
+    w = raw_operand(words, words.shape[0], TWIDDLED, DTYPE)
+    x = quads(x, _COLUMNS)
+    if SPLIT:
+        wide = x.to(tl.float32) * SCALE
+        high = wide.to(tl.bfloat16)
+        low = (wide - high.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(w, tl.trans(low), acc)
+        acc = tl.dot(w, tl.trans(high), acc)
+    elif DTYPE == tl.float32:  # noqa: SIM300
+        acc = tl.dot(w, tl.trans(x.to(tl.float32) * SCALE), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(w, tl.trans(x * SCALE), acc)
+    return acc
+
+
+@triton.jit
+def _block_scales(words, BM: tl.constexpr):
+    """words int32 [4, 8, BM/16] -> what finishes the sums of each row and column, fp32 [BM, 8]."""
+    first = tl.join(words & 0xFF, (words >> 8) & 0xFF)
+    second = tl.join((words >> 16) & 0xFF, (words >> 24) & 0xFF)
+    # quarter, row, slab, block, row half -> (slab, row half, row), (quarter, block)
+    s = tl.permute(tl.join(first, second), (2, 4, 1, 0, 3))
+    return tl.reshape(multiplier(s, tl.float32), [BM, _COLUMNS])
 
 
 @triton.jit
 def _finish(
     acc,
-    column_scale,
+    weights,  # [pairs] or None: scales the columns
+    pair,  # [BT] the pair of each column
     bias,  # pointer to the expert's bias, or None
     out_rows,  # [BT] pointers
     out_ok,
     slab0,
+    part,  # the first has the bias
     SLABS,
     N: tl.constexpr,
     KIND: tl.constexpr,
@@ -125,11 +288,11 @@ def _finish(
     BT: tl.constexpr,
 ):
     """Weight on input, bias and activation on fp32 [BM, BT]; stores [BT, N] at ``out_rows``."""
-    if column_scale is not None:
-        acc = acc * column_scale[None, :]
+    if weights is not None:
+        acc = acc * tl.load(weights + pair).to(tl.float32)[None, :]
     if bias is not None:
         row = slab0 * 16 + tl.arange(0, BM)
-        b = tl.load(bias + tl.minimum(row, SLABS * 16 - 1))
+        b = tl.load(bias + row, mask=row < (1 - part) * (SLABS * 16), other=0.0)
         acc += b.to(tl.float32)[:, None]
     if KIND is not None:
         if GATED:
@@ -160,7 +323,7 @@ def scan_matmul(
     bias,
     ids,  # [pairs], any integer type
     weights,  # [pairs] or None: scales the input
-    out,  # [pairs, N] contiguous
+    out,  # [pairs, SPLIT_K, N] contiguous
     pairs,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -186,13 +349,17 @@ def scan_matmul(
     BT: tl.constexpr,
     UNROLL: tl.constexpr,
     WAIT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
 ):
-    """One program per (expert, row tile); ``pairs`` <= PAIRS <= a few hundred.
+    """One program per (expert, row tile, part of K); ``pairs`` <= PAIRS <= a few hundred.
 
-    The first grid axis is the expert, or, where there are fewer pairs than experts, the pair: the first
-    pair of an expert then serves all of them. Results go to the pair's own row.
+    The second grid axis is the expert, or, where there are fewer pairs than experts, the pair: the first
+    pair of an expert then serves all of them. Results go to the pair's own row. Where experts are few and
+    K is long, SPLIT_K programs share a row's sum, which the combination finishes (BT < 8, no activation).
     """
+    tl.static_assert(SPLIT_K == 1 or (BT < _COLUMNS and KIND is None))
     which = tl.program_id(1)
+    part = tl.program_id(2)
     slab0 = tl.program_id(0) * (BM // 16)
     p = tl.arange(0, PAIRS)
     pair_expert = tl.load(ids + p, mask=p < pairs, other=-1).to(tl.int32)
@@ -214,25 +381,36 @@ def scan_matmul(
             bias += expert.to(tl.int64) * (SLABS * 16)
         for start in range(0, count, BT):
             slot = start + tl.arange(0, BT)
-            # The pair of each slot, without a scatter: exactly one pair has the slot as its place.
-            hit = (place[:, None] == slot[None, :]) & mine[:, None]
-            pair = tl.sum(tl.where(hit, p[:, None], 0), 0)
+            pair = _pair_at(slot, place, mine, p)
             ok = slot < count
+            source = pair
+            if BT < _COLUMNS:
+                source = _pair_at(start + _token_of_column(BT), place, mine, p)
             if X_BY_TOKEN:
-                source = pair // TOP_K
+                source = source // TOP_K
+            x_rows = x + source.to(tl.int64) * X_STRIDE
+            if BT < _COLUMNS:
+                acc = _accumulate_blocks(
+                    x_rows, codes, scales, slab0, part, SLABS, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT,
+                    UNROLL, SPLIT_K,
+                )  # fmt: skip
             else:
-                source = pair
-            column_scale = None
-            if weights is not None:
-                column_scale = tl.load(weights + pair).to(tl.float32)
-            acc = _accumulate(
-                x + source.to(tl.int64) * X_STRIDE,
-                codes, scales, slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
-            )  # fmt: skip
+                acc, _ = _accumulate(
+                    x_rows, None,
+                    codes, scales, slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
+                )  # fmt: skip
             _finish(
-                acc, column_scale, bias, out + pair.to(tl.int64) * N, ok, slab0, SLABS, N,
+                acc, weights, pair, bias, out + (pair.to(tl.int64) * SPLIT_K + part) * N, ok, slab0, part,
+                SLABS, N,
                 KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, BT,
             )  # fmt: skip
+
+
+@triton.jit
+def _pair_at(slot, place, mine, p):
+    """The pair of each of an expert's slots, without a scatter: exactly one pair has the slot as its place."""
+    hit = (place[:, None] == slot[None, :]) & mine[:, None]
+    return tl.sum(tl.where(hit, p[:, None], 0), 0)
 
 
 @triton.jit
@@ -271,12 +449,15 @@ def sorted_matmul(
     WAIT: tl.constexpr,
     GROUP: tl.constexpr,
     TAIL: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
     """One program per (token tile, row tile). Row r of the sorted order reads x[order[r] // TOP_K] or x[r].
 
     Expert e owns token-tile numbers from start_e // BT + e on: enough for its rows whatever the others
     hold, so that no table of tiles is needed; programs of unused numbers return at once. Within an
     expert, GROUP token tiles share a row tile's weights before the next row tile, to stay within L2.
+    An expert's last tile is often nearly empty: up to TAIL rows take a narrow one, or with MERGE go with the
+    tile before, whose weights are then decoded for both.
     """
     TILES: tl.constexpr = (SLABS * 16 + BM - 1) // BM
     pid = tl.program_id(0)
@@ -286,7 +467,8 @@ def sorted_matmul(
     expert = tl.sum((first_tiles <= pid // TILES).to(tl.int32), 0) - 1
     start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)
-    token_tiles = (end - start + BT - 1) // BT
+    rows = end - start
+    token_tiles = tl.maximum((rows - MERGE * TAIL + BT - 1) // BT, tl.minimum(rows, 1))
     local = pid - (start // BT + expert) * TILES
     if local < token_tiles * TILES:
         group = local // (GROUP * TILES)
@@ -298,33 +480,33 @@ def sorted_matmul(
             bias += expert.to(tl.int64) * (SLABS * 16)
         codes += expert.to(tl.int64) * (SLABS * STEPS * 128)
         scales += expert.to(tl.int64) * (SLABS * STEPS * 8)
-        # An expert's last tile is often nearly empty: then a narrow one does it in less time.
         if TAIL > 0 and end - first <= TAIL:
             _tile(
                 x, codes, scales, bias, order, weights, out, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, TAIL if TAIL > 0 else BT,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, TAIL if TAIL > 0 else BT, 0,
                 UNROLL, WAIT,
+            )  # fmt: skip
+        elif MERGE and (end - first > BT) & (end - first <= BT + TAIL):
+            _tile(
+                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, TAIL, UNROLL, WAIT,
             )  # fmt: skip
         else:
             _tile(
                 x, codes, scales, bias, order, weights, out, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, 0, UNROLL, WAIT,
             )  # fmt: skip
 
 
 @triton.jit
-def _tile(
-    x, codes, scales, bias, order, weights, out, first, end, slab0,
-    TOP_K: tl.constexpr, X_STRIDE: tl.constexpr, SLABS: tl.constexpr, STEPS: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
-    BETA: tl.constexpr, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, GATHER_X: tl.constexpr,
-    SCATTER_OUT: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr,
-    DTYPE: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, UNROLL: tl.constexpr, WAIT: tl.constexpr,
+def _places(
+    slot, end, x, order,
+    TOP_K: tl.constexpr, X_STRIDE: tl.constexpr, N: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. min(first + BT, end) of the sorted order, weight rows from ``slab0`` on."""
-    slot = first + tl.arange(0, BT)
+    """Of rows of the sorted order: where they read, row offsets to write to, which exist, and their pairs."""
     ok = slot < end
     slot = tl.minimum(slot, end - 1)
     pair = slot
@@ -338,14 +520,49 @@ def _tile(
         target = pair
     else:
         target = slot
-    column_scale = None
-    if weights is not None:
-        column_scale = tl.load(weights + pair).to(tl.float32)
-    acc = _accumulate(
-        x + source.to(tl.int64) * X_STRIDE, codes, scales,
-        slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
-    )  # fmt: skip
+    return x + source.to(tl.int64) * X_STRIDE, target.to(tl.int64) * N, ok, pair
+
+
+@triton.jit
+def _tile(
+    x, codes, scales, bias, order, weights, out, first, end, slab0,
+    TOP_K: tl.constexpr, X_STRIDE: tl.constexpr, SLABS: tl.constexpr, STEPS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
+    BETA: tl.constexpr, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, GATHER_X: tl.constexpr,
+    SCATTER_OUT: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, TAIL: tl.constexpr, UNROLL: tl.constexpr,
+    WAIT: tl.constexpr,
+):  # fmt: skip
+    """Rows first .. min(first + BT + TAIL, end) of the sorted order, weight rows from ``slab0`` on."""
+    slot = first + tl.arange(0, BT)
+    x_rows, target, ok, pair = _places(
+        slot, end, x, order, TOP_K, X_STRIDE, N, GATHER_X, SCATTER_OUT
+    )
+    if BT < _COLUMNS:
+        columns, _, _, _ = _places(
+            first + _token_of_column(BT), end, x, order, TOP_K, X_STRIDE, N, GATHER_X, SCATTER_OUT
+        )
+        acc = _accumulate_blocks(
+            columns, codes, scales, slab0, 0, SLABS, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT, UNROLL, 1
+        )
+    elif TAIL > 0:
+        tail_rows, tail_target, tail_ok, tail_pair = _places(
+            first + BT + tl.arange(0, TAIL), end, x, order, TOP_K, X_STRIDE, N, GATHER_X, SCATTER_OUT
+        )
+        acc, tail = _accumulate(
+            x_rows, tail_rows, codes, scales,
+            slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
+        )  # fmt: skip
+        _finish(
+            tail, weights, tail_pair, bias, out + tail_target, tail_ok, slab0, 0, SLABS, N,
+            KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, TAIL,
+        )  # fmt: skip
+    else:
+        acc, _ = _accumulate(
+            x_rows, None, codes, scales,
+            slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
+        )  # fmt: skip
     _finish(
-        acc, column_scale, bias, out + target.to(tl.int64) * N, ok, slab0, SLABS, N,
+        acc, weights, pair, bias, out + target, ok, slab0, 0, SLABS, N,
         KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, BT,
     )  # fmt: skip

@@ -82,6 +82,7 @@ class _Plan:
         e, h, i = params.num_experts, params.hidden, params.intermediate
         self.choice = choice
         self.by_expert = pairs_class >= e
+        self.split_k = 1
         up: dict[str, Any] = {
             "E": e, "TOP_K": top_k, "X_STRIDE": x_stride, "TWIDDLED": twiddled,
             "SLABS": layouts.slabs(params.up_rows, params.activation.gated), "STEPS": layouts.steps(h),
@@ -102,7 +103,9 @@ class _Plan:
         else:
             self.up_tiles = -(-up["SLABS"] * 16 // choice.up["BM"])
             if choice.up_regime == "scan":
-                self.up = _step(scan_matmul, choice.up, X_BY_TOKEN=True, **scan, **up)
+                # Its activation needs whole sums.
+                whole = choice.up.with_size("SPLIT_K", 1)
+                self.up = _step(scan_matmul, whole, X_BY_TOKEN=True, **scan, **up)
             else:
                 self.up = _step(sorted_matmul, choice.up, GATHER_X=True, SCATTER_OUT=False, **ragged, **up)
         if choice.down_regime == "vector":
@@ -114,12 +117,14 @@ class _Plan:
         else:
             self.down_tiles = -(-down["SLABS"] * 16 // choice.down["BM"])
             if choice.down_regime == "scan":
+                self.split_k = choice.down["SPLIT_K"]
                 self.down = _step(scan_matmul, choice.down, X_BY_TOKEN=False, **scan, **down)
             else:
                 self.down = _step(sorted_matmul, choice.down, GATHER_X=False, SCATTER_OUT=True, **ragged, **down)
             self.combine_block = min(_power_of_two(h), 1024)
             self.combine_tiles = -(-h // self.combine_block)
-            self.combine = Step(combine, {"E": e, "TOP_K": top_k, "N": h, "BLOCK": self.combine_block}, 4, 1)
+            constants = {"E": e, "TOP_K": top_k, "SPLIT_K": self.split_k, "N": h, "BLOCK": self.combine_block}
+            self.combine = Step(combine, constants, 4, 1)
         if choice.up_regime == "sorted":
             self.route = Step(sort_pairs, {"E": e, "BLOCK": pairs_class}, max(min(pairs_class // 512, 16), 4), 1)
 
@@ -250,8 +255,10 @@ def _chunk(
     if choice.down_regime == "vector":
         plan.down((plan.down_tiles, tokens, 1), h, down_codes, down_scales, down_bias, ids, out_weights, out)
         return
-    y = torch.empty((pairs, params.hidden), dtype=params.round_dtype, device=x.device)
-    plan.down((plan.down_tiles, programs, 1), h, down_codes, down_scales, down_bias, ids, None, y, pairs)
+    split = plan.split_k
+    y_dtype = params.round_dtype if split == 1 else torch.float32
+    y = torch.empty((pairs, split, params.hidden), dtype=y_dtype, device=x.device)
+    plan.down((plan.down_tiles, programs, split), h, down_codes, down_scales, down_bias, ids, None, y, pairs)
     plan.combine((tokens, plan.combine_tiles, 1), y, ids, out_weights, out)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 Regime = Literal["vector", "scan", "sorted"]
@@ -11,8 +11,8 @@ Regime = Literal["vector", "scan", "sorted"]
 # The sizes that each kernel takes; the keys of a configuration's entry besides the launch options.
 SIZES: dict[str, tuple[str, ...]] = {
     "vector": ("ROWS", "BLOCK"),
-    "scan": ("BM", "BT", "QUADS", "UNROLL", "WAIT"),
-    "sorted": ("BM", "BT", "QUADS", "UNROLL", "WAIT", "GROUP", "TAIL"),
+    "scan": ("BM", "BT", "QUADS", "UNROLL", "WAIT", "SPLIT_K"),
+    "sorted": ("BM", "BT", "QUADS", "UNROLL", "WAIT", "GROUP", "TAIL", "MERGE"),
 }
 
 
@@ -27,6 +27,10 @@ class Tiles:
 
     def __getitem__(self, name: str) -> int:
         return dict(self.sizes)[name]
+
+    def with_size(self, name: str, size: int) -> Tiles:
+        """The same, but for one size."""
+        return replace(self, sizes=tuple((k, size if k == name else v) for k, v in self.sizes))
 
     def __str__(self) -> str:
         parts = [f"{name}={size}" for name, size in self.sizes] + [f"warps={self.warps}", f"stages={self.stages}"]

@@ -184,31 +184,42 @@ def _grid(arch: str, regime: Regime, rows: float) -> Iterator[Tiles]:
             if 16 <= count * block * 16 / (warps * 32) <= 64:
                 yield Tiles(warps, 1, (("ROWS", count), ("BLOCK", block)))
         return
+    few = itertools.product(((64, 2), (64, 4), (128, 4), (256, 4), (256, 8)), (1, 2, 4), (3, 4, 5), (1,), (1, 2), ((0, 0),))
     if rows <= 10:
         tiles = itertools.product(
-            ((64, 2), (64, 4), (128, 4), (256, 4), (256, 8)), (8, 16), (3, 4, 5), (0, 1), (1, 2), (0,)
+            ((64, 2), (64, 4), (128, 4), (256, 4), (256, 8)), (8, 16), (3, 4, 5), (0, 1), (1, 2), ((0, 0),)
         )
+        # Columns of blocks (matmul.py), seen right on Hopper only.
+        if arch == "sm90":
+            tiles = itertools.chain(few, tiles)
     elif rows <= 80:
+        tails = ((0, 0), (16, 0), (16, 1), (32, 0), (32, 1))
         tiles = itertools.product(
-            ((128, 4), (128, 8), (256, 4), (256, 8)), (16, 32, 64, 128), (3, 4), (0, 1), (1, 2), (0, 16, 32)
+            ((128, 4), (128, 8), (256, 4), (256, 8)), (16, 32, 64, 128), (3, 4), (0, 1), (1, 2), tails
         )
     else:
+        tails = ((0, 0), (16, 0), (16, 1), (32, 0), (32, 1), (64, 0), (64, 1))
         tiles = itertools.product(
-            ((128, 4), (128, 8), (256, 8)), (64, 128, 256), (3, 4, 5, 6), (0, 1), (1, 2), (0, 16, 32, 64)
+            ((128, 4), (128, 8), (256, 8)), (64, 128, 256), (3, 4, 5, 6), (0, 1), (1, 2), tails
         )
-    for (bm, warps), bt, stages, quads, unroll, tail in tiles:
+    for (bm, warps), bt, stages, quads, unroll, (tail, merge) in tiles:
         # On Hopper mma.sync where wgmma does not apply, and only there; wgmma needs its WAIT (matmul.py).
         wgmma = arch == "sm90" and bt >= 16 and warps >= 4
         if (arch == "sm90" and quads == wgmma) or tail * 2 > bt or bm * bt // (warps * 32) > 128:
             continue
-        if unroll * stages * (bm * 34 + bt * 128) > _SHARED_BYTES or unroll * stages > 8:
+        if bt < 8:
+            # An iteration is 8 / bt / 2 steps.
+            stage = unroll * (4 // bt) * (bm * 34 + 8 * 128)
+        else:
+            stage = unroll * (bm * 34 + (bt + merge * tail) * 128)
+        if stages * stage > _SHARED_BYTES or unroll * stages > 8:
             continue
         sizes = [("BM", bm), ("BT", bt), ("QUADS", quads), ("UNROLL", unroll), ("WAIT", int(wgmma))]
         if regime == "sorted":
-            sizes += [("GROUP", 8), ("TAIL", tail)]
-        elif tail:
-            continue
-        yield Tiles(warps, stages, tuple(sizes))
+            yield Tiles(warps, stages, (*sizes, ("GROUP", 8), ("TAIL", tail), ("MERGE", merge)))
+        elif not tail:
+            for split in (1, 2, 4, 8) if bt < 8 else (1,):
+                yield Tiles(warps, stages, (*sizes, ("SPLIT_K", split)))
 
 
 # 2. compile

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .decode import VECTOR_SCALE, block_multiplier, code_bits
+from .decode import SCALE, code_bits, multiplier
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _multiply(words, scales, x, ROWS: tl.constexpr, STEPS: tl.constexpr, TWIDDLE
     """
     w = tl.reshape(words, [ROWS, STEPS, 4, 2, 2])
     # k = (block, nibble, half, quarter, parity) -> (quarter, block, nibble, half, parity)
-    xs = tl.permute(tl.reshape(x * VECTOR_SCALE, [STEPS, 2, 2, 2, 4, 2]), (0, 4, 1, 2, 3, 5))
+    xs = tl.permute(tl.reshape(x * SCALE, [STEPS, 2, 2, 2, 4, 2]), (0, 4, 1, 2, 3, 5))
     even, odd = tl.split(xs)
     x00, x10 = tl.split(even)
     x01, x11 = tl.split(odd)
@@ -41,7 +41,7 @@ def _multiply(words, scales, x, ROWS: tl.constexpr, STEPS: tl.constexpr, TWIDDLE
     first = tl.join(scales & 0xFF, (scales >> 8) & 0xFF)
     second = tl.join((scales >> 16) & 0xFF, (scales >> 24) & 0xFF)
     s = tl.permute(tl.join(first, second), (0, 1, 3, 2))  # [ROWS, STEPS, row half, block]
-    return acc * block_multiplier(s)[:, :, None, :, :]
+    return acc * multiplier(s, tl.float32)[:, :, None, :, :]
 
 
 @triton.jit
