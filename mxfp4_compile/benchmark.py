@@ -80,13 +80,21 @@ class Layer:
         packed, scales = self.canonical[role]
         return mx.dequantize(packed[expert], scales[expert], self.params.shape(role)[2], dtype)
 
-    def inputs(self, tokens: int, skew: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, H] bf16, topk_ids [T, K] int64, topk_weights [T, K] bf16 that sum to one.
+    def inputs(self, tokens: int, skew: float = 0.0, hit: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H] bf16, topk_ids [T, K] int64, topk_weights [T, K] bf16 that sum to one; the same for the same call.
 
-        ``skew`` 0 is uniform routing; with s the popularity of the i-th expert falls as i^-s (Zipf).
+        ``skew`` 0 is uniform routing; with s the popularity of the i-th expert falls as i^-s (Zipf). ``hit`` draws
+        again until so many experts have a token; ValueError if a thousand draws do not.
         """
+        for seed in range(tokens, tokens + 1000):
+            drawn = self._draw(tokens, skew, seed)
+            if hit is None or drawn[1].unique().numel() == hit:
+                return drawn
+        raise ValueError(f"{tokens} tokens of {self.shape} do not hit {hit} experts in a thousand draws")
+
+    def _draw(self, tokens: int, skew: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         shape, device = self.shape, self.device
-        g = torch.Generator(device).manual_seed(tokens)
+        g = torch.Generator(device).manual_seed(seed)
         x = torch.randn(tokens, shape.hidden, generator=g, device=device, dtype=torch.float32).to(torch.bfloat16)
         noise = torch.rand(tokens, shape.num_experts, generator=g, device=device)
         if skew:

@@ -34,6 +34,7 @@ SHAPES = {
     "qwen3": (128, 8, 2048, 768, Activation("silu")),
     "gpt_oss": (32, 4, 2880, 2880, GPT_OSS),
     "ragged": (60, 4, 1000, 1408, Activation("gelu_tanh")),
+    "narrow": (64, 8, 72, 40, Activation("silu")),
 }
 
 
@@ -51,7 +52,8 @@ def compiled(target: str, shape: str, tokens: int, part: str):
     e, top_k, h, i, act = SHAPES[shape]
     params = MoEParams(e, h, i, act, "halves", 0, False, torch.bfloat16, torch.bfloat16)
     choice = choose(target, e, top_k, h, i, tokens)
-    plan = _Plan(params, top_k, h, False, backend == "cuda", choice, pairs_class(choice, tokens * top_k))
+    pairs = tokens * top_k
+    plan = _Plan(params, top_k, h, False, backend == "cuda", choice, pairs_class(choice, pairs), pairs >= e)
     step = getattr(plan, part)
     biased = shape == "gpt_oss"
     constants = dict(step.constants)
@@ -144,6 +146,33 @@ def test_registers_of_wgmma_are_free_before_reuse():
         for part in ("up", "down"):
             if "BT" in entry[part]:
                 assert entry[part]["WAIT"] == 1 - entry[part]["QUADS"]
+
+
+def test_one_token_reads_weights_past_the_cache():
+    """They are read once, into registers: what else lies in L2 stays there."""
+    for part in ("up", "down"):
+        kernel, regime = compiled("sm90", "gpt_oss", 1, part)
+        assert regime == "scan"
+        loads = re.findall(r"ld\.global\S*v4\.b32", kernel.asm["ptx"])
+        assert loads and all("L2::cache_hint" in load for load in loads)
+        assert "evict_first" in kernel.asm["ptx"]
+
+
+def test_kernels_that_start_early_wait():
+    """With PDL every kernel waits for the one before it, and only architectures that can are told to."""
+    from mxfp4_compile.ops.triton.select import load_config
+
+    for tokens in (1, 64):
+        for part in ("up", "down", "combine", *(("route",) if tokens == 64 else ())):
+            kernel, _ = compiled("sm90", "gpt_oss", tokens, part)
+            ptx = kernel.asm["ptx"]
+            assert ptx.count("griddepcontrol.wait") == 1, part
+            assert kernel.metadata.launch_pdl
+            # Nothing is stored before the wait.
+            assert ptx.find("griddepcontrol.wait") < ptx.find("st.global")
+    for arch in ("default", "gfx942", "gfx950", "interpreter"):
+        for entry in load_config(arch)["moe"]:
+            assert entry["up"]["PDL"] == entry["down"]["PDL"] == 0
 
 
 def test_twiddle_is_a_permutation_of_bits():

@@ -129,18 +129,12 @@ def case(**overrides):
         weights = torch.where(ids < o["e"], weights, math.nan)
     choice = None
     if o["regime"]:
+        product, rest = {"BM": 64, "WAIT": 0}, {"SPLIT_K": 1, "AHEAD": 0, "PDL": 0}
         tiles = {
-            "vector": (("ROWS", 8), ("BLOCK", 2)),
-            "scan": {"BM": 64, "BT": 16, "QUADS": o["half"], "UNROLL": 2 - o["half"], "WAIT": 0, "SPLIT_K": 1},
+            "vector": {"ROWS": 8, "BLOCK": 2, "PDL": 0},
+            "scan": {**product, "BT": 16, "QUADS": o["half"], "UNROLL": 2 - o["half"], **rest},
             "sorted": {
-                "BM": 64,
-                "BT": 32,
-                "QUADS": 0,
-                "UNROLL": 1 + o["half"],
-                "WAIT": 0,
-                "GROUP": 2,
-                "TAIL": 16,
-                "MERGE": 0,
+                **product, "BT": 32, "QUADS": 0, "UNROLL": 1 + o["half"], "GROUP": 2, "TAIL": 16, "MERGE": 0, **rest,
             },
         }[o["regime"]]
         tiles = tuple({**dict(tiles), **o["tiles"]}.items())
@@ -208,8 +202,8 @@ def cases():
     # Columns of blocks: few tokens, K split over programs, K not a multiple of a group of steps.
     for tokens, split, unroll in itertools.product((1, 2, 4), (1, 3), (1, 2)):
         tiles = {"BT": tokens, "QUADS": 1, "UNROLL": unroll, "SPLIT_K": split}
-        wide = {"regime": "scan", "tiles": tiles, "e": 3, "t": 7, "kind": "sentinel", "bias": True}
-        out[f"blocks{tokens}-{split}-{unroll}"] = {**wide, "h": 512, "i": 1100, "act": "gpt_oss"}
+        wide = {"regime": "scan", "tiles": tiles, "e": 2, "t": 5, "kind": "sentinel", "bias": True}
+        out[f"blocks{tokens}-{split}-{unroll}"] = {**wide, "h": 128, "i": 600, "act": "gpt_oss"}
         out[f"blocks{tokens}-{split}-{unroll}-short"] = {**wide, "h": 40, "i": 64, "on_input": True}
     for dtype in ("bfloat16", "float16"):
         tiles = {"BT": 2, "QUADS": 1, "SPLIT_K": 2}
@@ -217,6 +211,20 @@ def cases():
     for tokens in (1, 2, 4):
         tiles = {"BT": tokens, "QUADS": 1, "TAIL": 0}
         out[f"blocks{tokens}-sorted"] = {"regime": "sorted", "tiles": tiles, "e": 3, "t": 9, "h": 200, "i": 128}
+    # Weights straight to registers, ahead of their use: K of fewer steps than that, of some more, not whole steps.
+    for tokens, ahead in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (8, 4)):
+        tiles = {"BT": tokens, "QUADS": 1, "UNROLL": 1, "AHEAD": ahead}
+        wide = {"regime": "scan", "tiles": tiles, "e": 2, "bias": True}
+        out[f"ahead{tokens}-{ahead}"] = {**wide, "t": 9, "kind": "one", "h": 320, "i": 40}
+        out[f"ahead{tokens}-{ahead}-pairs"] = {**wide, "e": 40, "t": 3, "kind": "sentinel", "h": 40, "i": 200}
+        wide = {"regime": "sorted", "tiles": {**tiles, "TAIL": 0}, "e": 2}
+        out[f"ahead{tokens}-{ahead}-sorted"] = {**wide, "h": 200, "i": 64, "bias": True}
+    out["ahead-bfloat16"] = {"regime": "scan", "tiles": {"BT": 8, "QUADS": 1, "AHEAD": 2}, "dtype": "bfloat16"}
+    # K of a down-projection split over programs: more parts than steps, odd ones, with and without a tail.
+    for split, unroll, i in itertools.product((2, 5), (1, 2), (200, 448)):
+        tiles = {"BT": 16, "UNROLL": unroll, "SPLIT_K": split, "TAIL": 8, "MERGE": unroll - 1}
+        wide = {"regime": "sorted", "tiles": tiles, "e": 3, "t": 17, "i": i, "bias": True, "kind": "sentinel"}
+        out[f"split{split}-{unroll}-{i}"] = wide
     # Rows left over join the tile before: none, some, as many as TAIL, one more.
     for t in (3, 8, 12, 16, 17, 30, 41):
         tiles = {"BT": 8, "TAIL": 4, "MERGE": 1, "UNROLL": 1 + t % 2}

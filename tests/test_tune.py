@@ -27,10 +27,16 @@ from mxfp4_compile.ops.triton.tiles import Choice, Tiles, check_entry, entry_of,
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 SHAPE = (16, 4, 256, 128)
-VECTOR = Choice("vector", Tiles(2, 1, (("ROWS", 2), ("BLOCK", 16))), "vector", Tiles(8, 1, (("ROWS", 4), ("BLOCK", 8))))
-SORTED_TILES = Tiles(
-    4, 3, (("BM", 64), ("BT", 16), ("QUADS", 1), ("UNROLL", 1), ("WAIT", 0), ("GROUP", 8), ("TAIL", 0), ("MERGE", 0)), 168
-)
+
+
+def vector(warps: int, rows: int, block: int) -> Tiles:
+    return Tiles(warps, 1, (("ROWS", rows), ("BLOCK", block), ("PDL", 0)))
+
+
+VECTOR = Choice("vector", vector(2, 2, 16), "vector", vector(8, 4, 8))
+_PRODUCT = (("BM", 64), ("BT", 16), ("QUADS", 1), ("UNROLL", 1), ("WAIT", 0))
+_REST = (("SPLIT_K", 1), ("AHEAD", 0), ("PDL", 0))
+SORTED_TILES = Tiles(4, 3, (*_PRODUCT, ("GROUP", 8), ("TAIL", 0), ("MERGE", 0), *_REST), 168)
 SORTED = Choice("sorted", SORTED_TILES, "sorted", SORTED_TILES)
 
 
@@ -322,7 +328,7 @@ def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPa
     job = tune._Job(LayerShape(4, 2, 128, 64, biased=True), 1, VECTOR, "sm80")
     assert tune._compile(job) == (job, "")
     assert compiled == ["vector_up", "vector_down"]
-    scan = Tiles(4, 3, (("BM", 64), ("BT", 24), ("QUADS", 0), ("UNROLL", 1), ("WAIT", 0), ("SPLIT_K", 1)))
+    scan = Tiles(4, 3, (("BM", 64), ("BT", 24), *_PRODUCT[2:], *_REST))
     job = tune._Job(LayerShape(4, 2, 128, 64), 4, Choice("scan", scan, "scan", scan), "sm80")
     _, reason = tune._compile(job)
     assert "power of 2" in reason
@@ -440,8 +446,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     shape = LayerShape(3, 2, 16, 8)
-    vector = lambda warps: ("vector", Tiles(warps, 1, (("ROWS", 8), ("BLOCK", 1))))
-    good, wrong, unsteady, slow = map(vector, (1, 2, 8, 16))
+    good, wrong, unsteady, slow = (("vector", vector(warps, 8, 1)) for warps in (1, 2, 8, 16))
     propose = lambda arch, shape, tokens: [wrong, unsteady, ("vector", Tiles(4, 1, (("ROWS", 8),))), good, slow]
     real, state = launches.moe, {"calls": 0, "broken": False}
 

@@ -216,6 +216,48 @@ def test_cuda_graph(tokens):
     assert torch.equal(out, layer(x2, ids2, weights2))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8, 64, 700])
+def test_layers_that_follow_each_other(tokens):
+    """Kernels start before the one before them has ended: none may read too early, nor write over what is read."""
+    layers = [Layer((32, 4, 512, 384), ACTIVATIONS[0], seed=seed) for seed in range(3)] * 4
+    x, ids, weights = layers[0].inputs(tokens)
+    want = x
+    for layer in layers:
+        want = layer(want, ids, weights)
+        torch.cuda.synchronize()
+        want = want / want.float().std()
+        want = want.to(BF16)
+    assert want.isfinite().all() and want.any()
+
+    def chain():
+        out = x
+        for layer in layers:
+            # Freed memory goes to the next layer at once.
+            out = layer(out, ids, weights)
+            out = out / out.float().std()
+            out = out.to(BF16)
+        return out
+
+    def rows(kernels):
+        """The same layers with nothing between their kernels: each on the tokens themselves."""
+        return torch.stack([kernels[i](x, ids, weights) for i in range(len(kernels))])
+
+    alone = []
+    for layer in layers:
+        alone.append(layer(x, ids, weights))
+        torch.cuda.synchronize()
+    alone = torch.stack(alone)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        chained, together = chain(), rows(layers)
+    for _ in range(20):
+        chained.fill_(math.nan), together.fill_(math.nan)
+        graph.replay()
+        assert torch.equal(chained, want)
+        assert torch.equal(together, alone)
+
+
 def test_no_host_synchronization():
     layer = Layer((32, 4, 512, 384), ACTIVATIONS[0])
     cases = [layer.inputs(t) for t in (1, 8, 700)]

@@ -69,7 +69,7 @@ def _nibble(code, DTYPE: tl.constexpr):
 def decode_operand(
     words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """words int32 [SLABS, 128], scales int32 [SLABS, 8] -> DTYPE [SLABS*16, 64] / SCALE: a K step.
+    """words int32 [SLABS, 128], scales int32 [SLABS, 8, 1 or 4] -> DTYPE [SLABS*16, 64] / SCALE: a K step.
 
     A slab's 128 words are, for each of 32 lanes (row of eight, quarter of a fragment), the four it
     decodes: (row half, block), each eight codes. A coalesced load thus lands every code in the thread
@@ -77,8 +77,8 @@ def decode_operand(
     """
     first = tl.join(scales & 0xFF, (scales >> 8) & 0xFF)
     second = tl.join((scales >> 16) & 0xFF, (scales >> 24) & 0xFF)
-    s = tl.permute(tl.join(first, second), (0, 1, 3, 2))  # [SLABS, 8, row half, block]
-    m = tl.reshape(multiplier(s, DTYPE), [SLABS, 8, 1, 2, 2])
+    # [SLABS, 8, 1 or 4, row half, block]
+    m = multiplier(tl.permute(tl.join(first, second), (0, 1, 2, 4, 3)), DTYPE)
     m = tl.reshape(tl.broadcast_to(m, [SLABS, 8, 4, 2, 2]), [SLABS, 128])
     # digits: nibble, half, parity
     if TWIDDLED:

@@ -24,7 +24,9 @@ class Step:
         self.constants = {name: constants[name] for name in names if name in constants}
         if names[len(names) - len(self.constants) :] != list(self.constants):
             raise ValueError(f"constants {sorted(constants)} are not the last parameters of {names}")
-        self.options = {"num_warps": warps, "num_stages": stages}
+        self.options: dict[str, int] = {"num_warps": warps, "num_stages": stages}
+        if self.constants.get("PDL"):
+            self.options["launch_pdl"] = True  # see dependent.py
         if registers:
             self.options["maxnreg"] = registers
         self._tail = tuple(self.constants.values())

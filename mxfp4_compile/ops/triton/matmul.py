@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .activation import activate
 from .decode import SCALE, decode_operand, multiplier, quads, raw_operand
+from .dependent import let_next_start, wait_for_previous
 
 # Columns of the narrowest tensor-core operation. Tiles of fewer tokens fill them with blocks of K.
 _COLUMNS = tl.constexpr(8)
@@ -21,7 +22,8 @@ _COLUMNS = tl.constexpr(8)
 @triton.jit
 def _product(
     acc, tail_acc, words, scales, x, tail_x,
-    TAIL: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr, WAIT: tl.constexpr,
+    TAIL: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """acc + decoded weights [BM, 64] @ x [BT, 64]^T, and with TAIL the same of ``tail_x``."""
     if WAIT:
@@ -35,6 +37,8 @@ def _product(
             is_pure=False,
             pack=1,
         )
+    if len(scales.shape) == 2:
+        scales = scales[:, :, None]
     w = decode_operand(words, scales, words.shape[0], QUADS, TWIDDLED, DTYPE)
     acc = _dot(acc, w, x, SPLIT, QUADS, DTYPE)
     if TAIL:
@@ -67,6 +71,7 @@ def _accumulate(
     codes,  # pointer to the expert's codes, int32 [SLABS, STEPS, 128]
     scales,  # pointer to the expert's scales, int32 [SLABS, STEPS, 8]
     slab0,
+    part,  # which of SPLIT_K parts of K to sum
     SLABS,
     STEPS: tl.constexpr,
     K: tl.constexpr,
@@ -78,6 +83,7 @@ def _accumulate(
     BT: tl.constexpr,
     UNROLL: tl.constexpr,
     WAIT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
 ):
     """sum over k of weight[slab0*16 + r, k] * x[t, k] -> fp32 [BM, BT], and for the tail [BM, TAIL]."""
     k = tl.arange(0, 64)
@@ -96,8 +102,22 @@ def _accumulate(
         tail_acc = tl.zeros([BM, tail_rows.shape[0]], tl.float32)
     # Two steps per iteration halve what the loop itself costs: barriers, waits, addresses.
     WIDE: tl.constexpr = STEPS // UNROLL * UNROLL if K % 64 == 0 else 0
+    FROM: tl.constexpr = WIDE if UNROLL == 2 else 0
+    first = 0
+    wide = FROM
+    last = STEPS
+    if SPLIT_K > 1:
+        EACH: tl.constexpr = (STEPS + SPLIT_K * UNROLL - 1) // (SPLIT_K * UNROLL) * UNROLL
+        first = tl.minimum(part * EACH, STEPS)
+        last = tl.minimum(first + EACH, STEPS)
+        wide = tl.maximum(tl.minimum(last, FROM), first)
+        code_ptrs += first * 128
+        scale_ptrs += first * 8
+        x_ptrs += first * 64
+        if TAIL:
+            tail_ptrs += first * 64
     if UNROLL == 2:
-        for _ in range(0, WIDE, 2):
+        for _ in range(first, wide, 2):
             c0 = tl.load(code_ptrs)
             s0 = tl.load(scale_ptrs)
             x0 = tl.load(x_ptrs)
@@ -119,9 +139,8 @@ def _accumulate(
             code_ptrs += 256
             scale_ptrs += 16
             x_ptrs += 128
-    FROM: tl.constexpr = WIDE if UNROLL == 2 else 0
     if FROM < STEPS:
-        for step in range(FROM, STEPS):
+        for step in range(wide, last):
             c = tl.load(code_ptrs)
             s = tl.load(scale_ptrs)
             if K % 64 == 0:
@@ -145,13 +164,99 @@ def _accumulate(
 
 
 @triton.jit
+def _weights(
+    codes, scales, expert, slab0, SLABS,
+    STEPS: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, TWIDDLED: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the first step's codes [BM/16, 128] and to the scales of GROUP steps [4, 8, BM/16].
+
+    A row's four lanes hold its scale words: of the step that (lane % GROUP) counts. Slabs past the end repeat the
+    last: no mask in the loop, and the store drops them.
+    """
+    slab = expert.to(tl.int64) * SLABS + tl.minimum(slab0 + tl.arange(0, BM // 16), SLABS - 1)
+    slab *= STEPS
+    code_ptrs = codes + (slab * 128)[:, None] + tl.arange(0, 128)[None, :]
+    word = tl.arange(0, 4)[:, None] % GROUP * 8 + _opaque(tl.arange(0, 8), TWIDDLED)[None, :]
+    return code_ptrs, scales + (slab * 8)[None, None, :] + word[:, :, None]
+
+
+@triton.jit
+def _load_steps(code_ptrs, scale_ptrs, live, COUNT: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr):
+    """The codes of COUNT steps and the scales of every GROUP of them, as tuples; what is not ``live`` holds anything.
+
+    Weights are read once: they need not stay in L2, where other data may. At most LIMIT steps exist.
+    """
+    c = ()
+    s = ()
+    for j in tl.static_range(COUNT):
+        if j < LIMIT:
+            mask = live + tl.zeros([1, 1], tl.int32) > 0
+            c += (tl.load(code_ptrs + j * 128, mask=mask, eviction_policy="evict_first"),)
+    for j in tl.static_range(0, COUNT, GROUP):
+        if j < LIMIT:
+            mask = live + tl.zeros([1, 1, 1], tl.int32) > 0
+            s += (tl.load(scale_ptrs + j * 8, mask=mask),)
+    return c, s
+
+
+@triton.jit
+def _accumulate_direct(
+    x_rows, code_ptrs, scale_ptrs, c, s,
+    STEPS: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """``_accumulate`` without a tail, weights straight to registers, AHEAD steps before their use.
+
+    ``c`` and ``s`` are the first AHEAD steps as ``_load_steps`` left them.
+    """
+    k = tl.arange(0, 64)
+    x_ptrs = x_rows[:, None] + k[None, :]
+    acc = tl.zeros([BM, BT], tl.float32)
+    WHOLE: tl.constexpr = STEPS if K % 64 == 0 else STEPS - 1
+    WIDE: tl.constexpr = WHOLE // AHEAD * AHEAD
+    if WIDE > 0:
+        for at in range(0, WIDE, AHEAD):
+            code_ptrs += AHEAD * 128
+            scale_ptrs += AHEAD * 8
+            next_c = ()
+            next_s = ()
+            for j in tl.static_range(AHEAD):
+                more = at + AHEAD + j + tl.zeros([1, 1], tl.int32) < STEPS
+                x = tl.load(x_ptrs + j * 64)
+                next_c += (tl.load(code_ptrs + j * 128, mask=more, eviction_policy="evict_first"),)
+                next_s += (tl.load(scale_ptrs + j * 8, mask=more[:, :, None]),)
+                acc, _ = _product(
+                    acc, acc, c[j], tl.permute(s[j], (2, 1, 0)), x, x, False, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT
+                )
+            c = next_c
+            s = next_s
+            x_ptrs += AHEAD * 64
+    for j in tl.static_range(STEPS - WIDE):
+        x = tl.load(x_ptrs + j * 64, mask=((WIDE + j) * 64 + k < K)[None, :], other=0.0)
+        acc, _ = _product(
+            acc, acc, c[j], tl.permute(s[j], (2, 1, 0)), x, x, False, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT
+        )
+    return acc * SCALE
+
+
+@triton.jit
+def _part(part, STEPS: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, SPLIT_K: tl.constexpr):
+    """First step of a part of K, and the step that ends its whole turns of STRIDE steps."""
+    WHOLE: tl.constexpr = STEPS if K % 64 == 0 else STEPS - 1
+    TURNS: tl.constexpr = WHOLE // STRIDE
+    return part * TURNS // SPLIT_K * STRIDE, (part + 1) * TURNS // SPLIT_K * STRIDE
+
+
+@triton.jit
 def _accumulate_blocks(
     x_cols,  # [8] pointers to the first element of each column's token
-    codes,  # pointer to the expert's codes, int32 [SLABS, STEPS, 128]
-    scales,  # pointer to the expert's scales, int32 [SLABS, STEPS, 8]
-    slab0,
+    code_ptrs,  # of step ``first``, as from ``_weights``
+    scale_ptrs,
+    c,  # with AHEAD the codes of the first UNROLL * GROUP steps, else empty
+    s,  # the scales of the first GROUP steps
     part,  # which of SPLIT_K parts of K to sum
-    SLABS,
+    first,  # its steps
+    last,
     STEPS: tl.constexpr,
     K: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -161,6 +266,7 @@ def _accumulate_blocks(
     BT: tl.constexpr,
     UNROLL: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """``_accumulate`` for fewer than eight tokens, over a part of K: -> fp32 [BM, BT].
 
@@ -170,51 +276,50 @@ def _accumulate_blocks(
     """
     BLOCKS: tl.constexpr = _COLUMNS // BT
     GROUP: tl.constexpr = BLOCKS // 2  # K steps
+    STRIDE: tl.constexpr = GROUP * UNROLL
     k = tl.arange(0, 64)
-    slab = tl.minimum(slab0 + tl.arange(0, BM // 16), SLABS - 1).to(tl.int64) * STEPS
-    code_ptrs = codes + (slab * 128)[:, None] + tl.arange(0, 128)[None, :]
-    # Lane (row, quarter) holds the sums of columns 2 * quarter and the next: one word of scales is for both.
-    word = tl.arange(0, 4)[:, None] % GROUP * 8 + _opaque(tl.arange(0, 8), TWIDDLED)[None, :]
-    scale_ptrs = scales + (slab * 8)[None, None, :] + word[:, :, None]
-    x_ptrs = x_cols[:, None] + k[None, :]
+    x_ptrs = x_cols[:, None] + k[None, :] + first * 64
     block = (tl.arange(0, _COLUMNS) % BLOCKS)[:, None] - (k // 32)[None, :]
     total = tl.zeros([BM, _COLUMNS], tl.float32)
     WHOLE: tl.constexpr = STEPS if K % 64 == 0 else STEPS - 1
-    WIDE: tl.constexpr = WHOLE // (GROUP * UNROLL) * (GROUP * UNROLL)
+    WIDE: tl.constexpr = WHOLE // STRIDE * STRIDE
+    # Loads that feed no product are not pipelined: the scales of the next group by hand.
     if WIDE > 0:
-        TURNS: tl.constexpr = WIDE // (GROUP * UNROLL)
-        first = part * TURNS // SPLIT_K * (GROUP * UNROLL)
-        last = (part + 1) * TURNS // SPLIT_K * (GROUP * UNROLL)
-        code_ptrs += first * 128
-        scale_ptrs += first * 8
-        x_ptrs += first * 64
-        # Loads that feed no product are not pipelined: the scales of the next iteration by hand.
-        ahead = tl.load(scale_ptrs)
-        for at in range(first, last, GROUP * UNROLL):
+        for at in range(first, last, STRIDE):
+            code_ptrs += STRIDE * 128
+            next_c = ()
             for u in tl.static_range(UNROLL):
-                s = ahead
+                now = s
                 scale_ptrs += GROUP * 8
                 more = at + (u + 1) * GROUP + tl.zeros([1, 1, 1], tl.int32) < last
-                ahead = tl.load(scale_ptrs, mask=more, other=0)
+                s = tl.load(scale_ptrs, mask=more, other=0)
                 acc = tl.zeros([BM, _COLUMNS], tl.float32)
                 for j in tl.static_range(GROUP):
-                    c = tl.load(code_ptrs + (u * GROUP + j) * 128)
+                    if AHEAD > 0:
+                        words = c[u * GROUP + j]
+                        more = at + STRIDE + tl.zeros([1, 1], tl.int32) < last
+                        next_c += (
+                            tl.load(code_ptrs + (u * GROUP + j) * 128, mask=more, eviction_policy="evict_first"),
+                        )
+                    else:
+                        words = tl.load(code_ptrs + (u * GROUP + j - STRIDE) * 128)
                     x = tl.load(x_ptrs + (u * GROUP + j) * 64, mask=block == j * 2, other=0.0)
-                    acc = _raw_product(acc, c, x, SPLIT, TWIDDLED, DTYPE)
-                total += acc * _block_scales(s, BM)
-            code_ptrs += UNROLL * GROUP * 128
-            x_ptrs += UNROLL * GROUP * 64
+                    acc = _raw_product(acc, words, x, SPLIT, TWIDDLED, DTYPE)
+                total += acc * _block_scales(now, BM)
+            c = next_c
+            x_ptrs += STRIDE * 64
     if part == SPLIT_K - 1:
         for rest in tl.static_range(WIDE, STEPS, GROUP):
-            ahead = tl.load(scale_ptrs, mask=(rest + tl.arange(0, 4) % GROUP < STEPS)[:, None, None], other=0)
+            inside = (rest + tl.arange(0, 4) % GROUP < STEPS)[:, None, None]
+            now = tl.load(scale_ptrs, mask=inside, other=0)
             acc = tl.zeros([BM, _COLUMNS], tl.float32)
             for i in tl.static_range(GROUP):
                 if rest + i < STEPS:
-                    c = tl.load(code_ptrs + i * 128)
+                    words = tl.load(code_ptrs + i * 128, eviction_policy="evict_first")
                     own = (block == i * 2) & ((rest + i) * 64 + k < K)[None, :]
                     x = tl.load(x_ptrs + i * 64, mask=own, other=0.0)
-                    acc = _raw_product(acc, c, x, SPLIT, TWIDDLED, DTYPE)
-            total += acc * _block_scales(ahead, BM)
+                    acc = _raw_product(acc, words, x, SPLIT, TWIDDLED, DTYPE)
+            total += acc * _block_scales(now, BM)
             code_ptrs += GROUP * 128
             scale_ptrs += GROUP * 8
             x_ptrs += GROUP * 64
@@ -350,6 +455,8 @@ def scan_matmul(
     UNROLL: tl.constexpr,
     WAIT: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per (expert, row tile, part of K); ``pairs`` <= PAIRS <= a few hundred.
 
@@ -362,6 +469,10 @@ def scan_matmul(
     part = tl.program_id(2)
     slab0 = tl.program_id(0) * (BM // 16)
     p = tl.arange(0, PAIRS)
+    # A down-projection follows an up-projection, which waited for the ids.
+    if X_BY_TOKEN:
+        wait_for_previous(PDL)
+    let_next_start(PDL, 2)
     pair_expert = tl.load(ids + p, mask=p < pairs, other=-1).to(tl.int32)
     if BY_EXPERT:
         expert = which
@@ -373,10 +484,31 @@ def scan_matmul(
         first = tl.min(tl.where(mine, p, PAIRS), 0)
         valid = (first == which) & (expert >= 0) & (expert < E)
         count = tl.where(valid, tl.sum(mine.to(tl.int32), 0), 0)
+    GROUP: tl.constexpr = 4 // BT if BT < _COLUMNS else 1
+    FIRST: tl.constexpr = (AHEAD if BT >= _COLUMNS else UNROLL * GROUP) if AHEAD > 0 else 0
+    if BY_EXPERT:
+        live = count
+    else:
+        # Weights are on their way before it is known whether another program has this expert.
+        live = ((expert >= 0) & (expert < E)).to(tl.int32)
+        expert = expert * live
+    first = 0
+    last = 0
+    if BT < _COLUMNS:
+        first, last = _part(part, STEPS, K, UNROLL * GROUP, SPLIT_K)
+    DIRECT: tl.constexpr = BT < _COLUMNS or AHEAD > 0
+    if DIRECT:
+        code_ptrs, scale_ptrs = _weights(codes, scales, expert, slab0, SLABS, STEPS, BM, GROUP, TWIDDLED)
+        code_ptrs += first * 128
+        scale_ptrs += first * 8
+        c, s = _load_steps(code_ptrs, scale_ptrs, live, FIRST, GROUP, STEPS)
     if count > 0:
         place = tl.cumsum(mine.to(tl.int32), 0) - 1
-        codes += expert.to(tl.int64) * (SLABS * STEPS * 128)
-        scales += expert.to(tl.int64) * (SLABS * STEPS * 8)
+        if not X_BY_TOKEN:
+            wait_for_previous(PDL)
+        if not DIRECT:
+            codes += expert.to(tl.int64) * (SLABS * STEPS * 128)
+            scales += expert.to(tl.int64) * (SLABS * STEPS * 8)
         if bias is not None:
             bias += expert.to(tl.int64) * (SLABS * 16)
         for start in range(0, count, BT):
@@ -390,20 +522,33 @@ def scan_matmul(
                 source = source // TOP_K
             x_rows = x + source.to(tl.int64) * X_STRIDE
             if BT < _COLUMNS:
+                if AHEAD > 0:
+                    s0 = s[0]
+                else:
+                    s0 = tl.load(scale_ptrs)
                 acc = _accumulate_blocks(
-                    x_rows, codes, scales, slab0, part, SLABS, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT,
-                    UNROLL, SPLIT_K,
+                    x_rows, code_ptrs, scale_ptrs, c, s0, part, first, last, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT,
+                    UNROLL, SPLIT_K, AHEAD,
                 )  # fmt: skip
+            elif AHEAD > 0:
+                acc = _accumulate_direct(
+                    x_rows, code_ptrs, scale_ptrs, c, s, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, AHEAD, WAIT
+                )
             else:
                 acc, _ = _accumulate(
                     x_rows, None,
-                    codes, scales, slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
+                    codes, scales, slab0, 0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT, 1,
                 )  # fmt: skip
+            # The last of its sums, but for experts of very many rows.
+            let_next_start(PDL, 1)
             _finish(
                 acc, weights, pair, bias, out + (pair.to(tl.int64) * SPLIT_K + part) * N, ok, slab0, part,
                 SLABS, N,
                 KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, BT,
             )  # fmt: skip
+            if DIRECT:
+                again = (start + BT < count).to(tl.int32)
+                c, s = _load_steps(code_ptrs, scale_ptrs, again, FIRST, GROUP, STEPS)
 
 
 @triton.jit
@@ -422,7 +567,7 @@ def sorted_matmul(
     offsets,  # int32 [E]: end row of each expert in the sorted order
     order,  # int32 [rows]: the pair at each sorted row, or None
     weights,  # [pairs] or None: scales the input
-    out,  # [rows, N] contiguous
+    out,  # [rows, SPLIT_K, N] contiguous
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -450,18 +595,27 @@ def sorted_matmul(
     GROUP: tl.constexpr,
     TAIL: tl.constexpr,
     MERGE: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per (token tile, row tile). Row r of the sorted order reads x[order[r] // TOP_K] or x[r].
 
     Expert e owns token-tile numbers from start_e // BT + e on: enough for its rows whatever the others
     hold, so that no table of tiles is needed; programs of unused numbers return at once. Within an
     expert, GROUP token tiles share a row tile's weights before the next row tile, to stay within L2.
-    An expert's last tile is often nearly empty: up to TAIL rows take a narrow one, or with MERGE go with the
+    SPLIT_K programs, on the second grid axis, share a row's sum where the combination finishes it (BT >= 8 and no
+    AHEAD). An expert's last tile is often nearly empty: up to TAIL rows take a narrow one, or with MERGE go with the
     tile before, whose weights are then decoded for both.
     """
     TILES: tl.constexpr = (SLABS * 16 + BM - 1) // BM
+    tl.static_assert(SPLIT_K == 1 or (BT >= _COLUMNS and AHEAD == 0 and KIND is None))
+    tl.static_assert(SPLIT_K == 1 or TAIL == 0 or TAIL >= _COLUMNS)
     pid = tl.program_id(0)
     e = tl.arange(0, E_PADDED)
+    if GATHER_X:
+        wait_for_previous(PDL)
+    let_next_start(PDL, 2)
     starts = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
     first_tiles = tl.where(e < E, starts // BT + e, 0x7FFFFFFF)
     expert = tl.sum((first_tiles <= pid // TILES).to(tl.int32), 0) - 1
@@ -485,26 +639,26 @@ def sorted_matmul(
                 x, codes, scales, bias, order, weights, out, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
                 GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, TAIL if TAIL > 0 else BT, 0,
-                UNROLL, WAIT,
+                UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         elif MERGE and (end - first > BT) & (end - first <= BT + TAIL):
             _tile(
                 x, codes, scales, bias, order, weights, out, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, TAIL, UNROLL, WAIT,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, TAIL, UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         else:
             _tile(
                 x, codes, scales, bias, order, weights, out, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, 0, UNROLL, WAIT,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, 0, UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
 
 
 @triton.jit
 def _places(
     slot, end, x, order,
-    TOP_K: tl.constexpr, X_STRIDE: tl.constexpr, N: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_OUT: tl.constexpr,
+    TOP_K: tl.constexpr, X_STRIDE: tl.constexpr, ROW: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_OUT: tl.constexpr,
 ):  # fmt: skip
     """Of rows of the sorted order: where they read, row offsets to write to, which exist, and their pairs."""
     ok = slot < end
@@ -520,7 +674,7 @@ def _places(
         target = pair
     else:
         target = slot
-    return x + source.to(tl.int64) * X_STRIDE, target.to(tl.int64) * N, ok, pair
+    return x + source.to(tl.int64) * X_STRIDE, target.to(tl.int64) * ROW, ok, pair
 
 
 @triton.jit
@@ -531,38 +685,56 @@ def _tile(
     BETA: tl.constexpr, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, GATHER_X: tl.constexpr,
     SCATTER_OUT: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr,
     DTYPE: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, TAIL: tl.constexpr, UNROLL: tl.constexpr,
-    WAIT: tl.constexpr,
+    WAIT: tl.constexpr, SPLIT_K: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows first .. min(first + BT + TAIL, end) of the sorted order, weight rows from ``slab0`` on."""
+    part = 0
+    if SPLIT_K > 1:
+        part = tl.program_id(1)
+        out += part * N
     slot = first + tl.arange(0, BT)
     x_rows, target, ok, pair = _places(
-        slot, end, x, order, TOP_K, X_STRIDE, N, GATHER_X, SCATTER_OUT
+        slot, end, x, order, TOP_K, X_STRIDE, SPLIT_K * N, GATHER_X, SCATTER_OUT
     )
+    # Weights are no other kernel's: the first of them may come while h is still written.
+    FIRST: tl.constexpr = 0 if AHEAD == 0 or TAIL > 0 else AHEAD if BT >= _COLUMNS else UNROLL * (4 // BT)
+    GROUP: tl.constexpr = 4 // BT if BT < _COLUMNS else 1
+    code_ptrs, scale_ptrs = _weights(codes, scales, tl.zeros([], tl.int64), slab0, SLABS, STEPS, BM, GROUP, TWIDDLED)
+    c, s = _load_steps(code_ptrs, scale_ptrs, 1, FIRST, GROUP, STEPS)
+    if not GATHER_X:
+        wait_for_previous(PDL)
     if BT < _COLUMNS:
         columns, _, _, _ = _places(
-            first + _token_of_column(BT), end, x, order, TOP_K, X_STRIDE, N, GATHER_X, SCATTER_OUT
+            first + _token_of_column(BT), end, x, order, TOP_K, X_STRIDE, SPLIT_K * N, GATHER_X, SCATTER_OUT
         )
+        first_step, last_step = _part(0, STEPS, K, UNROLL * GROUP, 1)
         acc = _accumulate_blocks(
-            columns, codes, scales, slab0, 0, SLABS, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT, UNROLL, 1
+            columns, code_ptrs, scale_ptrs, c, tl.load(scale_ptrs), 0, first_step, last_step, STEPS, K, SPLIT, TWIDDLED,
+            DTYPE, BM, BT, UNROLL, 1, AHEAD
         )
     elif TAIL > 0:
         tail_rows, tail_target, tail_ok, tail_pair = _places(
-            first + BT + tl.arange(0, TAIL), end, x, order, TOP_K, X_STRIDE, N, GATHER_X, SCATTER_OUT
+            first + BT + tl.arange(0, TAIL), end, x, order, TOP_K, X_STRIDE, SPLIT_K * N, GATHER_X, SCATTER_OUT
         )
         acc, tail = _accumulate(
             x_rows, tail_rows, codes, scales,
-            slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
+            slab0, part, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT, SPLIT_K,
         )  # fmt: skip
         _finish(
-            tail, weights, tail_pair, bias, out + tail_target, tail_ok, slab0, 0, SLABS, N,
+            tail, weights, tail_pair, bias, out + tail_target, tail_ok, slab0, part, SLABS, N,
             KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, TAIL,
         )  # fmt: skip
+    elif AHEAD > 0:
+        acc = _accumulate_direct(
+            x_rows, code_ptrs, scale_ptrs, c, s, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, AHEAD, WAIT
+        )
     else:
         acc, _ = _accumulate(
             x_rows, None, codes, scales,
-            slab0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT,
+            slab0, part, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT, SPLIT_K,
         )  # fmt: skip
+    let_next_start(PDL, 1)
     _finish(
-        acc, weights, pair, bias, out + target, ok, slab0, 0, SLABS, N,
+        acc, weights, pair, bias, out + target, ok, slab0, part, SLABS, N,
         KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, BT,
     )  # fmt: skip

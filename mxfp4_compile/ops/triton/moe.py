@@ -78,10 +78,11 @@ class _Plan:
         twiddled: bool,
         choice: Choice,
         pairs_class: int,
+        by_expert: bool,
     ) -> None:
         e, h, i = params.num_experts, params.hidden, params.intermediate
         self.choice = choice
-        self.by_expert = pairs_class >= e
+        self.by_expert = by_expert
         self.split_k = 1
         up: dict[str, Any] = {
             "E": e, "TOP_K": top_k, "X_STRIDE": x_stride, "TWIDDLED": twiddled,
@@ -102,12 +103,12 @@ class _Plan:
             self.up_tiles = up["SLABS"] * (8 // choice.up["ROWS"])
         else:
             self.up_tiles = -(-up["SLABS"] * 16 // choice.up["BM"])
+            # Its activation needs whole sums.
+            whole = choice.up.with_size("SPLIT_K", 1)
             if choice.up_regime == "scan":
-                # Its activation needs whole sums.
-                whole = choice.up.with_size("SPLIT_K", 1)
                 self.up = _step(scan_matmul, whole, X_BY_TOKEN=True, **scan, **up)
             else:
-                self.up = _step(sorted_matmul, choice.up, GATHER_X=True, SCATTER_OUT=False, **ragged, **up)
+                self.up = _step(sorted_matmul, whole, GATHER_X=True, SCATTER_OUT=False, **ragged, **up)
         if choice.down_regime == "vector":
             del down["X_STRIDE"]
             for name in _NO_ACTIVATION:
@@ -116,17 +117,19 @@ class _Plan:
             self.down_tiles = down["SLABS"] * (8 // choice.down["ROWS"])
         else:
             self.down_tiles = -(-down["SLABS"] * 16 // choice.down["BM"])
+            self.split_k = choice.down["SPLIT_K"]
             if choice.down_regime == "scan":
-                self.split_k = choice.down["SPLIT_K"]
                 self.down = _step(scan_matmul, choice.down, X_BY_TOKEN=False, **scan, **down)
             else:
                 self.down = _step(sorted_matmul, choice.down, GATHER_X=False, SCATTER_OUT=True, **ragged, **down)
             self.combine_block = min(_power_of_two(h), 1024)
             self.combine_tiles = -(-h // self.combine_block)
             constants = {"E": e, "TOP_K": top_k, "SPLIT_K": self.split_k, "N": h, "BLOCK": self.combine_block}
+            constants["PDL"] = choice.down["PDL"]
             self.combine = Step(combine, constants, 4, 1)
         if choice.up_regime == "sorted":
-            self.route = Step(sort_pairs, {"E": e, "BLOCK": pairs_class}, max(min(pairs_class // 512, 16), 4), 1)
+            constants = {"E": e, "BLOCK": pairs_class, "PDL": choice.up["PDL"]}
+            self.route = Step(sort_pairs, constants, max(min(pairs_class // 512, 16), 4), 1)
 
 
 @lru_cache(maxsize=4096)
@@ -138,10 +141,11 @@ def _plan(
     twiddled: bool,
     choice: Choice,
     pairs_class: int,
+    by_expert: bool,
 ) -> _Plan:
     # dtypes is part of the key because a Step's compiled kernel is for one set of them.
     split = dtypes[0] != torch.bfloat16 or params.round_dtype != torch.bfloat16
-    return _Plan(params, top_k, x_stride, split, twiddled, choice, pairs_class)
+    return _Plan(params, top_k, x_stride, split, twiddled, choice, pairs_class, by_expert)
 
 
 def moe(
@@ -230,20 +234,25 @@ def _chunk(
         None if up_bias is None else up_bias.dtype,
         None if down_bias is None else down_bias.dtype,
     )
-    plan = _plan(params, top_k, x.stride(0), dtypes, layout == "sm80", choice, pairs_class(choice, pairs))
+    plan = _plan(
+        params, top_k, x.stride(0), dtypes, layout == "sm80", choice, pairs_class(choice, pairs),
+        pairs >= params.num_experts,
+    )  # fmt: skip
     h = torch.empty((pairs, params.intermediate), dtype=params.round_dtype, device=x.device)
     in_weights, out_weights = (weights, None) if params.weight_on_input else (None, weights)
     up_codes, up_scales = up
     down_codes, down_scales = down
     e = params.num_experts
+    # Parts of sums are added before they are rounded.
+    y_dtype = params.round_dtype if plan.split_k == 1 else torch.float32
     if choice.up_regime == "sorted":
         offsets = torch.empty(e + pairs, dtype=torch.int32, device=x.device)
         order = offsets[e:]
-        y = torch.empty((pairs, params.hidden), dtype=params.round_dtype, device=x.device)
         plan.route((e, 1, 1), ids, offsets, order, pairs)
         grid = (plan.up_tiles * (pairs // choice.up["BT"] + e), 1, 1)
         plan.up(grid, x, up_codes, up_scales, up_bias, offsets, order, in_weights, h)
-        grid = (plan.down_tiles * (pairs // choice.down["BT"] + e), 1, 1)
+        y = torch.empty((pairs, plan.split_k, params.hidden), dtype=y_dtype, device=x.device)
+        grid = (plan.down_tiles * (pairs // choice.down["BT"] + e), plan.split_k, 1)
         plan.down(grid, h, down_codes, down_scales, down_bias, offsets, order, None, y)
         plan.combine((tokens, plan.combine_tiles, 1), y, ids, out_weights, out)
         return
@@ -255,10 +264,8 @@ def _chunk(
     if choice.down_regime == "vector":
         plan.down((plan.down_tiles, tokens, 1), h, down_codes, down_scales, down_bias, ids, out_weights, out)
         return
-    split = plan.split_k
-    y_dtype = params.round_dtype if split == 1 else torch.float32
-    y = torch.empty((pairs, split, params.hidden), dtype=y_dtype, device=x.device)
-    plan.down((plan.down_tiles, programs, split), h, down_codes, down_scales, down_bias, ids, None, y, pairs)
+    y = torch.empty((pairs, plan.split_k, params.hidden), dtype=y_dtype, device=x.device)
+    plan.down((plan.down_tiles, programs, plan.split_k), h, down_codes, down_scales, down_bias, ids, None, y, pairs)
     plan.combine((tokens, plan.combine_tiles, 1), y, ids, out_weights, out)
 
 
@@ -276,7 +283,8 @@ def pairs_class(choice: Choice, pairs: int) -> int:
 def _linear_step(e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, twiddled: bool, tiles: Tiles) -> Step:
     return _step(
         sorted_matmul,
-        tiles,
+        # What comes before it is not known.
+        tiles.with_size("PDL", 0).with_size("SPLIT_K", 1),
         E=e,
         E_PADDED=_power_of_two(e),
         TOP_K=1,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dependent import let_next_start, wait_for_previous
+
 
 @triton.jit(do_not_specialize=["pairs"])
-def sort_pairs(ids, offsets, order, pairs, E: tl.constexpr, BLOCK: tl.constexpr):
+def sort_pairs(ids, offsets, order, pairs, E: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per expert scans all ids: those below it give its start, its own their places.
 
     Writes offsets int32 [E], the end row of each expert, and order int32 [pairs], the pair at each
@@ -16,6 +18,8 @@ def sort_pairs(ids, offsets, order, pairs, E: tl.constexpr, BLOCK: tl.constexpr)
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)
+    wait_for_previous(PDL)
+    let_next_start(PDL, 2)
     for at in range(0, pairs, BLOCK):
         ids_here = tl.load(ids + at + lane, mask=at + lane < pairs, other=-1).to(tl.int32)
         before += ((ids_here >= 0) & (ids_here < expert)).to(tl.int32)
@@ -26,3 +30,4 @@ def sort_pairs(ids, offsets, order, pairs, E: tl.constexpr, BLOCK: tl.constexpr)
         tl.store(order + row + place - 1, at + lane, mask=mine)
         row += tl.sum(mine.to(tl.int32), 0)
     tl.store(offsets + expert, row)
+    let_next_start(PDL, 1)

@@ -2,8 +2,9 @@
 
 A file holds an ordered list; the first entry whose bounds all hold is taken. Bounds ("max_rows",
 "min_weights") are on tokens, pairs (tokens times top_k), rows (mean pairs per expert hit, under uniform
-routing) and weights (hidden times intermediate size), so that a shape nobody tuned falls between its
-neighbours. What the user tuned on this GPU (tuned.py) goes before all of it, for exactly its shapes.
+routing), weights (hidden times intermediate size) and outputs (rows of the down-projections of the experts
+hit), so that a shape nobody tuned falls between its neighbours. What the user tuned on this GPU (tuned.py)
+goes before all of it, for exactly its shapes.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def choose(
         "pairs": pairs,
         "rows": _rows(pairs, num_experts, bf16),
         "weights": hidden * inner,
+        "outputs": experts_hit(pairs, num_experts) * hidden,
     }
     for entry in load_config(architecture)["moe"]:
         if _fits(entry, facts):
@@ -103,7 +105,8 @@ def choose_linear(architecture: str, num_experts: int, rows: int, bf16: bool = T
     """The tiles of grouped_linear for ``rows`` rows: those of a sorted down-projection."""
     mean = _rows(rows, num_experts, bf16)
     for entry in load_config(architecture)["moe"]:
-        if entry["down"]["kernel"] == "sorted" and entry.get("max_rows", math.inf) >= mean:
+        bounded = "min_weights" in entry
+        if entry["down"]["kernel"] == "sorted" and entry.get("max_rows", math.inf) >= mean and not bounded:
             return tiles_of(entry["down"])
     raise ValueError(f"no sorted entry of configs/{architecture}.json fits {mean} rows per expert")
 

@@ -10,9 +10,9 @@ Regime = Literal["vector", "scan", "sorted"]
 
 # The sizes that each kernel takes; the keys of a configuration's entry besides the launch options.
 SIZES: dict[str, tuple[str, ...]] = {
-    "vector": ("ROWS", "BLOCK"),
-    "scan": ("BM", "BT", "QUADS", "UNROLL", "WAIT", "SPLIT_K"),
-    "sorted": ("BM", "BT", "QUADS", "UNROLL", "WAIT", "GROUP", "TAIL", "MERGE"),
+    "vector": ("ROWS", "BLOCK", "PDL"),
+    "scan": ("BM", "BT", "QUADS", "UNROLL", "WAIT", "SPLIT_K", "AHEAD", "PDL"),
+    "sorted": ("BM", "BT", "QUADS", "UNROLL", "WAIT", "GROUP", "TAIL", "MERGE", "SPLIT_K", "AHEAD", "PDL"),
 }
 
 

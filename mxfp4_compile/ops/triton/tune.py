@@ -179,47 +179,63 @@ def candidates(arch: str, shape: LayerShape, tokens: int) -> list[Candidate]:
 
 
 def _grid(arch: str, regime: Regime, rows: float) -> Iterator[Tiles]:
+    dependent = _dependent(arch)
     if regime == "vector":
         for count, block, warps in itertools.product((8, 4, 2), (8, 16, 32, 64), (2, 4, 8)):
             if 16 <= count * block * 16 / (warps * 32) <= 64:
-                yield Tiles(warps, 1, (("ROWS", count), ("BLOCK", block)))
+                yield Tiles(warps, 1, (("ROWS", count), ("BLOCK", block), ("PDL", int(dependent))))
         return
-    few = itertools.product(((64, 2), (64, 4), (128, 4), (256, 4), (256, 8)), (1, 2, 4), (3, 4, 5), (1,), (1, 2), ((0, 0),))
+    # Each: (rows of weights, warps), columns, stages, QUADS, UNROLL, (TAIL, MERGE), SPLIT_K, AHEAD.
+    blocks = ((64, 2), (64, 4), (128, 4), (256, 4))
+    none = ((0, 0),)
+    tiles: Iterator[tuple[tuple[int, int], int, int, int, int, tuple[int, int], int, int]]
     if rows <= 10:
-        tiles = itertools.product(
-            ((64, 2), (64, 4), (128, 4), (256, 4), (256, 8)), (8, 16), (3, 4, 5), (0, 1), (1, 2), ((0, 0),)
+        tiles = itertools.chain(
+            itertools.product((*blocks, (256, 8)), (8, 16), (3, 4, 5), (0, 1), (1, 2), none, (1,), (0,)),
+            itertools.product(blocks, (8,), (2, 3), (1,), (1,), none, (1,), (2, 4)),
         )
         # Columns of blocks (matmul.py), seen right on Hopper only.
         if arch == "sm90":
+            splits = (1, 2, 4) if regime == "scan" else (1,)
+            few = itertools.product(blocks, (1, 2, 4), (2, 3, 4), (1,), (1, 2, 4), none, splits, (0, 1))
             tiles = itertools.chain(few, tiles)
     elif rows <= 80:
         tails = ((0, 0), (16, 0), (16, 1), (32, 0), (32, 1))
         tiles = itertools.product(
-            ((128, 4), (128, 8), (256, 4), (256, 8)), (16, 32, 64, 128), (3, 4), (0, 1), (1, 2), tails
-        )
+            ((64, 4), (128, 4), (128, 8), (256, 4), (256, 8)), (16, 32, 64, 128), (3, 4, 6), (0, 1), (1, 2), tails,
+            (1, 2), (0,),
+        )  # fmt: skip
     else:
         tails = ((0, 0), (16, 0), (16, 1), (32, 0), (32, 1), (64, 0), (64, 1))
         tiles = itertools.product(
-            ((128, 4), (128, 8), (256, 8)), (64, 128, 256), (3, 4, 5, 6), (0, 1), (1, 2), tails
+            ((128, 4), (128, 8), (256, 8)), (64, 128, 256), (3, 4, 5, 6), (0, 1), (1, 2), tails, (1,), (0,)
         )
-    for (bm, warps), bt, stages, quads, unroll, (tail, merge) in tiles:
+    for (bm, warps), bt, stages, quads, unroll, (tail, merge), split, ahead in tiles:
         # On Hopper mma.sync where wgmma does not apply, and only there; wgmma needs its WAIT (matmul.py).
         wgmma = arch == "sm90" and bt >= 16 and warps >= 4
         if (arch == "sm90" and quads == wgmma) or tail * 2 > bt or bm * bt // (warps * 32) > 128:
             continue
-        if bt < 8:
-            # An iteration is 8 / bt / 2 steps.
-            stage = unroll * (4 // bt) * (bm * 34 + 8 * 128)
-        else:
-            stage = unroll * (bm * 34 + (bt + merge * tail) * 128)
-        if stages * stage > _SHARED_BYTES or unroll * stages > 8:
+        codes, tokens = bm * 34, (max(bt, 8) + merge * tail) * 128
+        steps = ahead if ahead and bt >= 8 else unroll * max(4 // bt, 1)
+        # With AHEAD weights are in registers, of which every step takes so many.
+        if ahead and (steps * bm // (warps * 16) * 4 > 64 or (unroll == 4 and bt != 4)):
+            continue
+        stage = steps * (tokens if ahead else codes + tokens)
+        if stages * stage > _SHARED_BYTES or (unroll * stages > 8 and not ahead) or (stages > 3 and ahead):
             continue
         sizes = [("BM", bm), ("BT", bt), ("QUADS", quads), ("UNROLL", unroll), ("WAIT", int(wgmma))]
         if regime == "sorted":
-            yield Tiles(warps, stages, (*sizes, ("GROUP", 8), ("TAIL", tail), ("MERGE", merge)))
-        elif not tail:
-            for split in (1, 2, 4, 8) if bt < 8 else (1,):
-                yield Tiles(warps, stages, (*sizes, ("SPLIT_K", split)))
+            sizes += [("GROUP", 8), ("TAIL", tail), ("MERGE", merge)]
+        elif tail:
+            continue
+        # Programs that have their first weights on the way while they wait do no harm when they start early.
+        pdl = (2 if ahead else 1) if dependent else 0
+        yield Tiles(warps, stages, (*sizes, ("SPLIT_K", split), ("AHEAD", ahead), ("PDL", pdl)))
+
+
+def _dependent(arch: str) -> bool:
+    """Whether kernels may start before the one before them has ended (dependent.py)."""
+    return arch.startswith("sm") and int(arch[2:]) >= 90
 
 
 # 2. compile
@@ -384,7 +400,11 @@ class _Class:
 
     def choices(self) -> list[Choice]:
         best = lambda found: [c for _, c in sorted(found, key=lambda f: f[0])[:2]]
-        return [Choice(*up, *down) for up, down in itertools.product(best(self.up), best(self.down))]
+        found = [Choice(*up, *down) for up, down in itertools.product(best(self.up), best(self.down))]
+        early = [
+            replace(c, up=c.up.with_size("PDL", 2), down=c.down.with_size("PDL", 2)) for c in found if c.up["PDL"] > 0
+        ]
+        return list(dict.fromkeys(found + early))
 
 
 @dataclass

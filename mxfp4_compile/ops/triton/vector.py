@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .activation import activate
 from .decode import SCALE, code_bits, multiplier
+from .dependent import let_next_start, wait_for_previous
 
 
 @triton.jit
@@ -79,12 +80,15 @@ def vector_up(
     TWIDDLED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per (ROWS of a slab's 8 row pairs, token-expert pair); BLOCK steps of K at a time."""
     PARTS: tl.constexpr = 8 // ROWS
     slab = tl.program_id(0) // PARTS
     r = (tl.program_id(0) % PARTS) * ROWS + tl.arange(0, ROWS)
     pair = tl.program_id(1)
+    wait_for_previous(PDL)
+    let_next_start(PDL, 2)
     expert = tl.load(ids + pair).to(tl.int64)
     if (expert >= 0) & (expert < E):
         base = (expert * SLABS + slab) * STEPS
@@ -108,6 +112,7 @@ def vector_up(
             else:
                 xs = tl.load(x + at * 64 + k, mask=at * 64 + k < K, other=0.0)
             total += _multiply(words, s, xs.to(tl.float32), ROWS, BLOCK, TWIDDLED)
+        let_next_start(PDL, 1)
         y = _sum(total)
         if weights is not None:
             y *= tl.load(weights + pair).to(tl.float32)
@@ -144,6 +149,7 @@ def vector_down(
     TWIDDLED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per (ROWS row pairs, token): the token's experts lie one after the other along K."""
     PARTS: tl.constexpr = 8 // ROWS
@@ -153,6 +159,7 @@ def vector_down(
     pair0 = tl.program_id(1) * TOP_K
     w = tl.arange(0, 16)
     total = tl.zeros([ROWS, BLOCK, 4, 2, 2], tl.float32)
+    wait_for_previous(PDL)
     for at in range(0, TOTAL, BLOCK):
         flat_step = at + tl.arange(0, BLOCK)
         which = flat_step // STEPS
