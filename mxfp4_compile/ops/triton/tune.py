@@ -188,6 +188,7 @@ def _grid(arch: str, regime: Regime, rows: float) -> Iterator[Tiles]:
     # Each: (rows of weights, warps), columns, stages, QUADS, UNROLL, (TAIL, MERGE), SPLIT_K, AHEAD.
     blocks = ((64, 2), (64, 4), (128, 4), (256, 4))
     none = ((0, 0),)
+    tails: tuple[tuple[int, int], ...]
     tiles: Iterator[tuple[tuple[int, int], int, int, int, int, tuple[int, int], int, int]]
     if rows <= 10:
         tiles = itertools.chain(
