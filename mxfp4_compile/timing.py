@@ -11,6 +11,7 @@ import torch
 
 _FLUSH_BYTES = 256 << 20
 _flush: dict[int, torch.Tensor] = {}
+_awake: set[int] = set()
 
 
 def flush_l2() -> None:
@@ -19,6 +20,20 @@ def flush_l2() -> None:
     if device not in _flush:
         _flush[device] = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     _flush[device].zero_()
+
+
+def raise_clocks(seconds: float = 0.3) -> None:
+    """Keep the current GPU busy once in a process: an idle one's clocks are low, and take a while to rise."""
+    device = torch.cuda.current_device()
+    if device in _awake:
+        return
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(20):
+            torch.mm(a, a)
+        torch.cuda.synchronize()
+    _awake.add(device)
 
 
 def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -38,6 +53,7 @@ def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 def median_us(run: Callable[[], Any], repeats: int = 20) -> float:
     """Median time of one replay of ``run`` on the current GPU in microseconds, L2 flushed before each."""
+    raise_clocks()
     graph = capture(run)
     for _ in range(3):
         graph.replay()
