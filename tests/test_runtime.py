@@ -22,7 +22,7 @@ from mxfp4_compile.demo import MODEL_DIRECTORY, TEXT_FILE, load
 from mxfp4_compile.families import tiny_model
 from mxfp4_compile.runtime import runtime_of
 from mxfp4_compile.runtime import step as steps
-from mxfp4_compile.runtime.cache import Arena, HandoverCache, StaticKV, shapes_of
+from mxfp4_compile.runtime.cache import CACHE, Arena, HandoverCache, StaticKV, shapes_of
 from mxfp4_compile.runtime.graphs import EagerRecorder
 from mxfp4_compile.runtime.sizes import capture_sizes, length_for, prompt_length_for, prompt_lengths, size_for
 
@@ -179,13 +179,13 @@ def test_returned_scores_and_cache(trained: nn.Module) -> None:
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(got.scores, expected.scores, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert type(got.past_key_values) is DynamicCache
-    before = [layer.keys.clone() for layer in got.past_key_values.layers]
-    for layer, other in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    assert type(getattr(got, CACHE)) is DynamicCache
+    before = [layer.keys.clone() for layer in getattr(got, CACHE).layers]
+    for layer, other in zip(getattr(got, CACHE).layers, getattr(expected, CACHE).layers, strict=True):
         torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
     trained.generate(**prompts(3, seed=1), max_new_tokens=12, do_sample=False, pad_token_id=0)
-    for layer, kept in zip(got.past_key_values.layers, before, strict=True):
+    for layer, kept in zip(getattr(got, CACHE).layers, before, strict=True):
         assert torch.equal(layer.keys, kept), "a later generation wrote to a cache that was handed out"
 
 
@@ -250,7 +250,7 @@ def test_what_the_user_decides_is_left_to_transformers(trained: nn.Module) -> No
         assert recorder.replayed == 0
     recorder = recorded(trained)
     cache = DynamicCache(config=trained.config)
-    trained.generate(**inputs, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    trained.generate(**inputs, **{CACHE: cache}, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert recorder.replayed == 0
     assert cache.get_seq_length() == 24 + 4
 
@@ -442,7 +442,7 @@ def test_caches_of_other_kinds_are_named_and_run_without(family: str) -> None:
 def test_cache_goes_in_and_comes_out() -> None:
     model = tiny_model("gpt_oss")
     with torch.no_grad():
-        cache = model(torch.randint(3, 100, (3, 21)), use_cache=True).past_key_values
+        cache = getattr(model(torch.randint(3, 100, (3, 21)), use_cache=True), CACHE)
     before = copy.deepcopy(cache)
     static = StaticKV(shapes_of(cache), 4, 512, torch.device("cpu"), Arena())
     handover = HandoverCache(cache)
@@ -739,9 +739,9 @@ def test_a_recorded_prompt_leaves_out_its_padding(monkeypatch: pytest.MonkeyPatc
     model = windowed(2)
     ids = torch.randint(3, 100, (3, model.config.sliding_window + 7))
     options = {"max_new_tokens": 2, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
-    expected = model.generate(ids, **options, return_dict_in_generate=True).past_key_values
+    expected = getattr(model.generate(ids, **options, return_dict_in_generate=True), CACHE)
     recorded(model, compiles=True)
-    got = model.generate(ids, **options, return_dict_in_generate=True).past_key_values
+    got = getattr(model.generate(ids, **options, return_dict_in_generate=True), CACHE)
     kept = [layer.keys.clone() for layer in got.layers]
     model.generate(ids.flip(1), **options)
     assert any(p.replay for p in runtime_of(model).report.prefills)

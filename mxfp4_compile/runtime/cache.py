@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import utils as _generation
+
+# What transformers calls a cache in arguments and outputs: "cache" from 5.24 on.
+CACHE = "cache" if "cache" in getattr(_generation, "ALL_CACHE_NAMES", ()) else "past_key_values"
 
 
 class CannotMove(RuntimeError):

@@ -46,7 +46,16 @@ _RESERVE_BYTES = 1 << 30
 _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 _HALF_TOLERANCE = 0.5
 
-_PLAIN_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_PLAIN_INPUTS = {
+    "input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep",
+}  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _cache_name() -> str:
+    from .cache import CACHE
+
+    return CACHE
 
 
 class Runtime:
@@ -329,13 +338,14 @@ class _Probe:
             self.mask[1, :3] = 0
         positions = positions_of(self.mask)
         self.token, self.positions = ids[:, -1:], positions
-        self.cache = model(
+        output = model(
             input_ids=ids[:, :-1],
             attention_mask=self._mask(ids.shape[1] - 1),
             position_ids=positions[:, :-1],
             use_cache=True,
             **last_logits(model),  # all of them, for many rows and a large vocabulary, are gigabytes
-        ).past_key_values
+        )
+        self.cache = getattr(output, _cache_name())
 
     def _mask(self, length: int) -> Tensor | None:
         return self.mask[:, :length] if self.rows > 1 else None
@@ -357,8 +367,8 @@ class _Probe:
             input_ids=self.token,
             attention_mask=self._mask(self.mask.shape[1]),
             position_ids=self.positions[:, -1:],
-            past_key_values=copy.deepcopy(self.cache),
             use_cache=True,
+            **{_cache_name(): copy.deepcopy(self.cache)},
         ).logits[:, -1]
         return relative_error(step.logits, expected)
 
@@ -450,7 +460,7 @@ class _Session:
         from .cache import HandoverCache
 
         config: Any = kwargs["generation_config"]
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = kwargs.get(_cache_name())
         if (
             type(cache) is not DynamicCache
             or (len(cache.layers) and cache.get_seq_length() > 0)
@@ -468,7 +478,7 @@ class _Session:
         tokens = prompt + max(config.max_length - input_ids.shape[1], 1)
         self.step = self.runtime.step(input_ids.shape[0], tokens, _planes(kwargs))
         if self.step is not None:
-            self.cache = kwargs["past_key_values"] = HandoverCache(cache)
+            self.cache = kwargs[_cache_name()] = HandoverCache(cache)
 
     def _plain(self, kwargs: dict[str, Any]) -> bool:
         from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLengthCriteria
@@ -491,8 +501,9 @@ class _Session:
         """A cache that is returned must not be the one that the next generation overwrites."""
         from .cache import HandoverCache
 
-        if isinstance(getattr(result, "past_key_values", None), HandoverCache):
-            result.past_key_values = result.past_key_values.plain()
+        name = _cache_name()
+        if isinstance(getattr(result, name, None), HandoverCache):
+            setattr(result, name, getattr(result, name).plain())
         return result
 
     # the model call of transformers' loops
@@ -507,7 +518,7 @@ class _Session:
         self.feed(inputs["input_ids"][:, 0], positions)
         step.replay()
         self.cache.advance()
-        return step.output_class(logits=step.logits[:batch, None].clone(), past_key_values=self.cache)
+        return step.output_class(logits=step.logits[:batch, None].clone(), **{_cache_name(): self.cache})
 
     def _prompt(self, inputs: dict[str, Any]) -> Any:
         """``model(**inputs)`` of anything but a decode step: if it begins the cache, recorded or by compiled layers."""
@@ -517,7 +528,7 @@ class _Session:
         if (
             self.step is None
             or self.cache.get_seq_length() > 0
-            or id(inputs.get("past_key_values")) != id(self.cache)
+            or id(inputs.get(_cache_name())) != id(self.cache)
             or ids is None
             or ids.shape[1] < 2
             or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
@@ -554,7 +565,7 @@ class _Session:
 
     def _recordable(self, inputs: dict[str, Any]) -> bool:
         cache: Any = self.cache
-        known = cache is not None and id(inputs.get("past_key_values")) == id(cache)
+        known = cache is not None and id(inputs.get(_cache_name())) == id(cache)
         if self.step is None or not known:
             return False
         ids: Any = inputs.get("input_ids")

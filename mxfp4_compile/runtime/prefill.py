@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from .cache import CACHE
 from .graphs import Recorder, brief
 from .step import (
     LayerFunction,
@@ -97,7 +98,7 @@ class Prefill:
 def _difference(got: Any, expected: Any, mask: Tensor) -> float:
     """The largest relative error of the last logits and of each layer's keys and values where mask [B, T] has it."""
     pairs = [(got.logits[:, -1], expected.logits[:, -1])]
-    for ours, theirs in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    for ours, theirs in zip(getattr(got, CACHE).layers, getattr(expected, CACHE).layers, strict=True):
         if ours.keys.shape != theirs.keys.shape:
             return float("inf")
         held = mask[:, mask.shape[1] - theirs.keys.shape[2] :]
@@ -131,7 +132,7 @@ class _Beginning:
 
 def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
     cache = _Beginning()
-    out = type(layer).forward(layer, *args, past_key_values=cache, **kwargs)
+    out = type(layer).forward(layer, *args, **{CACHE: cache}, **kwargs)
     return out, cache.keys, cache.values
 
 
@@ -149,7 +150,7 @@ class _Forward:
         self._owner, self._run, self._layer, self._index, self._masks = owner, run, layer, index, masks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         hidden = args[0] if args else kwargs.get("hidden_states")
         if self._masks is not None:
             kwargs["attention_mask"] = self._masks.setdefault(self._index, kwargs.get("attention_mask"))
@@ -161,7 +162,7 @@ class _Forward:
             and hidden.shape[1] > 1
         ):
             try:
-                rest = {k: v for k, v in kwargs.items() if k != "past_key_values"}
+                rest = {k: v for k, v in kwargs.items() if k != CACHE}
                 out, keys, values = self._run(self._layer, args, rest)
             except torch.OutOfMemoryError:
                 raise
@@ -227,10 +228,10 @@ class RecordedPrompt:
                 input_ids=self.tokens,
                 attention_mask=self._mask,
                 position_ids=self._positions,
-                past_key_values=self._cache,
                 use_cache=True,
                 return_dict=True,
                 logits_to_keep=self.last,
+                **{CACHE: self._cache},
             )
         self.output_class = type(out)
         self.logits = out.logits
@@ -244,7 +245,7 @@ class RecordedPrompt:
         self.recording.replay()
         for index, (keys, values) in sorted(self._cache.taken.items()):
             cache.update(keys[:batch, :, :count], values[:batch, :, :count], index)
-        return self.output_class(logits=self.logits[:batch].clone(), past_key_values=cache)
+        return self.output_class(logits=self.logits[:batch].clone(), **{CACHE: cache})
 
     def _error(self) -> float:
         config = self._model.config.get_text_config(decoder=True)

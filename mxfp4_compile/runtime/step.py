@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..passes.experts import mxfp4_sites
 from . import attention
-from .cache import Arena, LayerShape, StaticKV, StaticLayerView
+from .cache import CACHE, Arena, LayerShape, StaticKV, StaticLayerView
 from .graphs import Recorder
 
 LayerFunction = Callable[..., Any]
@@ -102,9 +102,9 @@ class DecodeStep:
             input_ids=self.tokens,
             attention_mask=mask,
             position_ids=self.position_ids,
-            past_key_values=self.kv,
             use_cache=True,
             return_dict=True,
+            **{CACHE: self.kv},
         )
         self.output_class = type(out)
         logits = out.logits[:, -1]
@@ -197,7 +197,7 @@ def layer_forwards(forwards: dict[nn.Module, LayerFunction]) -> Iterator[None]:
 
 
 def _run_layer(layer: nn.Module, view: StaticLayerView, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return type(layer).forward(layer, *args, past_key_values=view, **kwargs)
+    return type(layer).forward(layer, *args, **{CACHE: view}, **kwargs)
 
 
 def compile_options(rows: int) -> dict[str, Any]:
@@ -227,9 +227,9 @@ class _Forward:
         self._run, self._layer, self._kv, self._view = run, layer, kv, kv.views[index]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not self._kv:
+        if kwargs.get(CACHE) is not self._kv:
             return type(self._layer).forward(self._layer, *args, **kwargs)
-        kwargs.pop("past_key_values")
+        kwargs.pop(CACHE)
         return self._run(self._layer, self._view, args, kwargs)
 
 
