@@ -97,6 +97,9 @@ def spilled(kernel, target: str, tmp_path: Path) -> int:
 def cases():
     for target in TARGETS:
         for shape in SHAPES:
+            # Fewer steps than are loaded ahead, which only sm90's tiles do.
+            if shape == "narrow" and target != "sm90":
+                continue
             for tokens in TOKENS:
                 quick = target == "sm90" and shape == "qwen3"
                 yield pytest.param(

@@ -2,9 +2,9 @@
 
 A file holds an ordered list; the first entry whose bounds all hold is taken. Bounds ("max_rows",
 "min_weights") are on tokens, pairs (tokens times top_k), rows (mean pairs per expert hit, under uniform
-routing), weights (hidden times intermediate size) and outputs (rows of the down-projections of the experts
-hit), so that a shape nobody tuned falls between its neighbours. What the user tuned on this GPU (tuned.py)
-goes before all of it, for exactly its shapes.
+routing), weights (hidden times intermediate size), outputs (rows of the down-projections of the experts hit)
+and ragged (1 where K is not whole steps: its masks take registers), so that a shape nobody tuned falls between
+its neighbours. What the user tuned on this GPU (tuned.py) goes before all of it, for exactly its shapes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import tuned
+from .layout import STEP
 from .tiles import Choice, Regime, Tiles, choice_of, tiles_of
 
 _CONFIGS = Path(__file__).parent / "configs"
@@ -93,6 +94,7 @@ def choose(
         "rows": _rows(pairs, num_experts, bf16),
         "weights": hidden * inner,
         "outputs": experts_hit(pairs, num_experts) * hidden,
+        "ragged": float(hidden % STEP > 0 or inner % STEP > 0),
     }
     for entry in load_config(architecture)["moe"]:
         if _fits(entry, facts):
