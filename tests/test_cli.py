@@ -325,5 +325,6 @@ def test_optional_parts_are_the_extras() -> None:
         wanted = set(extras[extra])
         if "mxfp4_compile[hf]" in wanted:
             wanted = wanted - {"mxfp4_compile[hf]"} | extras["hf"]
-        assert known[extra] == wanted
+        # An upper bound restricts what is asked for already.
+        assert known[extra] == {w for w in wanted if "<" not in w or ">=" in w}
     assert known.keys() == extras.keys() - {"dev"}
