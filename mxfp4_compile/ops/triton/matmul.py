@@ -253,7 +253,7 @@ def _accumulate_blocks(
     code_ptrs,  # of step ``first``, as from ``_weights``
     scale_ptrs,
     c,  # with AHEAD the codes of the first UNROLL * GROUP steps, else empty
-    s,  # the scales of the first GROUP steps
+    s,  # and the scales of the first GROUP steps, alike
     part,  # which of SPLIT_K parts of K to sum
     first,  # its steps
     last,
@@ -283,16 +283,20 @@ def _accumulate_blocks(
     total = tl.zeros([BM, _COLUMNS], tl.float32)
     WHOLE: tl.constexpr = STEPS if K % 64 == 0 else STEPS - 1
     WIDE: tl.constexpr = WHOLE // STRIDE * STRIDE
+    if AHEAD > 0:
+        ahead = s[0]
+    else:
+        ahead = tl.load(scale_ptrs)
     # Loads that feed no product are not pipelined: the scales of the next group by hand.
     if WIDE > 0:
         for at in range(first, last, STRIDE):
             code_ptrs += STRIDE * 128
             next_c = ()
             for u in tl.static_range(UNROLL):
-                now = s
+                now = ahead
                 scale_ptrs += GROUP * 8
                 more = at + (u + 1) * GROUP + tl.zeros([1, 1, 1], tl.int32) < last
-                s = tl.load(scale_ptrs, mask=more, other=0)
+                ahead = tl.load(scale_ptrs, mask=more, other=0)
                 acc = tl.zeros([BM, _COLUMNS], tl.float32)
                 for j in tl.static_range(GROUP):
                     if AHEAD > 0:
@@ -522,12 +526,8 @@ def scan_matmul(
                 source = source // TOP_K
             x_rows = x + source.to(tl.int64) * X_STRIDE
             if BT < _COLUMNS:
-                if AHEAD > 0:
-                    s0 = s[0]
-                else:
-                    s0 = tl.load(scale_ptrs)
                 acc = _accumulate_blocks(
-                    x_rows, code_ptrs, scale_ptrs, c, s0, part, first, last, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT,
+                    x_rows, code_ptrs, scale_ptrs, c, s, part, first, last, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT,
                     UNROLL, SPLIT_K, AHEAD,
                 )  # fmt: skip
             elif AHEAD > 0:
@@ -709,7 +709,7 @@ def _tile(
         )
         first_step, last_step = _part(0, STEPS, K, UNROLL * GROUP, 1)
         acc = _accumulate_blocks(
-            columns, code_ptrs, scale_ptrs, c, tl.load(scale_ptrs), 0, first_step, last_step, STEPS, K, SPLIT, TWIDDLED,
+            columns, code_ptrs, scale_ptrs, c, s, 0, first_step, last_step, STEPS, K, SPLIT, TWIDDLED,
             DTYPE, BM, BT, UNROLL, 1, AHEAD
         )
     elif TAIL > 0:
