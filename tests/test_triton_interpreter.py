@@ -134,7 +134,8 @@ def case(**overrides):
             "vector": {"ROWS": 8, "BLOCK": 2, "PDL": 0},
             "scan": {**product, "BT": 16, "QUADS": o["half"], "UNROLL": 2 - o["half"], **rest},
             "sorted": {
-                **product, "BT": 32, "QUADS": 0, "UNROLL": 1 + o["half"], "GROUP": 2, "TAIL": 16, "MERGE": 0, **rest,
+                **product, "BT": 32, "QUADS": 0, "UNROLL": 1 + o["half"], "GROUP": 2, "TAIL": 16, "MERGE": 0,
+                "FINE": 0, **rest,
             },
         }[o["regime"]]
         tiles = tuple({**dict(tiles), **o["tiles"]}.items())
@@ -225,6 +226,12 @@ def cases():
         tiles = {"BT": 16, "UNROLL": unroll, "SPLIT_K": split, "TAIL": 8, "MERGE": unroll - 1}
         wide = {"regime": "sorted", "tiles": tiles, "e": 3, "t": 17, "i": i, "bias": True, "kind": "sentinel"}
         out[f"split{split}-{unroll}-{i}"] = wide
+    # The last tile in quarters: each of them, exactly full and one row more, also beside rows that join a tile.
+    for t in (1, 8, 9, 16, 17, 24, 25, 32, 33, 41, 57, 64, 66):
+        tiles = {"BT": 32, "TAIL": 4 * (t % 2), "MERGE": t % 2, "FINE": 1, "UNROLL": 1 + t // 3 % 2}
+        wide = {"regime": "sorted", "tiles": tiles, "t": t, "bias": True, "h": 200 if t % 5 else 128}
+        out[f"fine{t}"] = {**wide, "e": 3}
+        out[f"fine{t}-one"] = {**wide, "kind": "one", "on_input": True}
     # Rows left over join the tile before: none, some, as many as TAIL, one more.
     for t in (3, 8, 12, 16, 17, 30, 41):
         tiles = {"BT": 8, "TAIL": 4, "MERGE": 1, "UNROLL": 1 + t % 2}

@@ -36,7 +36,7 @@ def vector(warps: int, rows: int, block: int) -> Tiles:
 VECTOR = Choice("vector", vector(2, 2, 16), "vector", vector(8, 4, 8))
 _PRODUCT = (("BM", 64), ("BT", 16), ("QUADS", 1), ("UNROLL", 1), ("WAIT", 0))
 _REST = (("SPLIT_K", 1), ("AHEAD", 0), ("PDL", 0))
-SORTED_TILES = Tiles(4, 3, (*_PRODUCT, ("GROUP", 8), ("TAIL", 0), ("MERGE", 0), *_REST), 168)
+SORTED_TILES = Tiles(4, 3, (*_PRODUCT, ("GROUP", 8), ("TAIL", 0), ("MERGE", 0), ("FINE", 0), *_REST), 168)
 SORTED = Choice("sorted", SORTED_TILES, "sorted", SORTED_TILES)
 
 

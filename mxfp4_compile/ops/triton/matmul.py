@@ -595,6 +595,7 @@ def sorted_matmul(
     GROUP: tl.constexpr,
     TAIL: tl.constexpr,
     MERGE: tl.constexpr,
+    FINE: tl.constexpr,
     SPLIT_K: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -606,11 +607,12 @@ def sorted_matmul(
     expert, GROUP token tiles share a row tile's weights before the next row tile, to stay within L2.
     SPLIT_K programs, on the second grid axis, share a row's sum where the combination finishes it (BT >= 8 and no
     AHEAD). An expert's last tile is often nearly empty: up to TAIL rows take a narrow one, or with MERGE go with the
-    tile before, whose weights are then decoded for both.
+    tile before, whose weights are then decoded for both. With FINE it is as wide as its rows need, in quarters of BT.
     """
     TILES: tl.constexpr = (SLABS * 16 + BM - 1) // BM
     tl.static_assert(SPLIT_K == 1 or (BT >= _COLUMNS and AHEAD == 0 and KIND is None))
     tl.static_assert(SPLIT_K == 1 or TAIL == 0 or TAIL >= _COLUMNS)
+    tl.static_assert(FINE == 0 or BT >= 4 * _COLUMNS)
     pid = tl.program_id(0)
     e = tl.arange(0, E_PADDED)
     if GATHER_X:
@@ -634,24 +636,48 @@ def sorted_matmul(
             bias += expert.to(tl.int64) * (SLABS * 16)
         codes += expert.to(tl.int64) * (SLABS * STEPS * 128)
         scales += expert.to(tl.int64) * (SLABS * STEPS * 8)
-        if TAIL > 0 and end - first <= TAIL:
+        left = end - first
+        if TAIL > 0 and left <= TAIL:
             _tile(
                 x, codes, scales, bias, order, weights, out, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
                 GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, TAIL if TAIL > 0 else BT, 0,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
-        elif MERGE and (end - first > BT) & (end - first <= BT + TAIL):
+        elif MERGE and (left > BT) & (left <= BT + TAIL):
             _tile(
                 x, codes, scales, bias, order, weights, out, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, TAIL, UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, TAIL,
+                UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
+            )  # fmt: skip
+        elif FINE and left <= BT // 4:
+            _tile(
+                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT // 4, 0,
+                UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
+            )  # fmt: skip
+        elif FINE and left <= BT // 2:
+            _tile(
+                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT // 2, 0,
+                UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
+            )  # fmt: skip
+        elif FINE and left <= BT // 4 * 3:
+            _tile(
+                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT // 2, BT // 4,
+                UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         else:
             _tile(
                 x, codes, scales, bias, order, weights, out, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, 0, UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, 0,
+                UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
 
 

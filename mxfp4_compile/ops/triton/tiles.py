@@ -12,7 +12,7 @@ Regime = Literal["vector", "scan", "sorted"]
 SIZES: dict[str, tuple[str, ...]] = {
     "vector": ("ROWS", "BLOCK", "PDL"),
     "scan": ("BM", "BT", "QUADS", "UNROLL", "WAIT", "SPLIT_K", "AHEAD", "PDL"),
-    "sorted": ("BM", "BT", "QUADS", "UNROLL", "WAIT", "GROUP", "TAIL", "MERGE", "SPLIT_K", "AHEAD", "PDL"),
+    "sorted": ("BM", "BT", "QUADS", "UNROLL", "WAIT", "GROUP", "TAIL", "MERGE", "FINE", "SPLIT_K", "AHEAD", "PDL"),
 }
 
 

@@ -185,11 +185,11 @@ def _grid(arch: str, regime: Regime, rows: float) -> Iterator[Tiles]:
             if 16 <= count * block * 16 / (warps * 32) <= 64:
                 yield Tiles(warps, 1, (("ROWS", count), ("BLOCK", block), ("PDL", int(dependent))))
         return
-    # Each: (rows of weights, warps), columns, stages, QUADS, UNROLL, (TAIL, MERGE), SPLIT_K, AHEAD.
+    # Each: (rows of weights, warps), columns, stages, QUADS, UNROLL, (TAIL, MERGE, FINE), SPLIT_K, AHEAD.
     blocks = ((64, 2), (64, 4), (128, 4), (256, 4))
-    none = ((0, 0),)
-    tails: tuple[tuple[int, int], ...]
-    tiles: Iterator[tuple[tuple[int, int], int, int, int, int, tuple[int, int], int, int]]
+    none = ((0, 0, 0),)
+    tails: tuple[tuple[int, int, int], ...]
+    tiles: Iterator[tuple[tuple[int, int], int, int, int, int, tuple[int, int, int], int, int]]
     if rows <= 10:
         tiles = itertools.chain(
             itertools.product((*blocks, (256, 8)), (8, 16), (3, 4, 5), (0, 1), (1, 2), none, (1,), (0,)),
@@ -201,20 +201,20 @@ def _grid(arch: str, regime: Regime, rows: float) -> Iterator[Tiles]:
             few = itertools.product(blocks, (1, 2, 4), (2, 3, 4), (1,), (1, 2, 4), none, splits, (0, 1))
             tiles = itertools.chain(few, tiles)
     elif rows <= 80:
-        tails = ((0, 0), (16, 0), (16, 1), (32, 0), (32, 1))
+        tails = ((0, 0, 0), (16, 0, 0), (16, 1, 0), (32, 0, 0), (32, 1, 0), (0, 0, 1), (16, 1, 1))
         tiles = itertools.product(
             ((64, 4), (128, 4), (128, 8), (256, 4), (256, 8)), (16, 32, 64, 128), (3, 4, 6), (0, 1), (1, 2), tails,
             (1, 2), (0,),
         )  # fmt: skip
     else:
-        tails = ((0, 0), (16, 0), (16, 1), (32, 0), (32, 1), (64, 0), (64, 1))
+        tails = ((0, 0, 1), (16, 1, 1), (32, 1, 1), (0, 0, 0), (32, 0, 0), (32, 1, 0), (64, 0, 0))
         tiles = itertools.product(
             ((128, 4), (128, 8), (256, 8)), (64, 128, 256), (3, 4, 5, 6), (0, 1), (1, 2), tails, (1,), (0,)
         )
-    for (bm, warps), bt, stages, quads, unroll, (tail, merge), split, ahead in tiles:
+    for (bm, warps), bt, stages, quads, unroll, (tail, merge, fine), split, ahead in tiles:
         # On Hopper mma.sync where wgmma does not apply, and only there; wgmma needs its WAIT (matmul.py).
         wgmma = arch == "sm90" and bt >= 16 and warps >= 4
-        if (arch == "sm90" and quads == wgmma) or tail * 2 > bt or bm * bt // (warps * 32) > 128:
+        if (arch == "sm90" and quads == wgmma) or tail * 2 > bt or (fine and bt < 64) or bm * bt // (warps * 32) > 128:
             continue
         codes, tokens = bm * 34, (max(bt, 8) + merge * tail) * 128
         steps = ahead if ahead and bt >= 8 else unroll * max(4 // bt, 1)
@@ -226,8 +226,8 @@ def _grid(arch: str, regime: Regime, rows: float) -> Iterator[Tiles]:
             continue
         sizes = [("BM", bm), ("BT", bt), ("QUADS", quads), ("UNROLL", unroll), ("WAIT", int(wgmma))]
         if regime == "sorted":
-            sizes += [("GROUP", 8), ("TAIL", tail), ("MERGE", merge)]
-        elif tail:
+            sizes += [("GROUP", 8), ("TAIL", tail), ("MERGE", merge), ("FINE", fine)]
+        elif tail or fine:
             continue
         # Programs that have their first weights on the way while they wait do no harm when they start early.
         pdl = (2 if ahead else 1) if dependent else 0
