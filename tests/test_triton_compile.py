@@ -178,11 +178,12 @@ def test_kernels_that_start_early_wait():
             assert entry["up"]["PDL"] == entry["down"]["PDL"] == 0
 
 
-def test_twiddle_is_a_permutation_of_bits():
+@pytest.mark.parametrize("layout", ["nibbles", "sm80", "sm89_fp8"])
+def test_twiddle_is_a_permutation_of_bits(layout):
     from mxfp4_compile.ops.triton.layout import twiddle, untwiddle
 
     words = torch.cat(
         [1 << torch.arange(31, dtype=torch.int32), torch.randint(-(2**31), 2**31 - 1, (1000,)).int()]
     )
-    assert torch.equal(untwiddle(twiddle(words)), words)
-    assert [bin(int(w)).count("1") for w in twiddle(words[:31])] == [1] * 31
+    assert torch.equal(untwiddle(twiddle(words, layout), layout), words)
+    assert [bin(int(w)).count("1") for w in twiddle(words[:31], layout)] == [1] * 31

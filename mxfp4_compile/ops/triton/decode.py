@@ -4,8 +4,9 @@ A code's sign at the top and its three low bits at the bottom of the exponent an
 mantissa is the value times 2^-126, zero and the subnormal 0.5 included: one multiplication by a power
 of two finishes the conversion, exactly. The block scale is folded into that power.
 
-``TWIDDLED`` weights (see layout.py) hold the bits of a 32-bit word where two masks and a shift bring
-two codes at a time into place; otherwise a byte is two plain nibbles, for targets without PTX.
+``BITS`` says where a 32-bit word holds the bits of its eight codes (layout.py, ``BIT_ORDERS``): as plain nibbles
+(0, for targets without PTX), where two masks and a shift bring two codes at a time into place as bf16 (1), or where
+a byte permutation looks four codes at a time up as e4m3 (2; as bf16 they take four instructions more).
 """
 
 from __future__ import annotations
@@ -34,15 +35,52 @@ _MASKS = """
     and.b32 t, t, 0x00400040;
     or.b32 $3, $3, t;
 """
-_UNTWIDDLE_RAW = tl.constexpr("{\n.reg .b32 t;" + _MASKS + "}")
-
-# The same times a bf16 multiplier.
-_UNTWIDDLE = tl.constexpr(
-    "{\n.reg .b32 t, m, z;\nmov.b32 m, {$5, $5};\nmov.b32 z, 0x80008000;"
-    + _MASKS
-    + "".join(f"fma.rn.bf16x2 ${i}, ${i}, m, z;\n" for i in range(4))
-    + "}"
+# The same of BITS 2: by how much the low bits and the sign of each of the four pairs are shifted left.
+_SHIFTS = ((6, 8), (2, 0), (-2, 12), (-6, 4))
+_SHIFTED_MASKS = "".join(
+    f"""
+    {"shl" if low > 0 else "shr"}.b32 t, $4, {abs(low)};
+    and.b32 ${i}, t, 0x01C001C0;
+    shl.b32 t, $4, {sign};
+    and.b32 t, t, 0x80008000;
+    or.b32 ${i}, ${i}, t;
+"""
+    for i, (low, sign) in enumerate(_SHIFTS)
 )
+
+
+def _raw(masks: str) -> str:
+    return "{\n.reg .b32 t;" + masks + "}"
+
+
+def _scaled(masks: str) -> str:
+    """The same times a bf16 multiplier."""
+    products = "".join(f"fma.rn.bf16x2 ${i}, ${i}, m, z;\n" for i in range(4))
+    return "{\n.reg .b32 t, m, z;\nmov.b32 m, {$5, $5};\nmov.b32 z, 0x80008000;" + masks + products + "}"
+
+
+_UNTWIDDLE_RAW = tl.constexpr(_raw(_MASKS))
+_UNTWIDDLE = tl.constexpr(_scaled(_MASKS))
+_UNSELECT_RAW = tl.constexpr(_raw(_SHIFTED_MASKS))
+_UNSELECT = tl.constexpr(_scaled(_SHIFTED_MASKS))
+
+# e4m3 of the magnitudes 0 to 6 times 2^-5, and with every step of the second word's multiplier times two.
+# A word of BITS 2 in, its eight codes out, four to a register.
+_SELECT = tl.constexpr("""{
+    .reg .b32 low, high, s, t;
+    mad.lo.u32 low, $3, 0x08080800, 0x14100800;
+    mad.lo.u32 high, $3, 0x08080808, 0x24201C18;
+    and.b32 s, $2, 0x77777777;
+    prmt.b32 s, s, s, 0x3120;
+    shr.u32 t, s, 16;
+    prmt.b32 s, low, high, s;
+    prmt.b32 t, low, high, t;
+    and.b32 low, $2, 0x80808080;
+    or.b32 $0, low, s;
+    shl.b32 high, $2, 4;
+    and.b32 high, high, 0x80808080;
+    or.b32 $1, high, t;
+}""")
 
 
 @triton.jit
@@ -66,8 +104,35 @@ def _nibble(code, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _code(word, NIBBLE: tl.constexpr, HALF: tl.constexpr, PARITY: tl.constexpr, BITS: tl.constexpr):
+    """A code of each word in the low four bits; those of BITS 1 are not put together again anywhere."""
+    tl.static_assert(BITS != 1)
+    if BITS == 0:
+        code = word >> (HALF * 16 + PARITY * 8 + NIBBLE * 4)
+    else:
+        SIGN: tl.constexpr = PARITY * 16 + HALF * 8 + (3 if NIBBLE else 7)
+        code = ((word >> (PARITY * 16 + NIBBLE * 8 + HALF * 4)) & 7) | (((word >> SIGN) & 1) << 3)
+    return code
+
+
+@triton.jit
+def _nibbles(word, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """The eight codes of each word, times 2^-126; their digits count nibble, half, parity."""
+    return (
+        _nibble(_code(word, 0, 0, 0, BITS), DTYPE),
+        _nibble(_code(word, 0, 0, 1, BITS), DTYPE),
+        _nibble(_code(word, 0, 1, 0, BITS), DTYPE),
+        _nibble(_code(word, 0, 1, 1, BITS), DTYPE),
+        _nibble(_code(word, 1, 0, 0, BITS), DTYPE),
+        _nibble(_code(word, 1, 0, 1, BITS), DTYPE),
+        _nibble(_code(word, 1, 1, 0, BITS), DTYPE),
+        _nibble(_code(word, 1, 1, 1, BITS), DTYPE),
+    )
+
+
+@triton.jit
 def decode_operand(
-    words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr
+    words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
 ):
     """words int32 [SLABS, 128], scales int32 [SLABS, 8, 1 or 4] -> DTYPE [SLABS*16, 64] / SCALE: a K step.
 
@@ -75,15 +140,13 @@ def decode_operand(
     decodes: (row half, block), each eight codes. A coalesced load thus lands every code in the thread
     whose tensor-core fragment it belongs to, and the reshapes below move no data.
     """
-    first = tl.join(scales & 0xFF, (scales >> 8) & 0xFF)
-    second = tl.join((scales >> 16) & 0xFF, (scales >> 24) & 0xFF)
-    # [SLABS, 8, 1 or 4, row half, block]
-    m = multiplier(tl.permute(tl.join(first, second), (0, 1, 2, 4, 3)), DTYPE)
+    m = multiplier(_block_exponents(scales), DTYPE)
     m = tl.reshape(tl.broadcast_to(m, [SLABS, 8, 4, 2, 2]), [SLABS, 128])
     # digits: nibble, half, parity
-    if TWIDDLED:
+    if BITS > 0 and DTYPE == tl.bfloat16:
+        ASSEMBLY: tl.constexpr = _UNTWIDDLE if BITS == 1 else _UNSELECT
         a, b, c, d = tl.inline_asm_elementwise(
-            _UNTWIDDLE,
+            ASSEMBLY,
             "=&r,=&r,=&r,=&r,r,h",
             [words, m],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -95,26 +158,72 @@ def decode_operand(
         w100, w101 = _halves(c)
         w110, w111 = _halves(d)
     else:
-        w000 = _nibble(words, DTYPE) * m
-        w001 = _nibble(words >> 8, DTYPE) * m
-        w010 = _nibble(words >> 16, DTYPE) * m
-        w011 = _nibble(words >> 24, DTYPE) * m
-        w100 = _nibble(words >> 4, DTYPE) * m
-        w101 = _nibble(words >> 12, DTYPE) * m
-        w110 = _nibble(words >> 20, DTYPE) * m
-        w111 = _nibble(words >> 28, DTYPE) * m
+        w000, w001, w010, w011, w100, w101, w110, w111 = _nibbles(words, BITS, DTYPE)
+        w000 *= m
+        w001 *= m
+        w010 *= m
+        w011 *= m
+        w100 *= m
+        w101 *= m
+        w110 *= m
+        w111 *= m
     return _arrange(w000, w001, w010, w011, w100, w101, w110, w111, SLABS, QUADS)
 
 
 @triton.jit
-def raw_operand(words, SLABS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr):
+def _block_exponents(scales):
+    """Scale words int32 [SLABS, 8, 1 or 4] -> their bytes [SLABS, 8, 1 or 4, row half, block]."""
+    first = tl.join(scales & 0xFF, (scales >> 8) & 0xFF)
+    second = tl.join((scales >> 16) & 0xFF, (scales >> 24) & 0xFF)
+    return tl.permute(tl.join(first, second), (0, 1, 2, 4, 3))
+
+
+@triton.jit
+def fp8_operand(words, scales, bases, SLABS: tl.constexpr, DTYPE: tl.constexpr):
+    """Words of BITS 2 -> e4m3 [SLABS*16, 64], a K step in the order of ``interleave_halves``.
+
+    Values are times 2^-5 and the ratio of their block's scale to that of the row's base; ``bases`` are the prepared
+    scale bytes of these, int32 [SLABS, 8, 1, row half]. What is smaller by a block scale below the base loses its
+    distance: 2^-12 of the row's largest block scale, at most (layout.py). DTYPE fp32: the same values as fp32.
+    """
+    shift = tl.maximum(_block_exponents(scales) - bases[:, :, :, :, None], 0)
+    shift = tl.reshape(tl.broadcast_to(shift, [SLABS, 8, 4, 2, 2]), [SLABS, 128])
+    if DTYPE == tl.float32:  # noqa: SIM300
+        w000, w001, w010, w011, w100, w101, w110, w111 = _nibbles(words, 2, DTYPE)
+        m = ((shift + (127 - 5)) << 23).to(tl.float32, bitcast=True) * 85070591730234615865843651857942052864.0
+        low = tl.join(tl.join(w000 * m, w001 * m), tl.join(w010 * m, w011 * m))
+        high = tl.join(tl.join(w100 * m, w101 * m), tl.join(w110 * m, w111 * m))
+        # slab, row, quarter, row half, block, parity, half, nibble
+        w = tl.reshape(tl.join(low, high), [SLABS, 8, 4, 2, 2, 2, 2, 2])
+        w = tl.permute(w, (0, 3, 1, 4, 7, 2, 5, 6))
+    else:
+        a, b = tl.inline_asm_elementwise(
+            _SELECT, "=&r,=&r,r,r", [words, shift], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+        # slab, row, quarter, row half, block, parity, half, nibble
+        w = tl.reshape(tl.join(_bytes(a), _bytes(b)), [SLABS, 8, 4, 2, 2, 2, 2, 2])
+        w = tl.permute(w, (0, 3, 1, 4, 7, 2, 5, 6)).to(tl.float8e4nv, bitcast=True)
+    return tl.reshape(w, [SLABS * 16, 64])
+
+
+@triton.jit
+def _bytes(word):
+    """int32 -> its four bytes, int8 [..., 2, 2]: the last digit counts neighbours."""
+    low = tl.join(word.to(tl.int8), (word >> 16).to(tl.int8))
+    high = tl.join((word >> 8).to(tl.int8), (word >> 24).to(tl.int8))
+    return tl.join(low, high)
+
+
+@triton.jit
+def raw_operand(words, SLABS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """``decode_operand`` with QUADS and without scales: values times 2^-126.
 
     Tensor cores multiply subnormal bf16 exactly, so that scales can wait for the sums over their blocks.
     """
-    if TWIDDLED:
+    if BITS > 0 and DTYPE == tl.bfloat16:
+        ASSEMBLY: tl.constexpr = _UNTWIDDLE_RAW if BITS == 1 else _UNSELECT_RAW
         a, b, c, d = tl.inline_asm_elementwise(
-            _UNTWIDDLE_RAW,
+            ASSEMBLY,
             "=&r,=&r,=&r,=&r,r",
             [words],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -126,14 +235,7 @@ def raw_operand(words, SLABS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.co
         w100, w101 = _halves(c)
         w110, w111 = _halves(d)
     else:
-        w000 = _nibble(words, DTYPE)
-        w001 = _nibble(words >> 8, DTYPE)
-        w010 = _nibble(words >> 16, DTYPE)
-        w011 = _nibble(words >> 24, DTYPE)
-        w100 = _nibble(words >> 4, DTYPE)
-        w101 = _nibble(words >> 12, DTYPE)
-        w110 = _nibble(words >> 20, DTYPE)
-        w111 = _nibble(words >> 28, DTYPE)
+        w000, w001, w010, w011, w100, w101, w110, w111 = _nibbles(words, BITS, DTYPE)
     return _arrange(w000, w001, w010, w011, w100, w101, w110, w111, SLABS, True)
 
 
@@ -173,11 +275,11 @@ def quads(x, BT: tl.constexpr):
 
 
 @triton.jit
-def code_bits(word, POSITION: tl.constexpr, TWIDDLED: tl.constexpr):
+def code_bits(word, POSITION: tl.constexpr, BITS: tl.constexpr):
     """Code POSITION (pair*2 + parity) of each int32 word, as fp32: its value times 2^-126."""
     PAIR: tl.constexpr = POSITION // 2
     ODD: tl.constexpr = POSITION % 2
-    if TWIDDLED:
+    if BITS == 1:
         if PAIR < 3:
             bits = (word << ((1 - ODD) * 16 + PAIR * 3)) & -0x7E400000  # 0x81C00000
         elif ODD:
@@ -185,8 +287,6 @@ def code_bits(word, POSITION: tl.constexpr, TWIDDLED: tl.constexpr):
         else:
             bits = ((word << 17) & -0x80000000) | ((word << 13) & 0x01800000) | ((word << 9) & 0x00400000)
     else:
-        # byte (half, parity), nibble = which 16 of the 32: pair = nibble*2 + half
-        SHIFT: tl.constexpr = (PAIR % 2) * 16 + ODD * 8 + (PAIR // 2) * 4
-        code = word >> SHIFT
+        code = _code(word, PAIR // 2, PAIR % 2, ODD, BITS)
         bits = ((code & 8) << 28) | ((code & 7) << 22)
     return bits.to(tl.float32, bitcast=True)

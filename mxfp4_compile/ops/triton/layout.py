@@ -11,7 +11,14 @@ where row = slab*16 + row half*8 + row and k = step*64 + block*32 + nibble*16 + 
 parity: the 16 bytes of a (row, quarter) are what one thread feeds to m16k16 tensor-core operations.
 
 The layout "sm80" (NVIDIA, from Ampere on) further permutes the bits of each 32-bit word, eight codes,
-so that two codes at a time can be masked into place as bf16; "nibbles" leaves them.
+so that two codes at a time can be masked into place as bf16; "nibbles" leaves them. "sm89_fp8" permutes them so that
+four at a time can be looked up as e4m3, times a power of two, and has a third tensor:
+
+    bases  uint8 [E, SLABS*16]                  the scale, prepared alike, that stands for 2^0 in a row's e4m3 weights
+
+It is the row's largest scale but 11: e4m3 then holds every code of scales from the base up to the largest exactly.
+Codes of smaller scales keep their code at the base's, which is an error of at most 2^-11 of the row's largest scale
+times the code; they are exact in kernels that multiply bf16.
 """
 
 from __future__ import annotations
@@ -22,7 +29,9 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ...spec import MoEParams, Role
 
-LAYOUTS = ("sm80", "nibbles")
+# Their orders of bits, as the kernels know them (decode.py).
+BIT_ORDERS = {"nibbles": 0, "sm80": 1, "sm89_fp8": 2}
+LAYOUTS = tuple(BIT_ORDERS)
 SLAB = 16
 STEP = 64
 
@@ -32,9 +41,14 @@ _SCALE_BIAS = 94
 _MAX_SCALE = 160
 _NAN_SCALE = 255
 
+# Scales that e4m3 holds below a row's largest: 6 * 2^-5 * 2^11 is below its 448, 0.5 * 2^-5 is its smallest normal.
+_FP8_OCTAVES = 11
+
 # Of the 16 bits that hold the four codes (pairs) of one parity: where each code's sign and low bits lie.
-_SIGN = (15, 12, 9, 14)
-_LOW = ((8, 7, 6), (5, 4, 3), (2, 1, 0), (11, 10, 13))
+_PLACES = {
+    "sm80": ((15, (8, 7, 6)), (12, (5, 4, 3)), (9, (2, 1, 0)), (14, (11, 10, 13))),
+    "sm89_fp8": ((7, (2, 1, 0)), (15, (6, 5, 4)), (3, (10, 9, 8)), (11, (14, 13, 12))),
+}
 
 
 def slabs(rows: int, gated: bool) -> int:
@@ -91,34 +105,44 @@ def slabs_to_rows(x: Tensor, n: int, role: Role | None, params: MoEParams | None
     return x.flatten(1, 3)[:, :n]
 
 
-def twiddle(words: Tensor) -> Tensor:
-    """int32 words of plain nibbles -> the same codes with their bits where two masks find them."""
-    wide = words.to(torch.int64)
-    out = torch.zeros_like(wide)
-    for parity in range(2):
-        for pair in range(4):
-            code = wide >> ((pair % 2) * 16 + parity * 8 + (pair // 2) * 4)
-            for bit, place in zip((3, 2, 1, 0), (_SIGN[pair], *_LOW[pair]), strict=True):
-                out |= ((code >> bit) & 1) << (place + 16 * parity)
-    return out.to(torch.int32)
+def twiddle(words: Tensor, layout: str) -> Tensor:
+    """int32 words of plain nibbles -> the same codes with their bits where ``layout`` wants them."""
+    return _move_bits(words, [(plain, there) for plain, there in _bit_places(layout)])
 
 
-def untwiddle(words: Tensor) -> Tensor:
+def untwiddle(words: Tensor, layout: str) -> Tensor:
     """Inverse of ``twiddle``."""
+    return _move_bits(words, [(there, plain) for plain, there in _bit_places(layout)])
+
+
+def _bit_places(layout: str) -> list[tuple[int, int]]:
+    """Of each bit of a word: where it lies among plain nibbles, and where in ``layout``."""
+    if layout == "nibbles":
+        return [(bit, bit) for bit in range(32)]
+    return [
+        ((pair % 2) * 16 + parity * 8 + (pair // 2) * 4 + bit, place + 16 * parity)
+        for parity in range(2)
+        for pair, (sign, low) in enumerate(_PLACES[layout])
+        for bit, place in zip((3, 2, 1, 0), (sign, *low), strict=True)
+    ]
+
+
+def _move_bits(words: Tensor, moves: list[tuple[int, int]]) -> Tensor:
     wide = words.to(torch.int64)
     out = torch.zeros_like(wide)
-    for parity in range(2):
-        for pair in range(4):
-            shift = (pair % 2) * 16 + parity * 8 + (pair // 2) * 4
-            for bit, place in zip((3, 2, 1, 0), (_SIGN[pair], *_LOW[pair]), strict=True):
-                out |= ((wide >> (place + 16 * parity)) & 1) << (bit + shift)
+    # Bits that move by the same distance move together.
+    masks: dict[int, int] = {}
+    for source, target in moves:
+        masks[target - source] = masks.get(target - source, 0) | 1 << source
+    for distance, mask in masks.items():
+        out |= (wide & mask) << distance if distance >= 0 else (wide & mask) >> -distance
     return out.to(torch.int32)
 
 
 def prepare(
     packed: Tensor, scales: Tensor, k: int, role: Role | None, params: MoEParams | None, layout: str
 ) -> list[Tensor]:
-    """Canonical uint8 [e, N, ceil(K/2)] and [e, N, ceil(K/32)] -> [codes, scales] as in the module's text."""
+    """Canonical uint8 [e, N, ceil(K/2)] and [e, N, ceil(K/32)] -> the tensors of the module's text."""
     e = packed.shape[0]
     s = steps(k)
     # [e, slab, row half, row, step, block, nibble, half, quarter, byte]: a canonical byte is two neighbours.
@@ -130,23 +154,26 @@ def prepare(
     # [e, slab, row half, row, step, block, half, quarter, parity]
     codes = codes.permute(0, 1, 4, 3, 7, 2, 5, 6, 8).contiguous()
     codes = codes.view(e, -1, s, 512).view(torch.int32)
-    if layout == "sm80":
-        codes = twiddle(codes)
-    _check_scales(scales)
+    if layout != "nibbles":
+        codes = twiddle(codes, layout)
+    _check_scales(scales, layout)
     t = torch.where(scales == _NAN_SCALE, scales, scales + _SCALE_BIAS)
     t = rows_to_slabs(_pad(t, 2, s * 2), role, params)
     t = t.unflatten(-1, (s, 2)).permute(0, 1, 4, 3, 2, 5).contiguous()
-    return [codes, t.view(e, -1, s, 32).view(torch.int32)]
+    tensors = [codes, t.view(e, -1, s, 32).view(torch.int32)]
+    if layout == "sm89_fp8":
+        tensors.append(_bases(packed, scales, role, params))
+    return tensors
 
 
 def recover(
     tensors: list[Tensor], n: int, k: int, role: Role | None, params: MoEParams | None, layout: str
 ) -> tuple[Tensor, Tensor]:
     """Inverse of ``prepare``, bit for bit."""
-    codes, scales = (t.contiguous() for t in tensors)
+    codes, scales = (t.contiguous() for t in tensors[:2])
     e, slab_count, s = codes.shape[:3]
-    if layout == "sm80":
-        codes = untwiddle(codes)
+    if layout != "nibbles":
+        codes = untwiddle(codes, layout)
     codes = codes.view(torch.uint8).view(e, slab_count, s, 8, 4, 2, 2, 2, 2)
     # -> [e, slab, row half, row, step, block, half, quarter, parity] -> nibble after block
     codes = codes.permute(0, 1, 5, 3, 2, 6, 7, 4, 8)
@@ -159,9 +186,19 @@ def recover(
     return packed.contiguous(), t.contiguous()
 
 
-def _check_scales(scales: Tensor) -> None:
+def _bases(packed: Tensor, scales: Tensor, role: Role | None, params: MoEParams | None) -> Tensor:
+    """Canonical -> uint8 [e, SLABS*16]. The scale of a block of zeros says nothing."""
+    values = _pad(packed & 0x77, 2, scales.shape[2] * 16).unflatten(2, (-1, 16))
+    largest = torch.where((values != 0).any(-1), scales, 0).amax(-1)
+    bases = (largest + _SCALE_BIAS).clamp(min=_FP8_OCTAVES) - _FP8_OCTAVES
+    return rows_to_slabs(bases, role, params).flatten(1).contiguous()
+
+
+def _check_scales(scales: Tensor, layout: str) -> None:
     if is_fake(scales) or not scales.numel():
         return
+    if layout == "sm89_fp8" and bool((scales == _NAN_SCALE).any()):
+        raise ValueError("backend triton: a block's scale is NaN, which fp8 weights cannot express")
     largest = int(torch.where(scales == _NAN_SCALE, 0, scales).max())
     if largest > _MAX_SCALE:
         raise ValueError(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .decode import SCALE, decode_operand, multiplier, quads, raw_operand
+from .decode import SCALE, decode_operand, fp8_operand, multiplier, quads, raw_operand
 from .dependent import let_next_start, wait_for_previous
 
 # Columns of the narrowest tensor-core operation. Tiles of fewer tokens fill them with blocks of K.
@@ -21,11 +21,14 @@ _COLUMNS = tl.constexpr(8)
 
 @triton.jit
 def _product(
-    acc, tail_acc, words, scales, x, tail_x,
-    TAIL: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr,
+    acc, tail_acc, words, scales, bases, x, tail_x,
+    TAIL: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
-    """acc + decoded weights [BM, 64] @ x [BT, 64]^T, and with TAIL the same of ``tail_x``."""
+    """acc + decoded weights [BM, 64] @ x [BT, 64]^T, and with TAIL the same of ``tail_x``.
+
+    With ``bases`` (as for ``fp8_operand``, else None) weights and x are e4m3.
+    """
     if WAIT:
         # wgmma reads its first operand from registers after it was issued, and Triton leaves some in
         # flight from one iteration to the next: they must be done before the registers are reused.
@@ -39,7 +42,10 @@ def _product(
         )
     if len(scales.shape) == 2:
         scales = scales[:, :, None]
-    w = decode_operand(words, scales, words.shape[0], QUADS, TWIDDLED, DTYPE)
+    if bases is not None:
+        w = fp8_operand(words, scales, bases, words.shape[0], DTYPE)
+    else:
+        w = decode_operand(words, scales, words.shape[0], QUADS, BITS, DTYPE)
     acc = _dot(acc, w, x, SPLIT, QUADS, DTYPE)
     if TAIL:
         tail_acc = _dot(tail_acc, w, tail_x, SPLIT, QUADS, DTYPE)
@@ -70,6 +76,7 @@ def _accumulate(
     tail_rows,  # [TAIL] pointers to those of some tokens more, or None
     codes,  # pointer to the expert's codes, int32 [SLABS, STEPS, 128]
     scales,  # pointer to the expert's scales, int32 [SLABS, STEPS, 8]
+    bases,  # pointer to the expert's bases, uint8 [SLABS*16], where weights and x are to be multiplied as e4m3, or None
     slab0,
     part,  # which of SPLIT_K parts of K to sum
     SLABS,
@@ -77,7 +84,7 @@ def _accumulate(
     K: tl.constexpr,
     SPLIT: tl.constexpr,
     QUADS: tl.constexpr,
-    TWIDDLED: tl.constexpr,
+    BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
@@ -85,10 +92,18 @@ def _accumulate(
     WAIT: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """sum over k of weight[slab0*16 + r, k] * x[t, k] -> fp32 [BM, BT], and for the tail [BM, TAIL]."""
+    """sum over k of weight[slab0*16 + r, k] * x[t, k] -> fp32 [BM, BT], and for the tail [BM, TAIL].
+
+    With ``bases`` these are of weights times 2^5 over their base, as x is over its scale: ``_row_scales`` makes up for it.
+    """
     k = tl.arange(0, 64)
     # Slabs past the end repeat the last: no mask in the loop, and the store drops them.
-    slab = tl.minimum(slab0 + tl.arange(0, BM // 16), SLABS - 1).to(tl.int64) * STEPS
+    slab = tl.minimum(slab0 + tl.arange(0, BM // 16), SLABS - 1)
+    base = None
+    if bases is not None:
+        base_ptrs = bases + (slab * 16)[:, None, None, None] + tl.arange(0, 8)[None, :, None, None]
+        base = tl.load(base_ptrs + (tl.arange(0, 2) * 8)[None, None, None, :]).to(tl.int32)
+    slab = slab.to(tl.int64) * STEPS
     code_ptrs = codes + (slab * 128)[:, None] + tl.arange(0, 128)[None, :]
     scale_ptrs = scales + (slab * 8)[:, None] + tl.arange(0, 8)[None, :]
     x_ptrs = x_rows[:, None] + k[None, :]
@@ -131,10 +146,10 @@ def _accumulate(
                 tail1 = tl.load(tail_ptrs + 64)
                 tail_ptrs += 128
             acc, tail_acc = _product(
-                acc, tail_acc, c0, s0, x0, tail0, TAIL, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT
+                acc, tail_acc, c0, s0, base, x0, tail0, TAIL, SPLIT, QUADS, BITS, DTYPE, WAIT
             )
             acc, tail_acc = _product(
-                acc, tail_acc, c1, s1, x1, tail1, TAIL, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT
+                acc, tail_acc, c1, s1, base, x1, tail1, TAIL, SPLIT, QUADS, BITS, DTYPE, WAIT
             )
             code_ptrs += 256
             scale_ptrs += 16
@@ -155,18 +170,32 @@ def _accumulate(
                     tail = tl.load(tail_ptrs, mask=(step * 64 + k < K)[None, :], other=0.0)
                 tail_ptrs += 64
             acc, tail_acc = _product(
-                acc, tail_acc, c, s, x, tail, TAIL, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT
+                acc, tail_acc, c, s, base, x, tail, TAIL, SPLIT, QUADS, BITS, DTYPE, WAIT
             )
             code_ptrs += 128
             scale_ptrs += 8
             x_ptrs += 64
-    return acc * SCALE, tail_acc * SCALE
+    if bases is None:
+        acc *= SCALE
+        tail_acc *= SCALE
+    return acc, tail_acc
+
+
+@triton.jit
+def _row_scales(acc, bases, x_scales, source, slab0, SLABS, BM: tl.constexpr):
+    """e4m3 sums [BM, BT] -> what they are of: times the rows' bases and the scales of x at ``source``."""
+    row = slab0 * 16 + tl.arange(0, BM)
+    base = tl.load(bases + row, mask=row < SLABS * 16, other=0).to(tl.int32)
+    # A prepared scale is biased by 127 + 94, and a code times 2^-5 (layout.py, fp8_operand). Rows of next to nothing
+    # are made 2^-126 at least.
+    scale = (tl.maximum(base - (94 - 5), 1) << 23).to(tl.float32, bitcast=True)
+    return acc * tl.load(x_scales + source)[None, :] * scale[:, None]
 
 
 @triton.jit
 def _weights(
     codes, scales, expert, slab0, SLABS,
-    STEPS: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, TWIDDLED: tl.constexpr,
+    STEPS: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Pointers to the first step's codes [BM/16, 128] and to the scales of GROUP steps [4, 8, BM/16].
 
@@ -176,7 +205,7 @@ def _weights(
     slab = expert.to(tl.int64) * SLABS + tl.minimum(slab0 + tl.arange(0, BM // 16), SLABS - 1)
     slab *= STEPS
     code_ptrs = codes + (slab * 128)[:, None] + tl.arange(0, 128)[None, :]
-    word = tl.arange(0, 4)[:, None] % GROUP * 8 + _opaque(tl.arange(0, 8), TWIDDLED)[None, :]
+    word = tl.arange(0, 4)[:, None] % GROUP * 8 + _opaque(tl.arange(0, 8), BITS)[None, :]
     return code_ptrs, scales + (slab * 8)[None, None, :] + word[:, :, None]
 
 
@@ -202,7 +231,7 @@ def _load_steps(code_ptrs, scale_ptrs, live, COUNT: tl.constexpr, GROUP: tl.cons
 @triton.jit
 def _accumulate_direct(
     x_rows, code_ptrs, scale_ptrs, c, s,
-    STEPS: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr,
+    STEPS: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr,
     DTYPE: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """``_accumulate`` without a tail, weights straight to registers, AHEAD steps before their use.
@@ -226,7 +255,7 @@ def _accumulate_direct(
                 next_c += (tl.load(code_ptrs + j * 128, mask=more, eviction_policy="evict_first"),)
                 next_s += (tl.load(scale_ptrs + j * 8, mask=more[:, :, None]),)
                 acc, _ = _product(
-                    acc, acc, c[j], tl.permute(s[j], (2, 1, 0)), x, x, False, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT
+                    acc, acc, c[j], tl.permute(s[j], (2, 1, 0)), None, x, x, False, SPLIT, QUADS, BITS, DTYPE, WAIT
                 )
             c = next_c
             s = next_s
@@ -234,7 +263,7 @@ def _accumulate_direct(
     for j in tl.static_range(STEPS - WIDE):
         x = tl.load(x_ptrs + j * 64, mask=((WIDE + j) * 64 + k < K)[None, :], other=0.0)
         acc, _ = _product(
-            acc, acc, c[j], tl.permute(s[j], (2, 1, 0)), x, x, False, SPLIT, QUADS, TWIDDLED, DTYPE, WAIT
+            acc, acc, c[j], tl.permute(s[j], (2, 1, 0)), None, x, x, False, SPLIT, QUADS, BITS, DTYPE, WAIT
         )
     return acc * SCALE
 
@@ -260,7 +289,7 @@ def _accumulate_blocks(
     STEPS: tl.constexpr,
     K: tl.constexpr,
     SPLIT: tl.constexpr,
-    TWIDDLED: tl.constexpr,
+    BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
@@ -308,7 +337,7 @@ def _accumulate_blocks(
                     else:
                         words = tl.load(code_ptrs + (u * GROUP + j - STRIDE) * 128)
                     x = tl.load(x_ptrs + (u * GROUP + j) * 64, mask=block == j * 2, other=0.0)
-                    acc = _raw_product(acc, words, x, SPLIT, TWIDDLED, DTYPE)
+                    acc = _raw_product(acc, words, x, SPLIT, BITS, DTYPE)
                 total += acc * _block_scales(now, BM)
             c = next_c
             x_ptrs += STRIDE * 64
@@ -322,7 +351,7 @@ def _accumulate_blocks(
                     words = tl.load(code_ptrs + i * 128, eviction_policy="evict_first")
                     own = (block == i * 2) & ((rest + i) * 64 + k < K)[None, :]
                     x = tl.load(x_ptrs + i * 64, mask=own, other=0.0)
-                    acc = _raw_product(acc, words, x, SPLIT, TWIDDLED, DTYPE)
+                    acc = _raw_product(acc, words, x, SPLIT, BITS, DTYPE)
             total += acc * _block_scales(now, BM)
             code_ptrs += GROUP * 128
             scale_ptrs += GROUP * 8
@@ -337,20 +366,20 @@ def _token_of_column(BT: tl.constexpr):
 
 
 @triton.jit
-def _opaque(x, TWIDDLED: tl.constexpr):
+def _opaque(x, BITS: tl.constexpr):
     """x, of which the compiler no longer knows that neighbours are contiguous.
 
     It would have a thread load four neighbouring words, where each of four threads needs one.
     """
-    if TWIDDLED:
+    if BITS:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
     return x
 
 
 @triton.jit
-def _raw_product(acc, words, x, SPLIT: tl.constexpr, TWIDDLED: tl.constexpr, DTYPE: tl.constexpr):
+def _raw_product(acc, words, x, SPLIT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """acc + codes [BM, 64] @ x [8, 64]^T, times 2^-126 of the codes and SCALE of the activations."""
-    w = raw_operand(words, words.shape[0], TWIDDLED, DTYPE)
+    w = raw_operand(words, words.shape[0], BITS, DTYPE)
     x = quads(x, _COLUMNS)
     if SPLIT:
         wide = x.to(tl.float32) * SCALE
@@ -452,7 +481,7 @@ def scan_matmul(
     PAIRS: tl.constexpr,
     SPLIT: tl.constexpr,
     QUADS: tl.constexpr,
-    TWIDDLED: tl.constexpr,
+    BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
@@ -502,7 +531,7 @@ def scan_matmul(
         first, last = _part(part, STEPS, K, UNROLL * GROUP, SPLIT_K)
     DIRECT: tl.constexpr = BT < _COLUMNS or AHEAD > 0
     if DIRECT:
-        code_ptrs, scale_ptrs = _weights(codes, scales, expert, slab0, SLABS, STEPS, BM, GROUP, TWIDDLED)
+        code_ptrs, scale_ptrs = _weights(codes, scales, expert, slab0, SLABS, STEPS, BM, GROUP, BITS)
         code_ptrs += first * 128
         scale_ptrs += first * 8
         c, s = _load_steps(code_ptrs, scale_ptrs, live, FIRST, GROUP, STEPS)
@@ -527,17 +556,17 @@ def scan_matmul(
             x_rows = x + source.to(tl.int64) * X_STRIDE
             if BT < _COLUMNS:
                 acc = _accumulate_blocks(
-                    x_rows, code_ptrs, scale_ptrs, c, s, part, first, last, STEPS, K, SPLIT, TWIDDLED, DTYPE, BM, BT,
+                    x_rows, code_ptrs, scale_ptrs, c, s, part, first, last, STEPS, K, SPLIT, BITS, DTYPE, BM, BT,
                     UNROLL, SPLIT_K, AHEAD,
                 )  # fmt: skip
             elif AHEAD > 0:
                 acc = _accumulate_direct(
-                    x_rows, code_ptrs, scale_ptrs, c, s, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, AHEAD, WAIT
+                    x_rows, code_ptrs, scale_ptrs, c, s, STEPS, K, SPLIT, QUADS, BITS, DTYPE, BM, BT, AHEAD, WAIT
                 )
             else:
                 acc, _ = _accumulate(
                     x_rows, None,
-                    codes, scales, slab0, 0, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT, 1,
+                    codes, scales, None, slab0, 0, SLABS, STEPS, K, SPLIT, QUADS, BITS, DTYPE, BM, BT, UNROLL, WAIT, 1,
                 )  # fmt: skip
             # The last of its sums, but for experts of very many rows.
             let_next_start(PDL, 1)
@@ -568,6 +597,8 @@ def sorted_matmul(
     order,  # int32 [rows]: the pair at each sorted row, or None
     weights,  # [pairs] or None: scales the input
     out,  # [rows, SPLIT_K, N] contiguous
+    x_scales,  # fp32 [T or rows], where x is e4m3 in the order of fp8.py, divided by these; or None
+    bases,  # then uint8 [E, SLABS*16] (layout.py), or None
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -586,7 +617,7 @@ def sorted_matmul(
     SCATTER_OUT: tl.constexpr,
     SPLIT: tl.constexpr,
     QUADS: tl.constexpr,
-    TWIDDLED: tl.constexpr,
+    BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
@@ -612,6 +643,7 @@ def sorted_matmul(
     TILES: tl.constexpr = (SLABS * 16 + BM - 1) // BM
     tl.static_assert(SPLIT_K == 1 or (BT >= _COLUMNS and AHEAD == 0 and KIND is None))
     tl.static_assert(SPLIT_K == 1 or TAIL == 0 or TAIL >= _COLUMNS)
+    tl.static_assert((bases is None) or (SPLIT_K == 1 and AHEAD == 0 and QUADS == 0 and BT >= _COLUMNS))
     tl.static_assert(FINE == 0 or BT >= 4 * _COLUMNS)
     pid = tl.program_id(0)
     e = tl.arange(0, E_PADDED)
@@ -636,47 +668,49 @@ def sorted_matmul(
             bias += expert.to(tl.int64) * (SLABS * 16)
         codes += expert.to(tl.int64) * (SLABS * STEPS * 128)
         scales += expert.to(tl.int64) * (SLABS * STEPS * 8)
+        if bases is not None:
+            bases += expert.to(tl.int64) * (SLABS * 16)
         left = end - first
         if TAIL > 0 and left <= TAIL:
             _tile(
-                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, TAIL if TAIL > 0 else BT, 0,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, TAIL if TAIL > 0 else BT, 0,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         elif MERGE and (left > BT) & (left <= BT + TAIL):
             _tile(
-                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, TAIL,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, BT, TAIL,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         elif FINE and left <= BT // 4:
             _tile(
-                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT // 4, 0,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, BT // 4, 0,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         elif FINE and left <= BT // 2:
             _tile(
-                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT // 2, 0,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, BT // 2, 0,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         elif FINE and left <= BT // 4 * 3:
             _tile(
-                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT // 2, BT // 4,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, BT // 2, BT // 4,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         else:
             _tile(
-                x, codes, scales, bias, order, weights, out, first, end, slab0,
+                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
                 TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
-                GATHER_X, SCATTER_OUT, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, 0,
+                GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, BT, 0,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
 
@@ -686,7 +720,7 @@ def _places(
     slot, end, x, order,
     TOP_K: tl.constexpr, X_STRIDE: tl.constexpr, ROW: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Of rows of the sorted order: where they read, row offsets to write to, which exist, and their pairs."""
+    """Of rows of the sorted order: rows they read, where, row offsets to write to, which exist, and their pairs."""
     ok = slot < end
     slot = tl.minimum(slot, end - 1)
     pair = slot
@@ -700,16 +734,16 @@ def _places(
         target = pair
     else:
         target = slot
-    return x + source.to(tl.int64) * X_STRIDE, target.to(tl.int64) * ROW, ok, pair
+    return source, x + source.to(tl.int64) * X_STRIDE, target.to(tl.int64) * ROW, ok, pair
 
 
 @triton.jit
 def _tile(
-    x, codes, scales, bias, order, weights, out, first, end, slab0,
+    x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
     TOP_K: tl.constexpr, X_STRIDE: tl.constexpr, SLABS: tl.constexpr, STEPS: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
     BETA: tl.constexpr, GATE_LIMIT: tl.constexpr, UP_LIMIT: tl.constexpr, GATHER_X: tl.constexpr,
-    SCATTER_OUT: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, TWIDDLED: tl.constexpr,
+    SCATTER_OUT: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr,
     DTYPE: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, TAIL: tl.constexpr, UNROLL: tl.constexpr,
     WAIT: tl.constexpr, SPLIT_K: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -719,47 +753,51 @@ def _tile(
         part = tl.program_id(1)
         out += part * N
     slot = first + tl.arange(0, BT)
-    x_rows, target, ok, pair = _places(
+    source, x_rows, target, ok, pair = _places(
         slot, end, x, order, TOP_K, X_STRIDE, SPLIT_K * N, GATHER_X, SCATTER_OUT
     )
     # Weights are no other kernel's: the first of them may come while h is still written.
     FIRST: tl.constexpr = 0 if AHEAD == 0 or TAIL > 0 else AHEAD if BT >= _COLUMNS else UNROLL * (4 // BT)
     GROUP: tl.constexpr = 4 // BT if BT < _COLUMNS else 1
-    code_ptrs, scale_ptrs = _weights(codes, scales, tl.zeros([], tl.int64), slab0, SLABS, STEPS, BM, GROUP, TWIDDLED)
+    code_ptrs, scale_ptrs = _weights(codes, scales, tl.zeros([], tl.int64), slab0, SLABS, STEPS, BM, GROUP, BITS)
     c, s = _load_steps(code_ptrs, scale_ptrs, 1, FIRST, GROUP, STEPS)
     if not GATHER_X:
         wait_for_previous(PDL)
     if BT < _COLUMNS:
-        columns, _, _, _ = _places(
+        _, columns, _, _, _ = _places(
             first + _token_of_column(BT), end, x, order, TOP_K, X_STRIDE, SPLIT_K * N, GATHER_X, SCATTER_OUT
         )
         first_step, last_step = _part(0, STEPS, K, UNROLL * GROUP, 1)
         acc = _accumulate_blocks(
-            columns, code_ptrs, scale_ptrs, c, s, 0, first_step, last_step, STEPS, K, SPLIT, TWIDDLED,
+            columns, code_ptrs, scale_ptrs, c, s, 0, first_step, last_step, STEPS, K, SPLIT, BITS,
             DTYPE, BM, BT, UNROLL, 1, AHEAD
         )
     elif TAIL > 0:
-        tail_rows, tail_target, tail_ok, tail_pair = _places(
+        tail_source, tail_rows, tail_target, tail_ok, tail_pair = _places(
             first + BT + tl.arange(0, TAIL), end, x, order, TOP_K, X_STRIDE, SPLIT_K * N, GATHER_X, SCATTER_OUT
         )
         acc, tail = _accumulate(
-            x_rows, tail_rows, codes, scales,
-            slab0, part, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT, SPLIT_K,
+            x_rows, tail_rows, codes, scales, bases,
+            slab0, part, SLABS, STEPS, K, SPLIT, QUADS, BITS, DTYPE, BM, BT, UNROLL, WAIT, SPLIT_K,
         )  # fmt: skip
+        if bases is not None:
+            tail = _row_scales(tail, bases, x_scales, tail_source, slab0, SLABS, BM)
         _finish(
             tail, weights, tail_pair, bias, out + tail_target, tail_ok, slab0, part, SLABS, N,
             KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, TAIL,
         )  # fmt: skip
     elif AHEAD > 0:
         acc = _accumulate_direct(
-            x_rows, code_ptrs, scale_ptrs, c, s, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, AHEAD, WAIT
+            x_rows, code_ptrs, scale_ptrs, c, s, STEPS, K, SPLIT, QUADS, BITS, DTYPE, BM, BT, AHEAD, WAIT
         )
     else:
         acc, _ = _accumulate(
-            x_rows, None, codes, scales,
-            slab0, part, SLABS, STEPS, K, SPLIT, QUADS, TWIDDLED, DTYPE, BM, BT, UNROLL, WAIT, SPLIT_K,
+            x_rows, None, codes, scales, bases,
+            slab0, part, SLABS, STEPS, K, SPLIT, QUADS, BITS, DTYPE, BM, BT, UNROLL, WAIT, SPLIT_K,
         )  # fmt: skip
     let_next_start(PDL, 1)
+    if bases is not None:
+        acc = _row_scales(acc, bases, x_scales, source, slab0, SLABS, BM)
     _finish(
         acc, weights, pair, bias, out + target, ok, slab0, part, SLABS, N,
         KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT, BM, BT,

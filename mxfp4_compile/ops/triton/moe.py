@@ -14,6 +14,7 @@ from torch import Tensor
 from ...spec import MoEParams
 from . import layout as layouts
 from .combine import combine
+from .fp8 import quantize_rows
 from .launch import Step
 from .matmul import scan_matmul, sorted_matmul
 from .routing import sort_pairs
@@ -75,7 +76,7 @@ class _Plan:
         top_k: int,
         x_stride: int,
         split: bool,
-        twiddled: bool,
+        bits: int,
         choice: Choice,
         pairs_class: int,
         by_expert: bool,
@@ -85,16 +86,25 @@ class _Plan:
         self.by_expert = by_expert
         self.split_k = 1
         up: dict[str, Any] = {
-            "E": e, "TOP_K": top_k, "X_STRIDE": x_stride, "TWIDDLED": twiddled,
+            "E": e, "TOP_K": top_k, "X_STRIDE": x_stride, "BITS": bits,
             "SLABS": layouts.slabs(params.up_rows, params.activation.gated), "STEPS": layouts.steps(h),
             "N": i, "K": h,
             **_activation(params),
         }  # fmt: skip
         down: dict[str, Any] = {
-            "E": e, "TOP_K": top_k, "X_STRIDE": i, "TWIDDLED": twiddled,
+            "E": e, "TOP_K": top_k, "X_STRIDE": i, "BITS": bits,
             "SLABS": layouts.slabs(h, False), "STEPS": layouts.steps(i), "N": h, "K": i,
             **_NO_ACTIVATION,
         }  # fmt: skip
+        if choice.fp8:
+            # Quantized rows are whole steps.
+            padded = [step["STEPS"] * layouts.STEP for step in (up, down)]
+            pdl = choice.up["PDL"]
+            self.quantize_x = _quantize_step(x_stride, h, padded[0], pdl)
+            self.quantize_h = _quantize_step(i, i, padded[1], pdl)
+            split = False
+            for step, k in zip((up, down), padded, strict=True):
+                step["X_STRIDE"] = step["K"] = k
         dot = {"SPLIT": split and not interpreted(), "DTYPE": _dot_dtype()}
         scan = {"PAIRS": pairs_class, "BY_EXPERT": self.by_expert, **dot}
         ragged = {"E_PADDED": _power_of_two(e), **dot}
@@ -132,20 +142,34 @@ class _Plan:
             self.route = Step(sort_pairs, constants, max(min(pairs_class // 512, 16), 4), 1)
 
 
+def _quantize_step(x_stride: int, k: int, padded: int, pdl: int) -> Step:
+    block = _power_of_two(padded)
+    constants = {"X_STRIDE": x_stride, "K": k, "PADDED": padded, "BLOCK": block, "PDL": pdl}
+    return Step(quantize_rows, constants, max(min(block // 1024, 8), 1), 1)
+
+
+def _quantized(step: Step, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """x [rows, K] -> e4m3 in the order of fp8.py, and a scale for each row."""
+    q = torch.empty((rows, step.constants["PADDED"]), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    step((rows, 1, 1), x, q, scales)
+    return q, scales
+
+
 @lru_cache(maxsize=4096)
 def _plan(
     params: MoEParams,
     top_k: int,
     x_stride: int,
     dtypes: tuple[torch.dtype | None, ...],
-    twiddled: bool,
+    bits: int,
     choice: Choice,
     pairs_class: int,
     by_expert: bool,
 ) -> _Plan:
     # dtypes is part of the key because a Step's compiled kernel is for one set of them.
     split = dtypes[0] != torch.bfloat16 or params.round_dtype != torch.bfloat16
-    return _Plan(params, top_k, x_stride, split, twiddled, choice, pairs_class, by_expert)
+    return _Plan(params, top_k, x_stride, split, bits, choice, pairs_class, by_expert)
 
 
 def moe(
@@ -173,6 +197,8 @@ def moe(
     topk_ids = topk_ids.contiguous()
     topk_weights = topk_weights.contiguous()
     per_token = top_k * (params.hidden + params.intermediate) * params.round_dtype.itemsize
+    if layout == "sm89_fp8":
+        per_token += top_k * params.intermediate + params.hidden
     # Row numbers times widths are 64-bit in the kernels; row numbers and tile numbers are 32-bit.
     chunk = max(min(_MAX_INTERMEDIATE // per_token, (1 << 24) // top_k), 1)
     with torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else _NOTHING:
@@ -225,7 +251,7 @@ def _chunk(
         choice = choose(
             architecture(x.device), params.num_experts, top_k, params.hidden, params.intermediate, tokens,
             x.dtype == params.round_dtype == torch.bfloat16, x.device,
-            x.dtype if x.dtype == params.round_dtype else None,
+            x.dtype if x.dtype == params.round_dtype else None, layout == "sm89_fp8",
         )  # fmt: skip
     dtypes = (
         x.dtype,
@@ -235,13 +261,13 @@ def _chunk(
         None if down_bias is None else down_bias.dtype,
     )
     plan = _plan(
-        params, top_k, x.stride(0), dtypes, layout == "sm80", choice, pairs_class(choice, pairs),
+        params, top_k, x.stride(0), dtypes, layouts.BIT_ORDERS[layout], choice, pairs_class(choice, pairs),
         pairs >= params.num_experts,
     )  # fmt: skip
     h = torch.empty((pairs, params.intermediate), dtype=params.round_dtype, device=x.device)
     in_weights, out_weights = (weights, None) if params.weight_on_input else (None, weights)
-    up_codes, up_scales = up
-    down_codes, down_scales = down
+    up_codes, up_scales = up[:2]
+    down_codes, down_scales = down[:2]
     e = params.num_experts
     # Parts of sums are added before they are rounded.
     y_dtype = params.round_dtype if plan.split_k == 1 else torch.float32
@@ -249,11 +275,17 @@ def _chunk(
         offsets = torch.empty(e + pairs, dtype=torch.int32, device=x.device)
         order = offsets[e:]
         plan.route((e, 1, 1), ids, offsets, order, pairs)
+        x_scales = h_scales = up_bases = down_bases = None
+        if choice.fp8:
+            x, x_scales = _quantized(plan.quantize_x, x, tokens)
+            up_bases, down_bases = up[2], down[2]
         grid = (plan.up_tiles * (pairs // choice.up["BT"] + e), 1, 1)
-        plan.up(grid, x, up_codes, up_scales, up_bias, offsets, order, in_weights, h)
+        plan.up(grid, x, up_codes, up_scales, up_bias, offsets, order, in_weights, h, x_scales, up_bases)
+        if choice.fp8:
+            h, h_scales = _quantized(plan.quantize_h, h, pairs)
         y = torch.empty((pairs, plan.split_k, params.hidden), dtype=y_dtype, device=x.device)
         grid = (plan.down_tiles * (pairs // choice.down["BT"] + e), plan.split_k, 1)
-        plan.down(grid, h, down_codes, down_scales, down_bias, offsets, order, None, y)
+        plan.down(grid, h, down_codes, down_scales, down_bias, offsets, order, None, y, h_scales, down_bases)
         plan.combine((tokens, plan.combine_tiles, 1), y, ids, out_weights, out)
         return
     programs = e if plan.by_expert else pairs
@@ -280,7 +312,7 @@ def pairs_class(choice: Choice, pairs: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _linear_step(e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, twiddled: bool, tiles: Tiles) -> Step:
+def _linear_step(e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, bits: int, tiles: Tiles) -> Step:
     return _step(
         sorted_matmul,
         # What comes before it is not known.
@@ -296,7 +328,7 @@ def _linear_step(e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, twid
         GATHER_X=False,
         SCATTER_OUT=False,
         SPLIT=dtype != torch.bfloat16 and not interpreted(),
-        TWIDDLED=twiddled,
+        BITS=bits,
         DTYPE=_dot_dtype(),
         **_NO_ACTIVATION,
     )
@@ -313,11 +345,11 @@ def grouped_linear(
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    codes, scales = weight
+    codes, scales = weight[:2]
     e = codes.shape[0]
     tiles = choose_linear(architecture(x.device), e, rows, x.dtype == torch.bfloat16)
-    step = _linear_step(e, n, k, x.stride(0), x.dtype, layout == "sm80", tiles)
+    step = _linear_step(e, n, k, x.stride(0), x.dtype, layouts.BIT_ORDERS[layout], tiles)
     grid = (-(-layouts.slabs(n, False) * 16 // tiles["BM"]) * (rows // tiles["BT"] + e), 1, 1)
     with torch.cuda.device(x.device) if x.is_cuda else _NOTHING:
-        step(grid, x, codes, scales, None, offsets.contiguous(), None, None, out)
+        step(grid, x, codes, scales, None, offsets.contiguous(), None, None, out, None, None)
     return out

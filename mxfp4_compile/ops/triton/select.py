@@ -5,6 +5,8 @@ A file holds an ordered list; the first entry whose bounds all hold is taken. Bo
 routing), weights (hidden times intermediate size), outputs (rows of the down-projections of the experts hit)
 and ragged (1 where K is not whole steps: its masks take registers), so that a shape nobody tuned falls between
 its neighbours. What the user tuned on this GPU (tuned.py) goes before all of it, for exactly its shapes.
+
+Where activations may be fp8, a second list, "moe_fp8", goes before everything; it says from how many rows on that pays.
 """
 
 from __future__ import annotations
@@ -77,26 +79,33 @@ def choose(
     bf16: bool = True,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    fp8: bool = False,
 ) -> Choice:
     """The kernels for ``tokens`` tokens of ``top_k`` experts each, of ``num_experts`` of hidden x inner.
 
     With ``device`` and ``dtype`` (of tokens and roundings alike) the user's tuned data come first; without, the
-    shipped rules alone decide.
+    shipped rules alone decide. ``fp8``: kernels that multiply e4m3 may be chosen.
     """
-    if device is not None and dtype is not None:
-        choice = tuned.lookup(device, (num_experts, top_k, hidden, inner), dtype, tokens)
-        if choice is not None:
-            return choice
     pairs = tokens * top_k
+    config = load_config(architecture)
     facts = {
         "tokens": tokens,
         "pairs": pairs,
-        "rows": _rows(pairs, num_experts, bf16),
+        "rows": _rows(pairs, num_experts, True),
         "weights": hidden * inner,
         "outputs": experts_hit(pairs, num_experts) * hidden,
         "ragged": float(hidden % STEP > 0 or inner % STEP > 0),
     }
-    for entry in load_config(architecture)["moe"]:
+    if fp8:
+        for entry in config["moe_fp8"]:
+            if _fits(entry, facts):
+                return choice_of(entry["up"], entry["down"], fp8=True)
+    if device is not None and dtype is not None:
+        choice = tuned.lookup(device, (num_experts, top_k, hidden, inner), dtype, tokens)
+        if choice is not None:
+            return choice
+    facts["rows"] = _rows(pairs, num_experts, bf16)
+    for entry in config["moe"]:
         if _fits(entry, facts):
             return choice_of(entry["up"], entry["down"])
     raise ValueError(f"no entry of configs/{architecture}.json fits {facts}")

@@ -39,15 +39,19 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernels of the two projections for a number of tokens; "sorted" goes with "sorted" only."""
+    """The kernels of the two projections for a number of tokens; "sorted" goes with "sorted" only.
+
+    ``fp8``: both multiply e4m3 ("sorted" only, on weights of layout "sm89_fp8").
+    """
 
     up_regime: Regime
     up: Tiles
     down_regime: Regime
     down: Tiles
+    fp8: bool = False
 
     def __str__(self) -> str:
-        return f"up {self.up_regime} {self.up}; down {self.down_regime} {self.down}"
+        return f"{'fp8 ' if self.fp8 else ''}up {self.up_regime} {self.up}; down {self.down_regime} {self.down}"
 
 
 def tiles_of(entry: Mapping[str, Any]) -> Tiles:
@@ -62,9 +66,9 @@ def entry_of(regime: Regime, tiles: Tiles) -> dict[str, Any]:
     return {**entry, "registers": tiles.registers} if tiles.registers else entry
 
 
-def choice_of(up: Mapping[str, Any], down: Mapping[str, Any]) -> Choice:
+def choice_of(up: Mapping[str, Any], down: Mapping[str, Any], fp8: bool = False) -> Choice:
     """The choice of two projections' entries."""
-    return Choice(up["kernel"], tiles_of(up), down["kernel"], tiles_of(down))
+    return Choice(up["kernel"], tiles_of(up), down["kernel"], tiles_of(down), fp8)
 
 
 def check_entry(entry: Any) -> None:

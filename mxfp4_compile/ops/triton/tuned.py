@@ -27,7 +27,7 @@ ENVIRONMENT_VARIABLE = "MXFP4_COMPILE_TUNED"
 _FORMAT = 1
 _OFF = ("0", "off")
 # The modules that decide what a tile size means and how quick it is.
-_KERNELS = ("activation", "combine", "decode", "dependent", "launch", "layout", "matmul", "routing", "vector")
+_KERNELS = ("activation", "combine", "decode", "dependent", "fp8", "launch", "layout", "matmul", "routing", "vector")
 
 
 class TunedDataError(ValueError):

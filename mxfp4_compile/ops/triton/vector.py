@@ -16,7 +16,7 @@ from .dependent import let_next_start, wait_for_previous
 
 
 @triton.jit
-def _multiply(words, scales, x, ROWS: tl.constexpr, STEPS: tl.constexpr, TWIDDLED: tl.constexpr):
+def _multiply(words, scales, x, ROWS: tl.constexpr, STEPS: tl.constexpr, BITS: tl.constexpr):
     """words int32 [ROWS, STEPS, 16], scales int32 [ROWS, STEPS], x [STEPS, 64] -> [ROWS, STEPS, 4, 2, 2].
 
     The last three: quarter, row half, block. Sums each word's eight products and applies its scale.
@@ -31,14 +31,14 @@ def _multiply(words, scales, x, ROWS: tl.constexpr, STEPS: tl.constexpr, TWIDDLE
     x010, x110 = tl.split(x10)
     x001, x101 = tl.split(x01)
     x011, x111 = tl.split(x11)
-    acc = code_bits(w, 0, TWIDDLED) * x000[None, :, :, None, :]
-    acc += code_bits(w, 1, TWIDDLED) * x001[None, :, :, None, :]
-    acc += code_bits(w, 2, TWIDDLED) * x010[None, :, :, None, :]
-    acc += code_bits(w, 3, TWIDDLED) * x011[None, :, :, None, :]
-    acc += code_bits(w, 4, TWIDDLED) * x100[None, :, :, None, :]
-    acc += code_bits(w, 5, TWIDDLED) * x101[None, :, :, None, :]
-    acc += code_bits(w, 6, TWIDDLED) * x110[None, :, :, None, :]
-    acc += code_bits(w, 7, TWIDDLED) * x111[None, :, :, None, :]
+    acc = code_bits(w, 0, BITS) * x000[None, :, :, None, :]
+    acc += code_bits(w, 1, BITS) * x001[None, :, :, None, :]
+    acc += code_bits(w, 2, BITS) * x010[None, :, :, None, :]
+    acc += code_bits(w, 3, BITS) * x011[None, :, :, None, :]
+    acc += code_bits(w, 4, BITS) * x100[None, :, :, None, :]
+    acc += code_bits(w, 5, BITS) * x101[None, :, :, None, :]
+    acc += code_bits(w, 6, BITS) * x110[None, :, :, None, :]
+    acc += code_bits(w, 7, BITS) * x111[None, :, :, None, :]
     first = tl.join(scales & 0xFF, (scales >> 8) & 0xFF)
     second = tl.join((scales >> 16) & 0xFF, (scales >> 24) & 0xFF)
     s = tl.permute(tl.join(first, second), (0, 1, 3, 2))  # [ROWS, STEPS, row half, block]
@@ -77,7 +77,7 @@ def vector_up(
     BETA: tl.constexpr,
     GATE_LIMIT: tl.constexpr,
     UP_LIMIT: tl.constexpr,
-    TWIDDLED: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -111,7 +111,7 @@ def vector_up(
                 xs = tl.load(x + at * 64 + k)
             else:
                 xs = tl.load(x + at * 64 + k, mask=at * 64 + k < K, other=0.0)
-            total += _multiply(words, s, xs.to(tl.float32), ROWS, BLOCK, TWIDDLED)
+            total += _multiply(words, s, xs.to(tl.float32), ROWS, BLOCK, BITS)
         let_next_start(PDL, 1)
         y = _sum(total)
         if weights is not None:
@@ -146,7 +146,7 @@ def vector_down(
     STEPS: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    TWIDDLED: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -181,7 +181,7 @@ def vector_down(
             xs = tl.load(h + (pair * K)[:, None] + k, mask=ok[:, None] & (k < K), other=0.0).to(tl.float32)
         if weights is not None:
             xs *= tl.load(weights + pair, mask=ok, other=0.0).to(tl.float32)[:, None]
-        total += _multiply(words, s, xs, ROWS, BLOCK, TWIDDLED)
+        total += _multiply(words, s, xs, ROWS, BLOCK, BITS)
     y = _sum(total)
     row = slab * 16 + r[:, None] + (tl.arange(0, 2) * 8)[None, :]
     if bias is not None:
