@@ -54,8 +54,15 @@ def dequantize(packed: torch.Tensor, scales: torch.Tensor, k: int) -> torch.Tens
     return VALUES[codes] * scale
 
 
-def reference(x, ids, weights, up, down, up_bias, down_bias, params):
-    """The layer in fp32, expert by expert."""
+def as_fp8(x):
+    """What e4m3 with one scale a row makes of [..., K]."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
+    return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def reference(x, ids, weights, up, down, up_bias, down_bias, params, fp8=False):
+    """The layer in fp32, expert by expert; with fp8 the activations of both products go through e4m3."""
+    rounded = as_fp8 if fp8 else torch.Tensor.float
     up_weight, down_weight = dequantize(*up, params.hidden), dequantize(*down, params.intermediate)
     out = torch.zeros(x.shape[0], params.hidden)
     for t, k in itertools.product(*map(range, ids.shape)):
@@ -63,9 +70,9 @@ def reference(x, ids, weights, up, down, up_bias, down_bias, params):
         if not 0 <= e < params.num_experts:
             continue
         w = weights[t, k].float()
-        y = (x[t].float() * (w if params.weight_on_input else 1.0)) @ up_weight[e].T
+        y = (rounded(x[t]) * (w if params.weight_on_input else 1.0)) @ up_weight[e].T
         y = params.activate(y if up_bias is None else y + up_bias[e].float())
-        y = y @ down_weight[e].T
+        y = rounded(y.to(params.round_dtype) if fp8 else y) @ down_weight[e].T
         if down_bias is not None:
             y = y + down_bias[e].float()
         out[t] += y if params.weight_on_input else y * w
@@ -94,6 +101,7 @@ def case(**overrides):
         "e": 6, "top_k": 2, "h": 64, "i": 48, "t": 5, "act": "silu", "layout": "halves", "half": 0,
         "bias": False, "on_input": False, "kind": "uniform", "dtype": "float32", "ids": "int64",
         "regime": None, "tiles": {}, "bits": "nibbles", "weights": "float32", "strided": False,
+        "fp8": False, "spread": False,
     }  # fmt: skip
     o.update(overrides)
     act = ACTIVATIONS[o["act"]]
@@ -104,6 +112,11 @@ def case(**overrides):
         o["on_input"], dtype, dtype,
     )  # fmt: skip
     up, down = (random_weight(*params.shape(r), g) for r in ("up", "down"))
+    if o["spread"]:
+        # As far apart as e4m3 holds exactly, and blocks of zeros whose scales say nothing.
+        for packed, scales in (up, down):
+            scales -= torch.randint(0, 10, scales.shape, generator=g, dtype=torch.uint8)
+            packed[:, ::3, :16], scales[:, ::3, 0] = 0, 160
     prepared = []
     for role, w in (("up", up), ("down", down)):
         e, n, k = params.shape(role)
@@ -139,10 +152,10 @@ def case(**overrides):
             },
         }[o["regime"]]
         tiles = tuple({**dict(tiles), **o["tiles"]}.items())
-        choice = Choice(o["regime"], Tiles(4, 1, tiles), o["regime"], Tiles(4, 1, tiles))
+        choice = Choice(o["regime"], Tiles(4, 1, tiles), o["regime"], Tiles(4, 1, tiles), o["fp8"])
     got = moe(x, ids, weights, *prepared, *kernel_biases, params, o["bits"], choice)
     assert got.dtype == x.dtype and got.shape == x.shape and got.is_contiguous()
-    want = reference(x, ids, weights, up, down, *biases, params)
+    want = reference(x, ids, weights, up, down, *biases, params, o["fp8"])
     if not want.numel() or not want.any():
         return float(got.float().abs().sum())
     return float((got.float() - want).norm() / want.norm())
@@ -238,6 +251,18 @@ def cases():
         wide = {"regime": "sorted", "tiles": tiles, "t": t, "bias": True, "h": 200 if t % 3 else 128}
         out[f"merge{t}"] = {**wide, "e": 3}
         out[f"merge{t}-one"] = {**wide, "kind": "one", "on_input": True}
+    # Weights laid out for e4m3: multiplied as such, and by the kernels of few tokens.
+    laid = {"bits": "sm89_fp8", "bias": True, "e": 3}
+    for regime in REGIMES:
+        out[f"fp8-layout-{regime}"] = {**laid, "regime": regime, "h": 200, "spread": True}
+    for act, t in (("silu", 9), ("gpt_oss", 1), ("plain_relu2", 40)):
+        wide = {**laid, "regime": "sorted", "fp8": True, "act": act, "t": t}
+        out[f"fp8-{act}"] = {**wide, "h": 128, "i": 64}
+        out[f"fp8-{act}-ragged"] = {**wide, "h": 200, "i": 72, "spread": True}
+        out[f"fp8-{act}-odd"] = {**wide, "h": 10, "i": 6, "kind": "sentinel", "on_input": True}
+        out[f"fp8-{act}-strided"] = {**wide, "strided": True, "dtype": "bfloat16", "layout": "interleaved", "half": 1}
+        tiles = {"BT": 32, "TAIL": 8 * (t % 2), "MERGE": t % 2, "FINE": 1, "UNROLL": 1 + t % 2}
+        out[f"fp8-{act}-fine"] = {**wide, "tiles": tiles, "h": 320, "dtype": "float16"}
     out["twiddled-vector"] = {"bits": "sm80", "regime": "vector", "h": 128}
     for t in (0, 1, 2, 5, 33):
         out[f"t{t}"] = {"t": t, "top_k": 4, "e": 16, "h": 64, "i": 32}
@@ -245,6 +270,9 @@ def cases():
 
 
 def tolerance(options):
+    if options.get("fp8"):
+        # Sums in another order may fall on the other side of an e4m3 value, an eighth away at most, here and there.
+        return 3e-2 if options.get("dtype") == "bfloat16" else 4e-3
     return {"bfloat16": 1e-2, "float16": 2e-3}.get(options.get("dtype", ""), 1e-5)
 
 

@@ -14,8 +14,8 @@ import torch
 
 from ..spec import MoEParams
 
-ActivationDtype = Literal["bf16", "mxfp8"]
-ACTIVATION_DTYPES: tuple[ActivationDtype, ...] = ("bf16", "mxfp8")
+ActivationDtype = Literal["bf16", "mxfp8", "fp8"]
+ACTIVATION_DTYPES: tuple[ActivationDtype, ...] = ("bf16", "mxfp8", "fp8")
 
 # The architectures that selection knows by name; others fall back to the nearest one below.
 ARCHITECTURES = (

@@ -190,12 +190,13 @@ def fp8_operand(words, scales, bases, SLABS: tl.constexpr, DTYPE: tl.constexpr):
     shift = tl.reshape(tl.broadcast_to(shift, [SLABS, 8, 4, 2, 2]), [SLABS, 128])
     if DTYPE == tl.float32:  # noqa: SIM300
         w000, w001, w010, w011, w100, w101, w110, w111 = _nibbles(words, 2, DTYPE)
-        m = ((shift + (127 - 5)) << 23).to(tl.float32, bitcast=True) * 85070591730234615865843651857942052864.0
+        # 2^126 times that is more than fp32 holds: the rest at the end.
+        m = ((shift + (127 + 126 - 31 - 5)) << 23).to(tl.float32, bitcast=True)
         low = tl.join(tl.join(w000 * m, w001 * m), tl.join(w010 * m, w011 * m))
         high = tl.join(tl.join(w100 * m, w101 * m), tl.join(w110 * m, w111 * m))
         # slab, row, quarter, row half, block, parity, half, nibble
         w = tl.reshape(tl.join(low, high), [SLABS, 8, 4, 2, 2, 2, 2, 2])
-        w = tl.permute(w, (0, 3, 1, 4, 7, 2, 5, 6))
+        w = tl.permute(w, (0, 3, 1, 4, 7, 2, 5, 6)) * 2147483648.0
     else:
         a, b = tl.inline_asm_elementwise(
             _SELECT, "=&r,=&r,r,r", [words, shift], dtype=(tl.int32, tl.int32), is_pure=True, pack=1

@@ -195,7 +195,7 @@ def _row_scales(acc, bases, x_scales, source, slab0, SLABS, BM: tl.constexpr):
 @triton.jit
 def _weights(
     codes, scales, expert, slab0, SLABS,
-    STEPS: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    STEPS: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Pointers to the first step's codes [BM/16, 128] and to the scales of GROUP steps [4, 8, BM/16].
 
@@ -205,7 +205,7 @@ def _weights(
     slab = expert.to(tl.int64) * SLABS + tl.minimum(slab0 + tl.arange(0, BM // 16), SLABS - 1)
     slab *= STEPS
     code_ptrs = codes + (slab * 128)[:, None] + tl.arange(0, 128)[None, :]
-    word = tl.arange(0, 4)[:, None] % GROUP * 8 + _opaque(tl.arange(0, 8), BITS)[None, :]
+    word = tl.arange(0, 4)[:, None] % GROUP * 8 + _opaque(tl.arange(0, 8), BITS, DTYPE)[None, :]
     return code_ptrs, scales + (slab * 8)[None, None, :] + word[:, :, None]
 
 
@@ -366,12 +366,12 @@ def _token_of_column(BT: tl.constexpr):
 
 
 @triton.jit
-def _opaque(x, BITS: tl.constexpr):
+def _opaque(x, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """x, of which the compiler no longer knows that neighbours are contiguous.
 
     It would have a thread load four neighbouring words, where each of four threads needs one.
     """
-    if BITS:
+    if BITS > 0 and DTYPE == tl.bfloat16:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
     return x
 
@@ -531,7 +531,7 @@ def scan_matmul(
         first, last = _part(part, STEPS, K, UNROLL * GROUP, SPLIT_K)
     DIRECT: tl.constexpr = BT < _COLUMNS or AHEAD > 0
     if DIRECT:
-        code_ptrs, scale_ptrs = _weights(codes, scales, expert, slab0, SLABS, STEPS, BM, GROUP, BITS)
+        code_ptrs, scale_ptrs = _weights(codes, scales, expert, slab0, SLABS, STEPS, BM, GROUP, BITS, DTYPE)
         code_ptrs += first * 128
         scale_ptrs += first * 8
         c, s = _load_steps(code_ptrs, scale_ptrs, live, FIRST, GROUP, STEPS)
@@ -643,7 +643,8 @@ def sorted_matmul(
     TILES: tl.constexpr = (SLABS * 16 + BM - 1) // BM
     tl.static_assert(SPLIT_K == 1 or (BT >= _COLUMNS and AHEAD == 0 and KIND is None))
     tl.static_assert(SPLIT_K == 1 or TAIL == 0 or TAIL >= _COLUMNS)
-    tl.static_assert((bases is None) or (SPLIT_K == 1 and AHEAD == 0 and QUADS == 0 and BT >= _COLUMNS))
+    tl.static_assert((bases is None) or (SPLIT_K == 1 and AHEAD == 0 and BT >= _COLUMNS))
+    tl.static_assert((bases is None) or TAIL == 0 or TAIL >= _COLUMNS)
     tl.static_assert(FINE == 0 or BT >= 4 * _COLUMNS)
     pid = tl.program_id(0)
     e = tl.arange(0, E_PADDED)
@@ -759,7 +760,7 @@ def _tile(
     # Weights are no other kernel's: the first of them may come while h is still written.
     FIRST: tl.constexpr = 0 if AHEAD == 0 or TAIL > 0 else AHEAD if BT >= _COLUMNS else UNROLL * (4 // BT)
     GROUP: tl.constexpr = 4 // BT if BT < _COLUMNS else 1
-    code_ptrs, scale_ptrs = _weights(codes, scales, tl.zeros([], tl.int64), slab0, SLABS, STEPS, BM, GROUP, BITS)
+    code_ptrs, scale_ptrs = _weights(codes, scales, tl.zeros([], tl.int64), slab0, SLABS, STEPS, BM, GROUP, BITS, DTYPE)
     c, s = _load_steps(code_ptrs, scale_ptrs, 1, FIRST, GROUP, STEPS)
     if not GATHER_X:
         wait_for_previous(PDL)

@@ -144,7 +144,8 @@ class _Plan:
 
 def _quantize_step(x_stride: int, k: int, padded: int, pdl: int) -> Step:
     block = _power_of_two(padded)
-    constants = {"X_STRIDE": x_stride, "K": k, "PADDED": padded, "BLOCK": block, "PDL": pdl}
+    constants = {"X_STRIDE": x_stride, "K": k, "PADDED": padded, "BLOCK": block}
+    constants |= {"INTERPRETED": interpreted(), "PDL": pdl}
     return Step(quantize_rows, constants, max(min(block // 1024, 8), 1), 1)
 
 

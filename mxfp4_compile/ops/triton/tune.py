@@ -275,7 +275,7 @@ def _compile(job: _Job) -> tuple[_Job, str]:
     """Compile what a call would launch; the reason if that fails, else ""."""
     shape, tokens = job.shape, job.tokens
     new = lambda *size, dtype=shape.dtype: torch.empty(size, dtype=dtype, device="meta")
-    weight = [new(1, dtype=torch.int32)] * 2
+    weight = [*[new(1, dtype=torch.int32)] * 2, new(1, dtype=torch.uint8)]
     bias = new(1) if shape.biased else None
     ids = new(tokens, shape.top_k, dtype=torch.int64)
     try:
