@@ -20,9 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TOOLS = ("memcheck", "racecheck")
 UNAVAILABLE = 77
-KERNELS = ("scan_matmul", "sorted_matmul", "vector_up", "vector_down", "sort_pairs", "combine")
+KERNELS = ("scan_matmul", "sorted_matmul", "vector_up", "vector_down", "sort_pairs", "combine", "quantize_rows")
 
-# E, K, H, I; tokens; biases; ids that are no expert. The rules choose the kernels: 1 token is the vector kernels',
+# E, K, H, I; tokens; biases; ids that are no expert; and the activations' dtype where it is not bf16. The rules choose the kernels: 1 token is the vector kernels',
 # a few the scan's, more the sorted ones', with other tiles for other rows per expert.
 CASES = (
     ((6, 2, 1000, 1408), 1, True, False),
@@ -34,6 +34,10 @@ CASES = (
     ((12, 3, 200, 96), 9, False, False),
     ((12, 3, 200, 96), 30, False, True),
     ((12, 3, 200, 96), 300, False, True),
+    ((6, 2, 1000, 1408), 40, True, True, "fp8"),
+    ((6, 2, 1000, 1408), 350, True, False, "fp8"),
+    ((6, 2, 1000, 1408), 700, True, True, "fp8"),
+    ((12, 3, 200, 96), 300, False, True, "fp8"),
 )
 
 
@@ -63,11 +67,11 @@ def run_cases() -> None:
     device = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
     backend = get_backend("triton")
     regimes = set()
-    for sizes, tokens, bias, sentinels in CASES:
+    for sizes, tokens, bias, sentinels, *dtype in CASES:
         shape = LayerShape(*sizes)
         layer = Layer(shape, device)
         params = shape.params
-        weights, layout = layer.prepared("triton")
+        weights, layout = layer.prepared("triton", *dtype)
         x, ids, w = layer.inputs(tokens)
         if sentinels:
             ids = torch.where(torch.rand(ids.shape, device=device) < 0.25, shape.num_experts + 3, ids)
@@ -81,12 +85,14 @@ def run_cases() -> None:
         both = (weights["up"], weights["down"], prepared["up"], prepared["down"])
         got = backend.moe(x, ids, w, *both, params, layout)
         error = relative_error(got, _reference(layer, x, ids, w, biases))
-        choice = choose(architecture(device), *sizes, tokens)
+        choice = choose(architecture(device), *sizes, tokens, fp8=bool(dtype))
         regimes |= {choice.up_regime, choice.down_regime}
         print(
-            f"case {shape} T={tokens} {choice.up_regime}/{choice.down_regime}: relative error {error:.1e}", flush=True
+            f"case {shape} T={tokens} {'fp8 ' * choice.fp8}{choice.up_regime}/{choice.down_regime}: relative error "
+            f"{error:.1e}",
+            flush=True,
         )
-        if not error <= 1e-2:
+        if not error <= (7e-2 if choice.fp8 else 1e-2):
             raise SystemExit(f"wrong: relative error {error:.2g}")
     if len(regimes) < 3:
         raise SystemExit(f"only {', '.join(sorted(regimes))} ran: the cases must reach all three")

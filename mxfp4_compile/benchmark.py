@@ -24,7 +24,7 @@ from . import ops as _ops  # noqa: F401  (registers the backends)
 from .ops.registry import get_backend, known_backends
 from .ops.selection import requirements
 from .ops.synthetic import LayerShape
-from .ops.target import Request, Target
+from .ops.target import ActivationDtype, Request, Target
 from .spec import MoEParams, Role
 from .timing import matmul_rate, median_us, median_wall_us, stream_bandwidth
 
@@ -33,6 +33,9 @@ At = Callable[[Tensor, Tensor, Tensor], Run]
 
 TOLERANCE = 2e-2
 """Relative error above which a provider's output is wrong; bf16 rounding alone comes to 3e-3 to 8e-3."""
+
+TOLERANCE_FP8 = 7e-2
+"""The same where activations are quantized to e4m3, which comes to 4.5e-2."""
 
 TOKENS = (1, 8, 64, 512, 4096)
 TOKENS_CPU = (1, 8, 64)
@@ -119,10 +122,12 @@ class Layer:
                 out.index_add_(0, token, y * weights[token, slot].float().unsqueeze(1))
         return out
 
-    def prepared(self, name: str) -> tuple[dict[Role, list[Tensor]], str]:
+    def prepared(
+        self, name: str, activation_dtype: ActivationDtype = "bf16"
+    ) -> tuple[dict[Role, list[Tensor]], str]:
         """The weights as backend ``name`` reads them, prepared a few experts at a time, and their layout."""
         backend = get_backend(name)
-        layout = backend.plan(Request(self.params), Target.of(self.device))
+        layout = backend.plan(Request(self.params, activation_dtype=activation_dtype), Target.of(self.device))
         out: dict[Role, list[Tensor]] = {}
         step = max(self.shape.num_experts // 16, 1)
         for role, (packed, scales) in self.canonical.items():
@@ -136,9 +141,9 @@ class Layer:
             out[role] = [torch.cat(p) for p in zip(*parts, strict=True)]
         return out, layout
 
-    def backend(self, name: str) -> At:
+    def backend(self, name: str, activation_dtype: ActivationDtype = "bf16") -> At:
         """A registered backend, called as the op calls it."""
-        weights, layout = self.prepared(name)
+        weights, layout = self.prepared(name, activation_dtype)
         backend, params = get_backend(name), self.params
 
         def at(x: Tensor, ids: Tensor, w: Tensor) -> Run:

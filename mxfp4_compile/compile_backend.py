@@ -348,6 +348,8 @@ def _describe(path: str, region: Region, proven: _Proven) -> SiteReport:
         weight_error_max=proven.weight_errors[1],
         error=None if check is None else check.error,
         original_error=None if check is None else check.original_error,
+        quantized_from=None if check is None else check.quantized_from,
+        quantized_error=None if check is None else check.quantized_error,
     )
 
 

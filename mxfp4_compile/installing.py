@@ -226,6 +226,8 @@ def install_site(
         weight_error_max=float(errors.max()) if errors.numel() else None,
         error=None if verification is None else verification.error,
         original_error=None if verification is None else verification.original_error,
+        quantized_from=None if verification is None else verification.quantized_from,
+        quantized_error=None if verification is None else verification.quantized_error,
         warnings=tuple(warnings),
     )
 

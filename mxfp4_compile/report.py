@@ -16,7 +16,9 @@ class SiteReport:
     ``names``: every path to it. ``form``: what it is, in words. ``bytes_before`` and ``bytes_after`` count
     the expert weights (not biases). ``weight_error``: mean and largest relative squared error of its
     experts' quantization. ``error``: relative error of the rewritten module against an fp32 run of the
-    original on the same dequantized weights; ``original_error``: that of the original in its own dtype.
+    original on the same dequantized weights; ``original_error``: that of the original in its own dtype. Where
+    activations are quantized for many tokens only: ``quantized_error``, that of calls with ``quantized_from`` tokens or
+    more, which ``error`` leaves out.
     """
 
     names: tuple[str, ...]
@@ -33,6 +35,8 @@ class SiteReport:
     weight_error_max: float | None = None
     error: float | None = None
     original_error: float | None = None
+    quantized_from: int | None = None
+    quantized_error: float | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -207,6 +211,12 @@ def _describe(group: list[SiteReport]) -> list[str]:
         originals = [s.original_error or 0.0 for s in group if s.error is not None]
         detail += f"; verified: error {max(errors):.1e} against fp32 (original module {max(originals):.1e})"
     lines.append(detail)
+    quantized = [s for s in group if s.quantized_error is not None]
+    if quantized:
+        lines.append(
+            f"    activations of {min(s.quantized_from or 0 for s in quantized)} tokens and more are quantized: error "
+            f"{max(s.quantized_error or 0.0 for s in quantized):.1e}"
+        )
     lines += [f"    not {line}" for line in first.rejected]
     lines += [f"    warning: {s.names[0]}: {w}" for s in group for w in s.warnings]
     return lines

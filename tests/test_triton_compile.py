@@ -26,7 +26,7 @@ TARGETS = {
 POINTERS = {
     "x": "*bf16", "h": "*bf16", "y": "*bf16", "out": "*bf16", "bias": "*bf16", "codes": "*i32",
     "scales": "*i32", "ids": "*i64", "weights": "*fp32", "offsets": "*i32", "order": "*i32",
-    "pairs": "i32",
+    "pairs": "i32", "x_scales": "*fp32", "bases": "*u8",
 }  # fmt: skip
 TOKENS = (1, 8, 40, 512, 4096)
 GPT_OSS = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
@@ -38,9 +38,18 @@ SHAPES = {
 }
 
 
+# Where activations may be fp8, and its instruction.
+FP8_TARGETS = {
+    "sm89": ("cuda", 89, 99 << 10, r"mma\.sync\S*e4m3"),
+    "sm90": ("cuda", 90, 227 << 10, r"wgmma\.mma_async\S*e4m3"),
+    "sm100": ("cuda", 100, 227 << 10, r"tcgen05\.mma\S*f8f6f4|mma\.sync\S*e4m3"),
+    "sm120": ("cuda", 120, 99 << 10, r"mma\.sync\S*e4m3"),
+}
+
+
 @cache
-def compiled(target: str, shape: str, tokens: int, part: str):
-    """One kernel of a layer, compiled as the launch for ``tokens`` tokens would."""
+def compiled(target: str, shape: str, tokens: int, part: str, fp8: bool = False):
+    """One kernel of a layer, compiled as the launch for ``tokens`` tokens would; ``fp8``: on weights laid out for it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -48,25 +57,29 @@ def compiled(target: str, shape: str, tokens: int, part: str):
     from mxfp4_compile.ops.triton.moe import _Plan, pairs_class
     from mxfp4_compile.ops.triton.select import choose
 
-    backend, arch = TARGETS[target][:2]
+    backend, arch = (FP8_TARGETS if fp8 else TARGETS)[target][:2]
     e, top_k, h, i, act = SHAPES[shape]
     params = MoEParams(e, h, i, act, "halves", 0, False, torch.bfloat16, torch.bfloat16)
-    choice = choose(target, e, top_k, h, i, tokens)
+    choice = choose(target, e, top_k, h, i, tokens, fp8=fp8)
     pairs = tokens * top_k
-    plan = _Plan(params, top_k, h, False, backend == "cuda", choice, pairs_class(choice, pairs), pairs >= e)
+    bits = 2 if fp8 else int(backend == "cuda")
+    plan = _Plan(params, top_k, h, False, bits, choice, pairs_class(choice, pairs), pairs >= e)
     step = getattr(plan, part)
     biased = shape == "gpt_oss"
     constants = dict(step.constants)
+    pointers = POINTERS | ({"x": "*fp8e4nv"} if choice.fp8 and part in ("up", "down") else {})
+    if part.startswith("quantize"):
+        pointers = POINTERS | {"out": "*fp8e4nv", "scales": "*fp32"}
     signature = {}
     for name in step.kernel.arg_names:
-        absent = (name == "bias" and not biased) or (
+        absent = (name == "bias" and not biased) or (name in ("x_scales", "bases") and not choice.fp8) or (
             name == "weights"
             and part != "combine"
             and not (part == "down" and choice.down_regime == "vector")
         )
         if absent:
             constants[name] = None
-        signature[name] = "constexpr" if name in constants else POINTERS[name]
+        signature[name] = "constexpr" if name in constants else pointers[name]
     attributes = {
         (at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")
     }
@@ -74,12 +87,12 @@ def compiled(target: str, shape: str, tokens: int, part: str):
     gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
     kernel = triton.compile(source, target=gpu, options=dict(step.options))
     regime = choice.up_regime if part == "up" else choice.down_regime
-    return kernel, regime
+    return kernel, "fp8" if choice.fp8 else regime
 
 
 def spilled(kernel, target: str, tmp_path: Path) -> int:
     """Bytes (NVIDIA) or registers (AMD) that did not fit."""
-    if TARGETS[target][0] == "hip":
+    if target.startswith("gfx"):
         return sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])))
     import triton
 
@@ -121,6 +134,36 @@ def test_kernels(target, shape, tokens, tmp_path):
         if regime != "vector":
             text = kernel.asm["amdgcn" if TARGETS[target][0] == "hip" else "ptx"]
             assert re.search(instruction, text), part
+
+
+def fp8_cases():
+    for target in FP8_TARGETS:
+        for shape in SHAPES:
+            for tokens in (1, 8, 40, 512, 1024, 1500, 4096):
+                quick = target == "sm90" and shape == "qwen3" and tokens in (40, 1024, 4096)
+                # Fewer steps than are loaded ahead, which only sm90's tiles do.
+                if shape == "narrow" and target != "sm90":
+                    continue
+                marks = () if quick else pytest.mark.slow
+                yield pytest.param(target, shape, tokens, id=f"{target}-{shape}-{tokens}", marks=marks)
+
+
+@pytest.mark.parametrize(("target", "shape", "tokens"), fp8_cases())
+def test_fp8_kernels(target, shape, tokens, tmp_path):
+    """e4m3 products of many tokens, and bf16 products of few on the same weights."""
+    _, _, shared, instruction = FP8_TARGETS[target]
+    parts = ["up", "down"]
+    for part in parts:
+        kernel, regime = compiled(target, shape, tokens, part, fp8=True)
+        assert kernel.metadata.shared <= shared
+        assert spilled(kernel, target, tmp_path) == 0, part
+        e, top_k = SHAPES[shape][:2]
+        assert (regime == "fp8") == (tokens * top_k / e >= 60)
+        if regime == "fp8" and part in ("up", "down"):
+            # Not through the assertion's message: the text is long.
+            assert bool(re.search(instruction, kernel.asm["ptx"])), part
+            if part == "up":
+                parts += ["quantize_x", "quantize_h"]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,10 @@ class Backend(ABC):
         """Relative error that this layout's arithmetic adds to the model's own (activations of fewer bits)."""
         return 0.0
 
+    def quantizes_from(self, layout: str, params: MoEParams, top_k: int, device: torch.device) -> int | None:
+        """From how many tokens on activations are of fewer bits, which ``slack`` is about; None: never."""
+        return 1 if self.slack(layout) else None
+
     def prepare(
         self, packed: Tensor, scales: Tensor, *, k: int, role: Role | None, params: MoEParams | None, layout: str
     ) -> list[Tensor]:

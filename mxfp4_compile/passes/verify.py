@@ -48,13 +48,19 @@ WRONG_LAYOUT = 0.25
 
 @dataclass(frozen=True)
 class Verification:
-    """Outcome for one site: relative errors against an fp32 run of the original module."""
+    """Outcome for one site: relative errors against an fp32 run of the original module.
+
+    Where a backend quantizes activations of many tokens only, ``error`` is that of fewer, and ``quantized_error`` that
+    of calls with ``quantized_from`` tokens or more.
+    """
 
     error: float
     original_error: float
     cases: int
     experts: int
     limit: float
+    quantized_from: int | None = None
+    quantized_error: float | None = None
 
 
 class VerificationError(RuntimeError):
@@ -95,18 +101,20 @@ def verify(site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0) -
     ids_at, by_expert, top_k = _roles(site, found)
     others = found.sentinels if isinstance(found, FusedMatch) else 0
     groups = _groups(site, original)
-    squared = torch.zeros(3, dtype=torch.float64)
     cases = checked = 0
     dtype = site.plan.weight_dtype
-    # What the backend's own arithmetic adds, where it quantizes activations.
-    slack = get_backend(site.backend).slack(site.layout)
+    sums = Sums(site, dtype)
     for start, stop in groups:
         narrow = slice(start, stop)
         try:
-            outcome = _compare_group(site, original, narrow, ids_at, by_expert, top_k, others, generator, dtype)
+            outcome = _compare_group(
+                site, original, narrow, ids_at, by_expert, top_k, others, generator, dtype, sums.extra
+            )
         except _NeedsAllExperts:
             everyone = slice(0, experts)
-            outcome = _compare_group(site, original, everyone, ids_at, by_expert, top_k, others, generator, dtype)
+            outcome = _compare_group(
+                site, original, everyone, ids_at, by_expert, top_k, others, generator, dtype, sums.extra
+            )
         for ours, theirs, truth in outcome:
             cases += 1
             delta = torch.tensor(
@@ -117,11 +125,49 @@ def verify(site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0) -
                 ],
                 dtype=torch.float64,
             )
-            _judge(delta, dtype, f"experts {start} to {stop - 1}, {ours.shape[0]} tokens", slack)
-            squared += delta
+            sums.add(delta, ours.shape[0], f"experts {start} to {stop - 1}, {ours.shape[0]} tokens")
         checked += stop - start
-    error, original_error, limit = _judge(squared, dtype, "all cases together", slack)
-    return Verification(error, original_error, cases, checked, limit)
+    return sums.verification(cases, checked)
+
+
+class Sums:
+    """Squared errors of a site's cases, judged one by one and together: apart where activations are quantized."""
+
+    def __init__(self, site: MXFP4Experts, dtype: torch.dtype) -> None:
+        backend, params = get_backend(site.backend), site.plan.params
+        self.dtype = dtype
+        # What the backend's own arithmetic adds, where it quantizes activations.
+        self.slack = backend.slack(site.layout)
+        self.quantized_from: int | None = None
+        if self.slack and params is not None:
+            ids = next(n for n in site.rewritten.graph.nodes if n.target == schema.moe).args[1]
+            assert isinstance(ids, torch.fx.Node)
+            device = site.plan.pattern.tensors[0].device
+            self.quantized_from = backend.quantizes_from(site.layout, params, ids.meta["val"].shape[-1], device)
+        self.plain = torch.zeros(3, dtype=torch.float64)
+        self.quantized = torch.zeros(3, dtype=torch.float64)
+
+    @property
+    def extra(self) -> int:
+        """A number of tokens to try besides: the smallest that is quantized, where few are not; else 0."""
+        return self.quantized_from if self.quantized_from is not None and self.quantized_from > 1 else 0
+
+    def add(self, squared: Tensor, tokens: int, what: str) -> None:
+        """VerificationError if these errors of a call with so many tokens are too large."""
+        quantized = self.quantized_from is not None and tokens >= self.quantized_from
+        _judge(squared, self.dtype, what, self.slack if quantized else 0.0)
+        (self.quantized if quantized else self.plain).add_(squared)
+
+    def verification(self, cases: int, experts: int) -> Verification:
+        """Of all that was added."""
+        what = "all cases together"
+        if not self.extra:
+            slack = 0.0 if self.quantized_from is None else self.slack
+            error, original_error, limit = _judge(self.plain + self.quantized, self.dtype, what, slack)
+            return Verification(error, original_error, cases, experts, limit)
+        error, original_error, limit = _judge(self.plain, self.dtype, what, 0.0)
+        quantized_error = _judge(self.quantized, self.dtype, f"{what} of {self.extra} tokens", self.slack)[0]
+        return Verification(error, original_error, cases, experts, limit, self.extra, quantized_error)
 
 
 def _judge(squared: Tensor, dtype: torch.dtype, what: str, slack: float) -> tuple[float, float, float]:
@@ -183,13 +229,14 @@ def _compare_group(
     others: int,
     generator: torch.Generator,
     dtype: torch.dtype,
+    extra: int,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     whole = narrow.stop - narrow.start == site.projections[0].shape[0]
     own = _with_weights(site, original, narrow, dtype)
     exact = _with_weights(site, original, narrow, torch.float32 if dtype.itemsize < 8 else dtype)
     out = []
     with torch.no_grad():
-        for tokens, pattern in _routings(narrow.stop - narrow.start, top_k, others):
+        for tokens, pattern in _routings(narrow.stop - narrow.start, top_k, others, extra):
             inputs = _inputs(site, tokens, ids_at, narrow.stop - narrow.start, pattern, generator)
             real = torch.ones_like(inputs[ids_at], dtype=torch.bool)
             if pattern == "without weights":  # some ids of experts past the last one that has weights
@@ -241,7 +288,7 @@ def _with_weights(site: MXFP4Experts, original: nn.Module, narrow: slice, dtype:
     return module
 
 
-def _routings(experts: int, top_k: int, others: int) -> Iterator[tuple[int, str]]:
+def _routings(experts: int, top_k: int, others: int, extra: int) -> Iterator[tuple[int, str]]:
     yield 1, "random"
     yield 13, "random"
     yield 7, "one"
@@ -249,6 +296,8 @@ def _routings(experts: int, top_k: int, others: int) -> Iterator[tuple[int, str]
         yield 11, "skip last"
     if others:
         yield 17, "without weights"
+    if extra:
+        yield extra, "random"
 
 
 def _inputs(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mxfp4_compile.mx import dequantize
+from mxfp4_compile.ops.target import Request, Target
 from mxfp4_compile.spec import Activation, MoEParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -70,12 +71,19 @@ def poison():
     del blocks
 
 
+def as_fp8(x):
+    """What e4m3 with one scale a row makes of [..., K]."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
+    return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+
+
 class Layer:
     """One random layer: prepared weights for the backend, canonical ones for the reference."""
 
     def __init__(
-        self, shape, activation, *, layout="halves", half=0, bias=False, on_input=False, dtype=BF16, seed=0
-    ):
+        self, shape, activation, *, layout="halves", half=0, bias=False, on_input=False, dtype=BF16, seed=0,
+        fp8=False, spread=0,
+    ):  # fmt: skip
         e, self.top_k, h, i = shape
         gated = activation.gated
         self.params = MoEParams(
@@ -83,12 +91,15 @@ class Layer:
         )
         self.dtype = dtype
         self.g = torch.Generator("cuda").manual_seed(seed)
-        self.layout = backend().plan(self.params, torch.device("cuda"))
+        request = Request(self.params, activation_dtype="fp8" if fp8 else "bf16")
+        self.layout = backend().plan(request, Target.of(torch.device("cuda")))
         self.canonical, self.prepared, self.bias, self.prepared_bias = {}, {}, {}, {}
         for role in ("up", "down"):
             n, k = self.params.shape(role)[1:]
             kwargs = {"role": role, "params": self.params, "layout": self.layout}
             w = random_weight(e, n, k, self.g)
+            if spread:
+                w[1].sub_(torch.randint(0, spread, w[1].shape, generator=self.g, device="cuda", dtype=torch.uint8))
             self.canonical[role] = w
             self.prepared[role] = backend().prepare(*w, k=k, **kwargs)
             self.bias[role] = self.prepared_bias[role] = None
@@ -117,17 +128,24 @@ class Layer:
             self.prepared_bias["down"], self.params, self.layout,
         )  # fmt: skip
 
-    def reference(self, x, ids, weights):
+    @property
+    def quantized_from(self):
+        return backend().quantizes_from(self.layout, self.params, self.top_k, torch.device("cuda")) or math.inf
+
+    def reference(self, x, ids, weights, fp8=False):
+        """In fp32; with fp8 the activations of both products go through e4m3."""
         p = self.params
         out = torch.zeros(x.shape, device="cuda")
         for e in ids[ids < p.num_experts].unique().tolist():
             token, slot = (ids == e).nonzero(as_tuple=True)
             w = weights[token, slot].float().unsqueeze(1)
-            y = x[token].float()
+            y = as_fp8(x[token]) if fp8 else x[token].float()
             if p.weight_on_input:
                 y = y * w
             for role in ("up", "down"):
                 packed, scales = self.canonical[role]
+                if fp8 and role == "down":
+                    y = as_fp8(y.to(self.dtype))
                 y = y @ dequantize(packed[e], scales[e], y.shape[1], torch.float32).T
                 if self.bias[role] is not None:
                     y = y + self.bias[role][e].float()
@@ -306,3 +324,69 @@ def test_grouped_linear(n, k, dtype):
         want[start:end] = x[start:end].float() @ dequantize(packed[i], scales[i], k, torch.float32).T
     assert error(got, want) <= TOLERANCE[dtype]
     assert not got[290:].any()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_fp8_random(seed):
+    """e4m3 activations against a reference that rounds them alike; few tokens are not rounded."""
+    shape, activation, _, options, inputs = random_case(1000 + seed)
+    layer = Layer(shape, activation, fp8=True, spread=seed % 3 * 4, **options)
+    rows = random.Random(seed).choice((1, 40, 70, 130, 200, 500))
+    tokens = max(min(-(-rows * shape[0] // shape[1]), 8192), 1)
+    x, ids, weights = layer.inputs(tokens, **inputs)
+    quantized = tokens >= layer.quantized_from
+    assert quantized or rows < 70 or tokens == 8192
+    want = layer.reference(x, ids, weights, fp8=quantized)
+    poison()
+    got = layer(x, ids, weights)
+    assert got.shape == x.shape and got.dtype == x.dtype
+    # Sums in another order fall on the other side of an e4m3 value here and there.
+    assert error(got, want) <= (2e-2 if quantized else TOLERANCE[options["dtype"]])
+    assert torch.equal(layer(x, ids, weights), got)
+    assert error(got, layer.reference(x, ids, weights)) <= 8e-2
+
+
+@pytest.mark.parametrize("tokens", [300, 700, 3000])
+def test_fp8_calls(tokens):
+    """Repeated, strided, misaligned, in a CUDA graph for other tokens, without host synchronization."""
+    layer = Layer((8, 2, 256, 128), ACTIVATIONS[0], fp8=True)
+    assert tokens >= layer.quantized_from
+    x, ids, weights = layer.inputs(tokens, skew=1.0)
+    want = layer(x, ids, weights)
+    poison()
+    assert torch.equal(layer(x, ids, weights), want)
+    wide = torch.empty((tokens, 512), device="cuda", dtype=BF16)
+    wide[:, ::2] = x
+    assert torch.equal(layer(wide[:, ::2], ids, weights), want)
+    wide[:, 3:259] = x
+    assert torch.equal(layer(wide[:, 3:259], ids, weights), want)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = layer(x, ids, weights)
+    x2, ids2, weights2 = layer.inputs(tokens, skew=2.0)
+    x.copy_(x2), ids.copy_(ids2), weights.copy_(weights2)
+    out.fill_(math.nan)
+    graph.replay()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = layer(x2, ids2, weights2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out, again)
+
+
+def test_fp8_layers_that_follow_each_other():
+    layers = [Layer((32, 4, 512, 384), ACTIVATIONS[0], seed=seed, fp8=True) for seed in range(3)] * 4
+    x, ids, weights = layers[0].inputs(700)
+    alone = []
+    for layer in layers:
+        alone.append(layer(x, ids, weights))
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        together = torch.stack([layer(x, ids, weights) for layer in layers])
+    for _ in range(20):
+        together.fill_(math.nan)
+        graph.replay()
+        assert torch.equal(together, torch.stack(alone))

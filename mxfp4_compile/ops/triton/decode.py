@@ -143,7 +143,7 @@ def decode_operand(
     m = multiplier(_block_exponents(scales), DTYPE)
     m = tl.reshape(tl.broadcast_to(m, [SLABS, 8, 4, 2, 2]), [SLABS, 128])
     # digits: nibble, half, parity
-    if BITS > 0 and DTYPE == tl.bfloat16:
+    if BITS > 0 and DTYPE == tl.bfloat16:  # noqa: SIM300
         ASSEMBLY: tl.constexpr = _UNTWIDDLE if BITS == 1 else _UNSELECT
         a, b, c, d = tl.inline_asm_elementwise(
             ASSEMBLY,
@@ -221,7 +221,7 @@ def raw_operand(words, SLABS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.conste
 
     Tensor cores multiply subnormal bf16 exactly, so that scales can wait for the sums over their blocks.
     """
-    if BITS > 0 and DTYPE == tl.bfloat16:
+    if BITS > 0 and DTYPE == tl.bfloat16:  # noqa: SIM300
         ASSEMBLY: tl.constexpr = _UNTWIDDLE_RAW if BITS == 1 else _UNSELECT_RAW
         a, b, c, d = tl.inline_asm_elementwise(
             ASSEMBLY,
@@ -287,6 +287,11 @@ def code_bits(word, POSITION: tl.constexpr, BITS: tl.constexpr):
             bits = ((word << 1) & -0x80000000) | ((word >> 3) & 0x01800000) | ((word >> 7) & 0x00400000)
         else:
             bits = ((word << 17) & -0x80000000) | ((word << 13) & 0x01800000) | ((word << 9) & 0x00400000)
+    elif BITS == 2:
+        LEFT: tl.constexpr = 22 - ODD * 16 - PAIR * 4
+        low = word << LEFT if LEFT >= 0 else word >> -LEFT
+        SIGN: tl.constexpr = ODD * 16 + (PAIR % 2) * 8 + (7 if PAIR < 2 else 3)
+        bits = (low & 0x01C00000) | ((word << (31 - SIGN)) & -0x80000000)
     else:
         code = _code(word, PAIR // 2, PAIR % 2, ODD, BITS)
         bits = ((code & 8) << 28) | ((code & 7) << 22)

@@ -94,7 +94,8 @@ def _accumulate(
 ):
     """sum over k of weight[slab0*16 + r, k] * x[t, k] -> fp32 [BM, BT], and for the tail [BM, TAIL].
 
-    With ``bases`` these are of weights times 2^5 over their base, as x is over its scale: ``_row_scales`` makes up for it.
+    With ``bases`` these are of weights times 2^-5 over their base, and of x over its scale: ``_row_scales`` makes up
+    for both.
     """
     k = tl.arange(0, 64)
     # Slabs past the end repeat the last: no mask in the loop, and the store drops them.
@@ -371,7 +372,7 @@ def _opaque(x, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
     It would have a thread load four neighbouring words, where each of four threads needs one.
     """
-    if BITS > 0 and DTYPE == tl.bfloat16:
+    if BITS > 0 and tl.bfloat16 == DTYPE:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
     return x
 

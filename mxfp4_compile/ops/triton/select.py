@@ -54,6 +54,9 @@ def experts_hit(pairs: int, num_experts: int) -> float:
 # fp16 and fp32 tokens take twice the registers and shared memory: no wider tiles than for this many rows.
 _WIDE_ROWS = 20.0
 
+# More tokens than any rule's bound.
+_MANY = 1 << 24
+
 
 def _rows(pairs: int, num_experts: int, bf16: bool) -> float:
     mean = pairs / max(experts_hit(pairs, num_experts), 1.0)
@@ -112,6 +115,22 @@ def choose(
 
 
 @lru_cache(maxsize=1024)
+def fp8_from(architecture: str, num_experts: int, top_k: int, hidden: int, inner: int) -> int | None:
+    """The smallest number of tokens for which ``choose`` takes kernels that multiply e4m3; None if it never does."""
+
+    def quantized(tokens: int) -> bool:
+        return choose(architecture, num_experts, top_k, hidden, inner, tokens, fp8=True).fp8
+
+    if not quantized(_MANY):
+        return None
+    low, high = 0, _MANY
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if quantized(middle) else (middle, high)
+    return high
+
+
+@lru_cache(maxsize=1024)
 def choose_linear(architecture: str, num_experts: int, rows: int, bf16: bool = True) -> Tiles:
     """The tiles of grouped_linear for ``rows`` rows: those of a sorted down-projection."""
     mean = _rows(rows, num_experts, bf16)
@@ -128,4 +147,6 @@ def forget_tuned() -> None:
     choose.cache_clear()
 
 
-__all__ = ["Choice", "Regime", "Tiles", "architecture", "choose", "choose_linear", "forget_tuned", "load_config"]
+__all__ = [
+    "Choice", "Regime", "Tiles", "architecture", "choose", "choose_linear", "forget_tuned", "fp8_from", "load_config",
+]  # fmt: skip
