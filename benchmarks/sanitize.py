@@ -22,8 +22,9 @@ TOOLS = ("memcheck", "racecheck")
 UNAVAILABLE = 77
 KERNELS = ("scan_matmul", "sorted_matmul", "vector_up", "vector_down", "sort_pairs", "combine", "quantize_rows")
 
-# E, K, H, I; tokens; biases; ids that are no expert; and the activations' dtype where it is not bf16. The rules choose the kernels: 1 token is the vector kernels',
-# a few the scan's, more the sorted ones', with other tiles for other rows per expert.
+# E, K, H, I; tokens; biases; ids that are no expert; and the activations' dtype where it is not bf16.
+# The rules choose the kernels: 1 token is the vector kernels', a few the scan's, more the sorted ones', with other
+# tiles for other rows per expert.
 CASES = (
     ((6, 2, 1000, 1408), 1, True, False),
     ((6, 2, 1000, 1408), 5, True, True),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,21 @@ def test_mxfp8_activations(everything_installed: None) -> None:
         choose(request.params, Target("sm_90"), None, request)
     with pytest.raises(BackendUnavailable, match="activation_dtype"):
         mxfp4_compile.optimize(tiny_model("qwen3_moe"), activation_dtype="mxfp8")
+
+
+def test_fp8_activations(everything_installed: None) -> None:
+    """The native kernels', where a GPU multiplies them; of fused sites only, whose rows they quantize in between."""
+    request = Request(params(), activation_dtype="fp8")
+    triton = get_backend("triton")
+    for arch in ("sm_89", "sm_90", "sm_100", "sm_120"):
+        choice = choose(request.params, Target(arch), None, request)
+        assert (choice.backend, choice.layout) == ("triton", "sm89_fp8")
+        assert triton.slack(choice.layout) > 0 == triton.slack("sm80")
+    for arch in ("sm_80", "sm_86", "gfx950", "cpu"):
+        with pytest.raises(BackendUnavailable, match="activation_dtype"):
+            choose(request.params, Target(arch), None, request)
+    with pytest.raises(BackendUnavailable, match=r"activation_dtype \(fp8; offers bf16\)"):
+        choose(None, Target("sm_90"), None, replace(request, params=None, shapes=((8, 128, 64),)))
 
 
 def test_max_capture_size_reaches_what_tunes_by_it(everything_installed: None) -> None:

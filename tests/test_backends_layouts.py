@@ -26,6 +26,7 @@ LAYOUTS = [
     ("cpu", "canonical"),
     ("triton", "sm80"),
     ("triton", "nibbles"),
+    ("triton", "sm89_fp8"),
     *[("triton_kernels", layout) for layout in tk.LAYOUTS],
     ("humming", "interleaved"),
     ("humming", "native"),

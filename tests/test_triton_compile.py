@@ -49,7 +49,7 @@ FP8_TARGETS = {
 
 @cache
 def compiled(target: str, shape: str, tokens: int, part: str, fp8: bool = False):
-    """One kernel of a layer, compiled as the launch for ``tokens`` tokens would; ``fp8``: on weights laid out for it."""
+    """One kernel of a layer, compiled as the launch for ``tokens`` tokens would; with ``fp8`` for such weights."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

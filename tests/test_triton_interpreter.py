@@ -180,6 +180,29 @@ def linear_case(rows, e, n, k, ends):
     return float((got - want).norm() / max(float(want.norm()), 1e-9))
 
 
+def optimize_case():
+    """optimize(activation_dtype="fp8"): what its report says, and a forward of many tokens beside one of bf16's."""
+    from mxfp4_compile.families import tiny_model
+
+    tokens = torch.arange(60).view(1, 60) % 50
+    logits, few = {}, {}
+    for dtype in ("bf16", "fp8"):
+        torch.manual_seed(0)
+        model = mxfp4_compile.optimize(tiny_model("qwen3_moe"), backend="triton", activation_dtype=dtype)
+        with torch.no_grad():
+            logits[dtype] = model(tokens).logits
+            few[dtype] = model(tokens[:, :20]).logits
+        for site in model.mxfp4_report.sites:
+            assert (site.quantized_from is None) == (site.quantized_error is None) == (dtype == "bf16")
+        if dtype == "fp8":
+            assert all(1e-3 < s.quantized_error < 0.08 and s.error < 1e-5 for s in model.mxfp4_report.sites)
+            start = model.mxfp4_report.sites[0].quantized_from
+            assert 20 < start <= 60
+            assert f"activations of {start} tokens and more are quantized: error" in str(model.mxfp4_report)
+    assert float((few["fp8"] - few["bf16"]).norm() / few["bf16"].norm()) < 1e-5
+    return float((logits["fp8"] - logits["bf16"]).norm() / logits["bf16"].norm())
+
+
 REGIMES = ("vector", "scan", "sorted")
 
 
@@ -312,6 +335,12 @@ def test_grouped_linear(results, name):
     assert results[name] <= 1e-5
 
 
+def test_optimize_with_fp8(results):
+    """Quantized activations change the logits, but not by much."""
+    assert isinstance(results["optimize"], float), results["optimize"]
+    assert 1e-3 < results["optimize"] < 0.1
+
+
 def main() -> None:
     import traceback
 
@@ -320,6 +349,7 @@ def main() -> None:
     out: dict[str, object] = {}
     todo = [(n, lambda o=o: case(**o)) for n, o in cases().items()]
     todo += [(n, lambda a=a: linear_case(*a)) for n, a in LINEAR.items()]
+    todo.append(("optimize", optimize_case))
     for name, run in todo:
         if only and name not in only:
             continue

@@ -52,6 +52,27 @@ def test_optimize(family: str, dtype: torch.dtype) -> None:
     assert torch.isfinite(logits(model, inputs)).all()
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_fp8_activations(family: str) -> None:
+    """Verified where they are used, and only there; a model whose experts are split is refused by name."""
+    model, inputs = on_gpu(family)
+    mxfp4_compile.optimize(model, activation_dtype="fp8")
+    for site in model.mxfp4_report.sites:
+        assert site.layout == "sm89_fp8"
+        assert site.quantized_from > 60
+        assert 1e-3 < site.quantized_error < 0.08 and site.error < 0.02
+    many = torch.randint(0, 50, (4, site.quantized_from), device="cuda")
+    with torch.no_grad():
+        assert torch.isfinite(model(many).logits).all()
+    assert torch.isfinite(logits(model, inputs)).all()
+
+
+def test_fp8_activations_of_split_experts() -> None:
+    model, _ = on_gpu("split")
+    with pytest.raises(mxfp4_compile.OptimizeError, match=r"activation_dtype \(fp8; offers bf16\)"):
+        mxfp4_compile.optimize(model, activation_dtype="fp8", backend="triton")
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_compiled_and_captured(family: str) -> None:
     model, inputs = on_gpu(family, torch.float32)

@@ -14,7 +14,7 @@ from ..target import Request, Target
 from . import layout as layouts
 
 # Relative error that e4m3 activations of both products add to a layer's output: each rounds its input by 2.6% in the
-# root mean square, which comes to 4.5% of outputs of normal inputs and 5% with outliers (measured); more room for real ones.
+# root mean square, which comes to 4.5% of the outputs of normal inputs and 5% with outliers; the rest is for real ones.
 FP8_SLACK = 0.08
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
