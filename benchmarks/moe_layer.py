@@ -6,8 +6,8 @@ A shape NAME@S is routed with Zipf's exponent S instead of uniformly; NAME may b
 CUDA-graph replay, L2 flushed before each, medians; every output is compared with the fp32 product of its
 weights first (its relative error is in the JSON), and what is wrong is not timed. bf16 providers run normally
 distributed weights, MXFP4 providers the same weights quantized (mxfp4_compile/benchmark.py says why). Every
-(provider, shape) has a process of its own, so that they compile side by side; timing is one at a time,
-after all have compiled or were given up. Writes <out>/<gpu>-<date>.json and .png.
+(provider, shape) has a process of its own, so that they compile side by side; timing is one at a time, after
+all have compiled or were given up, and after the process before is gone. Writes <out>/<gpu>-<date>.json and .png.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def shape_of(text: str) -> tuple[LayerShape, float]:
     return known.get(name) or parse_shape(name.replace("x", ",")), float(skew or 0)
 
 
-def worker(name: str, shape: str, device: str, tokens: list[int], answers: Any, go: Any, lock: Any) -> None:
-    """Compile and verify at every number of tokens, say "ready", and time alone when all are."""
+def worker(name: str, shape: str, device: str, tokens: list[int], answers: Any, go: Any) -> None:
+    """Compile and verify at every number of tokens, say "ready", and time when told to."""
     os.setsid()  # so that the parent can end a library's helper processes with it
     timer = median_us if device == "cuda" else median_wall_us
     timings: dict[int, Timing] = {}
@@ -134,13 +134,12 @@ def worker(name: str, shape: str, device: str, tokens: list[int], answers: Any, 
         runs = {}
     answers.put(("ready", name, shape, time.perf_counter() - start))
     go.wait()
-    with lock:
-        for t, (run, error) in runs.items():
-            try:
-                timings[t] = Timing(name, timer(run), error)
-            except Exception as failure:
-                timings[t] = Timing(name, None, error, one_line(failure))
-        synchronize(device)
+    for t, (run, error) in runs.items():
+        try:
+            timings[t] = Timing(name, timer(run), error)
+        except Exception as failure:
+            timings[t] = Timing(name, None, error, one_line(failure))
+    synchronize(device)
     answers.put(("done", name, shape, timings))
     answers.close()
     answers.join_thread()
@@ -158,8 +157,8 @@ def collect(
 ) -> dict[tuple[str, str], dict[int, Timing]]:
     """Timings of every job; one that has not compiled after ``seconds`` is given up."""
     context = multiprocessing.get_context("spawn")
-    answers, go, lock = context.Queue(), context.Event(), context.Lock()
-    running = {job: context.Process(target=worker, args=(*job, device, tokens, answers, go, lock)) for job in jobs}
+    answers, go = context.Queue(), {job: context.Event() for job in jobs}
+    running = {job: context.Process(target=worker, args=(*job, device, tokens, answers, go[job])) for job in jobs}
     out: dict[tuple[str, str], dict[int, Timing]] = {}
 
     def end(job: tuple[str, str]) -> None:
@@ -174,6 +173,7 @@ def collect(
         print(f"{job[0]}, {job[1]}: given up: {why}", flush=True)
         out[job] = {t: Timing(job[0], None, None, why) for t in tokens}
         end(job)
+        running[job].join(10)
 
     start = time.perf_counter()
     try:
@@ -191,17 +191,18 @@ def collect(
                     waiting.discard(job)
         for job in waiting:
             give_up(job, f"not compiled within {seconds:.0f} s")
-        go.set()
-        while len(out) < len(jobs):
-            try:
-                kind, name, shape, timings = answers.get(timeout=60)
-                if kind == "done":
-                    out.setdefault((name, shape), timings)
-            except queue.Empty:
-                for job in [j for j in jobs if j not in out]:
+        for job in [j for j in jobs if j not in out]:
+            go[job].set()
+            while job not in out:
+                try:
+                    kind, name, shape, timings = answers.get(timeout=60)
+                    if kind == "done":
+                        out.setdefault((name, shape), timings)
+                except queue.Empty:
                     give_up(job, "no answer within 60 s of timing")
-        for process in running.values():
-            process.join(10)
+            # Taking a process's memory back keeps the GPU busy for a while: the next is not to be timed meanwhile.
+            running[job].join(30)
+            end(job)
     finally:
         for job, process in running.items():
             if process.pid is not None and process.exitcode is None:

@@ -151,14 +151,15 @@ def fp8_cases():
 @pytest.mark.parametrize(("target", "shape", "tokens"), fp8_cases())
 def test_fp8_kernels(target, shape, tokens, tmp_path):
     """e4m3 products of many tokens, and bf16 products of few on the same weights."""
+    from mxfp4_compile.ops.triton.select import fp8_from
+
     _, _, shared, instruction = FP8_TARGETS[target]
     parts = ["up", "down"]
     for part in parts:
         kernel, regime = compiled(target, shape, tokens, part, fp8=True)
         assert kernel.metadata.shared <= shared
         assert spilled(kernel, target, tmp_path) == 0, part
-        e, top_k = SHAPES[shape][:2]
-        assert (regime == "fp8") == (tokens * top_k / e >= 60)
+        assert (regime == "fp8") == (tokens >= fp8_from(target, *SHAPES[shape][:4]))
         if regime == "fp8" and part in ("up", "down"):
             # Not through the assertion's message: the text is long.
             assert bool(re.search(instruction, kernel.asm["ptx"])), part
