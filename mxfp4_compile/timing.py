@@ -23,15 +23,18 @@ def flush_l2() -> None:
 
 
 def raise_clocks(seconds: float = 0.3) -> None:
-    """Keep the current GPU busy once in a process: an idle one's clocks are low, and take a while to rise."""
+    """Keep the current GPU busy once in a process: an idle one's clocks are low, and take a while to rise.
+
+    With little work: what draws full power lowers them again, for longer than a measurement takes.
+    """
     device = torch.cuda.current_device()
     if device in _awake:
         return
-    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    a = torch.zeros(1 << 20, device="cuda")
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        for _ in range(20):
-            torch.mm(a, a)
+        for _ in range(100):
+            a.add_(1.0)
         torch.cuda.synchronize()
     _awake.add(device)
 
