@@ -96,6 +96,17 @@ def both(model: nn.Module, inputs: dict[str, Any], seed: int = 3, **options: Any
     return out[0][0], out[1][0], recorder
 
 
+def test_a_cache_by_an_unknown_name_is_told(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.24 renamed it: recorded steps may go unused, but not without a word."""
+    monkeypatch.setattr("mxfp4_compile.runtime.generation._cache_name", lambda: "elsewhere")
+    want, got, _ = both(trained, prompts(2))
+    assert torch.equal(got, want)
+    assert not trained.mxfp4_report.runtime.captures
+    assert any(f"'{CACHE}', which is not known here" in note for note in trained.mxfp4_report.runtime.notes)
+
+
+
+
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_greedy_200_tokens(trained: nn.Module, batch: int) -> None:
     expected, got, recorder = both(trained, prompts(batch), max_new_tokens=200)

@@ -455,12 +455,20 @@ class _Session:
 
     def _take(self, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
         """Choose the recorded step and exchange the cache, if this call's cache is one that can move."""
+        from transformers import __version__
         from transformers.cache_utils import DynamicCache
 
         from .cache import HandoverCache
 
         config: Any = kwargs["generation_config"]
         cache: Any = kwargs.get(_cache_name())
+        if cache is None:
+            for name, value in kwargs.items():
+                if isinstance(value, DynamicCache):
+                    self.runtime.report.note(
+                        f"transformers {__version__} hands its cache over as {name!r}, which is not known "
+                        "here: no recorded steps"
+                    )
         if (
             type(cache) is not DynamicCache
             or (len(cache.layers) and cache.get_seq_length() > 0)
