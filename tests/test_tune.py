@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -332,6 +333,69 @@ def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPa
     job = tune._Job(LayerShape(4, 2, 128, 64), 4, Choice("scan", scan, "scan", scan), "sm80")
     _, reason = tune._compile(job)
     assert "power of 2" in reason
+
+
+@pytest.mark.parametrize(("tokens", "names"), [(1, {"vector_up", "vector_down"}), (64, {
+    "sort_pairs", "sorted_matmul", "combine"})])
+def test_kernels_of_a_first_call_are_compiled_side_by_side(
+    tokens: int, names: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """For exactly what is launched afterwards: launching compiles nothing more; and what fails, fails when launched."""
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+
+    from mxfp4_compile.ops.triton import launch, moe, select
+
+    monkeypatch.setattr(driver, "_active", _FakeDriver())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    launches: list[launch.Launch] = []
+    monkeypatch.setattr(moe, "launch", launches.extend)
+    shape = LayerShape(16, 2, 128, 64, biased=True)
+    new = lambda *size, dtype=torch.bfloat16: torch.empty(size, dtype=dtype, device="meta")
+    weight, bias = [new(1, dtype=torch.int32)] * 2, new(1)
+    x, ids, weights = new(tokens, 128), new(tokens, 2, dtype=torch.int64), new(tokens, 2)
+    choice = select.choose("sm90", 16, 2, 128, 64, tokens)
+    moe._plan.cache_clear()
+    moe.moe(x, ids, weights, weight, weight, bias, bias, shape.params, "sm80", choice)
+    assert {step.kernel.__name__ for step, _, _ in launches} == names
+    threads = set()
+    compiling = launch.Step.compile_ahead
+
+    def watched(step: launch.Step, *args: Any) -> None:
+        threads.add(threading.get_ident())
+        compiling(step, *args)
+
+    monkeypatch.setattr(launch.Step, "compile_ahead", watched)
+    launch.compile_together(99, launches)
+    assert len(threads) == len(launches) and threading.get_ident() not in threads
+    compiled = lambda: [len(step.kernel.device_caches[99][0]) for step, _, _ in launches]
+    before = compiled()
+    assert all(before)
+    for step, _, args in launches:
+        compiling(step, 99, *args)
+    assert compiled() == before
+    assert not any(step.fresh(99) for step, _, _ in launches)
+    moe._plan.cache_clear()
+
+
+def test_what_does_not_compile_fails_when_it_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+
+    from mxfp4_compile.ops.triton.combine import combine
+    from mxfp4_compile.ops.triton.launch import Step, compile_together
+
+    monkeypatch.setattr(driver, "_active", _FakeDriver())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    # A block of columns that is no power of two.
+    constants = {"E": 4, "TOP_K": 2, "SPLIT_K": 1, "N": 24, "BLOCK": 24, "PDL": 0}
+    steps = [Step(combine, constants, 4, 1) for _ in range(2)]
+    y, ids = torch.empty(8, 24, device="meta"), torch.empty(4, 2, dtype=torch.int64, device="meta")
+    args = (y, ids, None, y)
+    compile_together(99, [(step, (1, 1, 1), args) for step in steps])
+    with pytest.raises(Exception, match="power of 2"):
+        steps[0].compile_ahead(99, *args)
+
 
 
 # the command

@@ -8,6 +8,8 @@ checked for the 16-byte alignment that the compiled kernel assumes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ class Step:
             self.options["maxnreg"] = registers
         self._tail = tuple(self.constants.values())
         self._compiled: dict[int, Any] = {}
+        self._ahead: set[int] = set()
         self._interpreted = not hasattr(kernel, "device_caches")
 
     def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
@@ -51,3 +54,36 @@ class Step:
             return
         stream = torch._C._cuda_getCurrentRawStream(device)
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *self._tail)
+
+    def compile_ahead(self, device: int, *args: Any) -> None:
+        """Compile for arguments like these, aligned as all real ones are, and launch nothing."""
+        self._ahead.add(device)
+        dtypes = [a.dtype if isinstance(a, Tensor) else a for a in args]
+        with torch.cuda.device(device):
+            self.kernel.warmup(*dtypes, **self.constants, **self.options, grid=(1, 1, 1))
+
+    def fresh(self, device: int) -> bool:
+        """Whether it was neither launched nor compiled on ``device``."""
+        return not self._interpreted and device not in self._compiled and device not in self._ahead
+
+
+Launch = tuple[Step, tuple[int, int, int], tuple[Any, ...]]
+
+
+def compile_together(device: int, launches: Sequence[Launch]) -> None:
+    """Compile what was never launched on ``device``, in threads: most of compiling is outside of Python's lock."""
+    fresh = [(step, args) for step, _, args in launches if step.fresh(device)]
+    if len(fresh) < 2:
+        return
+    with ThreadPoolExecutor(len(fresh)) as pool:
+        for job in [pool.submit(step.compile_ahead, device, *args) for step, args in fresh]:
+            # What fails here fails again when it is launched, in the caller's own thread.
+            job.exception()
+
+
+def launch(launches: Sequence[Launch]) -> None:
+    """Launch one after the other; what is launched for the first time is compiled before, side by side."""
+    if launches[0][2][0].is_cuda:
+        compile_together(torch.cuda.current_device(), launches)
+    for step, grid, args in launches:
+        step(grid, *args)

@@ -15,7 +15,7 @@ from ...spec import MoEParams
 from . import layout as layouts
 from .combine import combine
 from .fp8 import quantize_rows
-from .launch import Step
+from .launch import Launch, Step, launch
 from .matmul import scan_matmul, sorted_matmul
 from .routing import sort_pairs
 from .select import Choice, Tiles, architecture, choose, choose_linear
@@ -149,12 +149,11 @@ def _quantize_step(x_stride: int, k: int, padded: int, pdl: int) -> Step:
     return Step(quantize_rows, constants, max(min(block // 1024, 8), 1), 1)
 
 
-def _quantized(step: Step, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """x [rows, K] -> e4m3 in the order of fp8.py, and a scale for each row."""
+def _quantize(step: Step, x: Tensor, rows: int) -> Launch:
+    """x [rows, K] -> its last two arguments, e4m3 in the order of fp8.py, and a scale for each row."""
     q = torch.empty((rows, step.constants["PADDED"]), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    step((rows, 1, 1), x, q, scales)
-    return q, scales
+    return step, (rows, 1, 1), (x, q, scales)
 
 
 @lru_cache(maxsize=4096)
@@ -275,31 +274,41 @@ def _chunk(
     if choice.up_regime == "sorted":
         offsets = torch.empty(e + pairs, dtype=torch.int32, device=x.device)
         order = offsets[e:]
-        plan.route((e, 1, 1), ids, offsets, order, pairs)
-        x_scales = h_scales = up_bases = down_bases = None
-        if choice.fp8:
-            x, x_scales = _quantized(plan.quantize_x, x, tokens)
-            up_bases, down_bases = up[2], down[2]
-        grid = (plan.up_tiles * (pairs // choice.up["BT"] + e), 1, 1)
-        plan.up(grid, x, up_codes, up_scales, up_bias, offsets, order, in_weights, h, x_scales, up_bases)
-        if choice.fp8:
-            h, h_scales = _quantized(plan.quantize_h, h, pairs)
         y = torch.empty((pairs, plan.split_k, params.hidden), dtype=y_dtype, device=x.device)
-        grid = (plan.down_tiles * (pairs // choice.down["BT"] + e), plan.split_k, 1)
-        plan.down(grid, h, down_codes, down_scales, down_bias, offsets, order, None, y, h_scales, down_bases)
-        plan.combine((tokens, plan.combine_tiles, 1), y, ids, out_weights, out)
+        up_grid = (plan.up_tiles * (pairs // choice.up["BT"] + e), 1, 1)
+        down_grid = (plan.down_tiles * (pairs // choice.down["BT"] + e), plan.split_k, 1)
+        route: Launch = (plan.route, (e, 1, 1), (ids, offsets, order, pairs))
+        combined: Launch = (plan.combine, (tokens, plan.combine_tiles, 1), (y, ids, out_weights, out))
+        sorted_up = (up_codes, up_scales, up_bias, offsets, order, in_weights, h)
+        sorted_down = (down_codes, down_scales, down_bias, offsets, order, None, y)
+        if choice.fp8:
+            quantize_x, quantize_h = _quantize(plan.quantize_x, x, tokens), _quantize(plan.quantize_h, h, pairs)
+            (_, x8, x_scales), (_, h8, h_scales) = quantize_x[2], quantize_h[2]
+            launch((
+                route, quantize_x, (plan.up, up_grid, (x8, *sorted_up, x_scales, up[2])),
+                quantize_h, (plan.down, down_grid, (h8, *sorted_down, h_scales, down[2])), combined,
+            ))  # fmt: skip
+        else:
+            launch((
+                route, (plan.up, up_grid, (x, *sorted_up, None, None)),
+                (plan.down, down_grid, (h, *sorted_down, None, None)), combined,
+            ))  # fmt: skip
         return
     programs = e if plan.by_expert else pairs
+    up_args = (x, up_codes, up_scales, up_bias, ids, in_weights, h)
     if choice.up_regime == "vector":
-        plan.up((plan.up_tiles, pairs, 1), x, up_codes, up_scales, up_bias, ids, in_weights, h)
+        up_launch: Launch = (plan.up, (plan.up_tiles, pairs, 1), up_args)
     else:
-        plan.up((plan.up_tiles, programs, 1), x, up_codes, up_scales, up_bias, ids, in_weights, h, pairs)
+        up_launch = (plan.up, (plan.up_tiles, programs, 1), (*up_args, pairs))
+    down_args = (h, down_codes, down_scales, down_bias, ids)
     if choice.down_regime == "vector":
-        plan.down((plan.down_tiles, tokens, 1), h, down_codes, down_scales, down_bias, ids, out_weights, out)
+        launch((up_launch, (plan.down, (plan.down_tiles, tokens, 1), (*down_args, out_weights, out))))
         return
     y = torch.empty((pairs, plan.split_k, params.hidden), dtype=y_dtype, device=x.device)
-    plan.down((plan.down_tiles, programs, plan.split_k), h, down_codes, down_scales, down_bias, ids, None, y, pairs)
-    plan.combine((tokens, plan.combine_tiles, 1), y, ids, out_weights, out)
+    launch((
+        up_launch, (plan.down, (plan.down_tiles, programs, plan.split_k), (*down_args, None, y, pairs)),
+        (plan.combine, (tokens, plan.combine_tiles, 1), (y, ids, out_weights, out)),
+    ))  # fmt: skip
 
 
 def pairs_class(choice: Choice, pairs: int) -> int:
