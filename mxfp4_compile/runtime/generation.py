@@ -34,7 +34,7 @@ from .sizes import MIN_LENGTH, capture_sizes, length_for, prompt_length_for, pro
 
 HOOK = "generate"
 # Prompts of few tokens are recorded whole if this is 1: not yet by themselves, as captures of it have been seen to
-# work on a GPU for models that run with eager attention only (tests/gpu/test_generation_gpu.py).
+# work on a GPU for three models only, with eager and sdpa attention (tests/gpu/test_generation_gpu.py, benchmarks).
 RECORD_PROMPTS = "MXFP4_COMPILE_RECORD_PROMPTS"
 
 # Free memory that a capture must leave for activations and whatever else runs on the device.
