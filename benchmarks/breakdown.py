@@ -23,7 +23,7 @@ from moe_layer import HIT, SHAPES, shape_of
 from mxfp4_compile.benchmark import Layer, Run, relative_error
 from mxfp4_compile.timing import flush_l2, median_us
 
-OURS = ("vector_up", "vector_down", "scan_matmul", "sorted_matmul", "sort_pairs", "combine")
+OURS = ("vector_up", "vector_down", "scan_matmul", "sorted_matmul", "sort_pairs", "combine", "quantize_rows")
 RUNS = 10
 
 

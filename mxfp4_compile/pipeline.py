@@ -64,8 +64,9 @@ def optimize(
     kernel knows), verified against the original, and replaced. ``model.mxfp4_report`` says what happened.
 
     backend: "auto", or a name that must then serve every site. activation_dtype: "bf16" (the model's own
-    dtype) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch that ``generate``
-    decodes with CUDA graphs, 0 for none. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
+    dtype), "fp8" (e4m3 for many tokens, native kernels on sm_89 and newer; the report says from how many on, and the
+    error there) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch that
+    ``generate`` decodes with CUDA graphs, 0 for none. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
     (fnmatch) to leave alone. strict: raise when nothing is found or something MoE-looking has no match.
     verify: check each site numerically. example_inputs: dict or tuple for one forward, where token ids alone
     will not do. progress: None shows a bar on a terminal only.

@@ -3,7 +3,7 @@
 The output is computed transposed, [weight rows, tokens]: tensor cores of Hopper take only their first
 operand from registers, and few tokens then fill a narrow tile rather than a mostly empty one. Two
 kernels share the main loop: ``scan_matmul`` finds an expert's pairs by scanning the ids (one launch, no
-routing step), ``sorted_matmul`` reads them from the routing of routing.py.
+routing step), ``sorted_matmul`` reads them from the routing of routing.py, and may multiply e4m3 (fp8.py).
 """
 
 from __future__ import annotations
