@@ -60,7 +60,7 @@ def run_cases() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from mxfp4_compile.benchmark import Layer, relative_error
+    from mxfp4_compile.benchmark import TOLERANCE_FP8, Layer, relative_error
     from mxfp4_compile.ops.registry import get_backend
     from mxfp4_compile.ops.synthetic import LayerShape
     from mxfp4_compile.ops.triton.moe import architecture
@@ -94,7 +94,7 @@ def run_cases() -> None:
             f"{error:.1e}",
             flush=True,
         )
-        if not error <= (7e-2 if choice.fp8 else 1e-2):
+        if not error <= (TOLERANCE_FP8 if choice.fp8 else 1e-2):
             raise SystemExit(f"wrong: relative error {error:.2g}")
     if len(regimes) < 3:
         raise SystemExit(f"only {', '.join(sorted(regimes))} ran: the cases must reach all three")

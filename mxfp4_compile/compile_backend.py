@@ -36,7 +36,7 @@ from .passes.observe import observe
 from .passes.prep import prep_program, prepare_bias, run_prep
 from .passes.regions import Region, RegionError, cuts, find_sites, source_path, splice
 from .passes.rewrite import RewriteError, rewrite
-from .passes.verify import Verification, VerificationError, check_weights
+from .passes.verify import Verification, VerificationError, check_weights, reported
 from .planning import OptimizeError, Site, Structure, match_structure
 from .report import Report, SiteReport
 
@@ -333,7 +333,6 @@ def _describe(path: str, region: Region, proven: _Proven) -> SiteReport:
         region.module.get_parameter(n) for p in projections_of(structure.found.spec) for n in p.source.parameters
     ]
     after = sum(w.numel() // 2 + w.numel() // mx.BLOCK for w in weights)
-    check = proven.verification
     return SiteReport(
         names=(path,),
         module_class="region",
@@ -346,10 +345,7 @@ def _describe(path: str, region: Region, proven: _Proven) -> SiteReport:
         bytes_after=after,
         weight_error_mean=proven.weight_errors[0],
         weight_error_max=proven.weight_errors[1],
-        error=None if check is None else check.error,
-        original_error=None if check is None else check.original_error,
-        quantized_from=None if check is None else check.quantized_from,
-        quantized_error=None if check is None else check.quantized_error,
+        **reported(proven.verification),
     )
 
 

@@ -23,7 +23,7 @@ from .passes.observe import observe
 from .passes.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
 from .passes.rewrite import RewriteError, rewrite
 from .passes.sources import Stack, stack
-from .passes.verify import Verification, VerificationError, check_weights, verify
+from .passes.verify import Verification, VerificationError, check_weights, reported, verify
 from .passes.verify_loop import is_loop, routes_itself, verify_loop
 from .passes.wrapped import carry_hooks, unhooked
 from .planning import OptimizeError, Site, Structure
@@ -224,11 +224,8 @@ def install_site(
         bytes_after=built.expert_bytes(),
         weight_error_mean=float(errors.mean()) if errors.numel() else None,
         weight_error_max=float(errors.max()) if errors.numel() else None,
-        error=None if verification is None else verification.error,
-        original_error=None if verification is None else verification.original_error,
-        quantized_from=None if verification is None else verification.quantized_from,
-        quantized_error=None if verification is None else verification.quantized_error,
         warnings=tuple(warnings),
+        **reported(verification),
     )
 
 

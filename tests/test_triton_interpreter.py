@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fp8_oracle import as_fp8
 
 import mxfp4_compile
 from mxfp4_compile.spec import Activation, MoEParams
@@ -52,12 +53,6 @@ def dequantize(packed: torch.Tensor, scales: torch.Tensor, k: int) -> torch.Tens
     codes = torch.stack([packed & 0xF, packed >> 4], -1).flatten(-2)[..., :k].long()
     scale = torch.exp2(scales.float() - 127).repeat_interleave(32, -1)[..., :k]
     return VALUES[codes] * scale
-
-
-def as_fp8(x):
-    """What e4m3 with one scale a row makes of [..., K]."""
-    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
-    return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
 
 
 def reference(x, ids, weights, up, down, up_bias, down_bias, params, fp8=False):

@@ -367,7 +367,8 @@ def test_kernels_of_a_first_call_are_compiled_side_by_side(
 
     monkeypatch.setattr(launch.Step, "compile_ahead", watched)
     launch.compile_together(99, launches)
-    assert len(threads) == len(launches) and threading.get_ident() not in threads  # some by one thread
+    # A thread that is done early may take another kernel.
+    assert len(threads) == len(launches) and threading.get_ident() not in threads
     compiled = lambda: [len(step.kernel.device_caches[99][0]) for step, _, _ in launches]
     before = compiled()
     assert all(before)

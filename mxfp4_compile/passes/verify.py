@@ -63,6 +63,14 @@ class Verification:
     quantized_error: float | None = None
 
 
+def reported(check: Verification | None) -> dict[str, Any]:
+    """What a site's report says of its verification, by the names of ``SiteReport``; nothing if there was none."""
+    if check is None:
+        return {}
+    names = ("error", "original_error", "quantized_from", "quantized_error")
+    return {name: getattr(check, name) for name in names}
+
+
 class VerificationError(RuntimeError):
     """A rewritten site that does not compute what the original does."""
 
@@ -343,4 +351,4 @@ def _call(module: nn.Module, site: MXFP4Experts, tensors: Sequence[Tensor]) -> T
     return result
 
 
-__all__ = ["BLUEPRINT", "Verification", "VerificationError", "check_weights", "verify"]
+__all__ = ["BLUEPRINT", "Verification", "VerificationError", "check_weights", "reported", "verify"]

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the CPU tests share
+
+from fp8_oracle import as_fp8
 
 from mxfp4_compile.mx import dequantize
 from mxfp4_compile.ops.target import Request, Target
@@ -69,12 +75,6 @@ def poison():
         torch.full((n,), math.nan, device="cuda") for n in (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 26)
     ]
     del blocks
-
-
-def as_fp8(x):
-    """What e4m3 with one scale a row makes of [..., K]."""
-    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
-    return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
 
 
 class Layer:
@@ -217,21 +217,26 @@ def test_strided_inputs(tokens):
     assert torch.equal(layer(x, ids.T.contiguous().T, weights.T.contiguous().T), want)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 700])
-def test_cuda_graph(tokens):
-    layer = Layer((32, 4, 512, 384), ACTIVATIONS[1], bias=True)
-    x, ids, weights = layer.inputs(tokens)
+def replayed_for_others(layer, x, ids, weights):
+    """A call recorded as a CUDA graph, replayed for other tokens to other experts: its result, and these inputs."""
     layer(x, ids, weights)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         out = layer(x, ids, weights)
-    # Other tokens to other experts through the same graph.
-    x2, ids2, weights2 = layer.inputs(tokens, skew=2.0)
-    x.copy_(x2), ids.copy_(ids2), weights.copy_(weights2)
+    others = layer.inputs(x.shape[0], skew=2.0)
+    for recorded, other in zip((x, ids, weights), others, strict=True):
+        recorded.copy_(other)
     out.fill_(math.nan)
     graph.replay()
-    assert torch.equal(out, layer(x2, ids2, weights2))
+    return out, others
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64, 700])
+def test_cuda_graph(tokens):
+    layer = Layer((32, 4, 512, 384), ACTIVATIONS[1], bias=True)
+    out, others = replayed_for_others(layer, *layer.inputs(tokens))
+    assert torch.equal(out, layer(*others))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 64, 700])
@@ -360,17 +365,10 @@ def test_fp8_calls(tokens):
     assert torch.equal(layer(wide[:, ::2], ids, weights), want)
     wide[:, 3:259] = x
     assert torch.equal(layer(wide[:, 3:259], ids, weights), want)
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        out = layer(x, ids, weights)
-    x2, ids2, weights2 = layer.inputs(tokens, skew=2.0)
-    x.copy_(x2), ids.copy_(ids2), weights.copy_(weights2)
-    out.fill_(math.nan)
-    graph.replay()
+    out, others = replayed_for_others(layer, x, ids, weights)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = layer(x2, ids2, weights2)
+        again = layer(*others)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(out, again)

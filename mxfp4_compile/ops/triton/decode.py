@@ -180,11 +180,11 @@ def _block_exponents(scales):
 
 @triton.jit
 def fp8_operand(words, scales, bases, SLABS: tl.constexpr, DTYPE: tl.constexpr):
-    """Words of BITS 2 -> e4m3 [SLABS*16, 64], a K step in the order of ``interleave_halves``.
+    """Words of BITS 2 -> e4m3 [SLABS*16, 64], a K step in the order of fp8.py.
 
     Values are times 2^-5 and the ratio of their block's scale to that of the row's base; ``bases`` are the prepared
-    scale bytes of these, int32 [SLABS, 8, 1, row half]. What is smaller by a block scale below the base loses its
-    distance: 2^-12 of the row's largest block scale, at most (layout.py). DTYPE fp32: the same values as fp32.
+    scale bytes of these, int32 [SLABS, 8, 1, row half]. Blocks of smaller scales take the base's (layout.py). With
+    DTYPE fp32 the same values as fp32.
     """
     shift = tl.maximum(_block_exponents(scales) - bases[:, :, :, :, None], 0)
     shift = tl.reshape(tl.broadcast_to(shift, [SLABS, 8, 4, 2, 2]), [SLABS, 128])
@@ -192,19 +192,15 @@ def fp8_operand(words, scales, bases, SLABS: tl.constexpr, DTYPE: tl.constexpr):
         w000, w001, w010, w011, w100, w101, w110, w111 = _nibbles(words, 2, DTYPE)
         # 2^126 times that is more than fp32 holds: the rest at the end.
         m = ((shift + (127 + 126 - 31 - 5)) << 23).to(tl.float32, bitcast=True)
-        low = tl.join(tl.join(w000 * m, w001 * m), tl.join(w010 * m, w011 * m))
-        high = tl.join(tl.join(w100 * m, w101 * m), tl.join(w110 * m, w111 * m))
-        # slab, row, quarter, row half, block, parity, half, nibble
-        w = tl.reshape(tl.join(low, high), [SLABS, 8, 4, 2, 2, 2, 2, 2])
-        w = tl.permute(w, (0, 3, 1, 4, 7, 2, 5, 6)) * 2147483648.0
+        w = _digits(w000 * m, w001 * m, w010 * m, w011 * m, w100 * m, w101 * m, w110 * m, w111 * m, SLABS)
+        w *= 2147483648.0
     else:
         a, b = tl.inline_asm_elementwise(
             _SELECT, "=&r,=&r,r,r", [words, shift], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
         )
-        # slab, row, quarter, row half, block, parity, half, nibble
-        w = tl.reshape(tl.join(_bytes(a), _bytes(b)), [SLABS, 8, 4, 2, 2, 2, 2, 2])
-        w = tl.permute(w, (0, 3, 1, 4, 7, 2, 5, 6)).to(tl.float8e4nv, bitcast=True)
-    return tl.reshape(w, [SLABS * 16, 64])
+        w = tl.reshape(tl.join(_bytes(a), _bytes(b)), [SLABS, 8, 4, 2, 2, 2, 2, 2]).to(tl.float8e4nv, bitcast=True)
+    # To rows (slab, row half, row), K (block, nibble, quarter, parity, half).
+    return tl.reshape(tl.permute(w, (0, 3, 1, 4, 7, 2, 5, 6)), [SLABS * 16, 64])
 
 
 @triton.jit
@@ -250,13 +246,22 @@ def _halves(pair):
 
 
 @triton.jit
-def _arrange(w000, w001, w010, w011, w100, w101, w110, w111, SLABS: tl.constexpr, QUADS: tl.constexpr):
-    """Eight codes per word (digits: nibble, half, parity), [SLABS, 128] each -> [SLABS*16, 64]."""
+def _digits(w000, w001, w010, w011, w100, w101, w110, w111, SLABS: tl.constexpr):
+    """Eight codes per word (digits: nibble, half, parity), [SLABS, 128] each -> [SLABS, 8, 4, 2, 2, 2, 2, 2].
+
+    Slab, row, quarter, row half, block, parity, half, nibble.
+    """
     low = tl.join(tl.join(w000, w001), tl.join(w010, w011))
     high = tl.join(tl.join(w100, w101), tl.join(w110, w111))
-    # slab, row, quarter, row half, block, parity, half, nibble -> rows (slab, row half, row),
-    # K (block, nibble, half, quarter, parity), or with QUADS (block, nibble, quarter, half, parity)
-    w = tl.reshape(tl.join(low, high), [SLABS, 8, 4, 2, 2, 2, 2, 2])
+    return tl.reshape(tl.join(low, high), [SLABS, 8, 4, 2, 2, 2, 2, 2])
+
+
+@triton.jit
+def _arrange(w000, w001, w010, w011, w100, w101, w110, w111, SLABS: tl.constexpr, QUADS: tl.constexpr):
+    """As for ``_digits`` -> [SLABS*16, 64]."""
+    w = _digits(w000, w001, w010, w011, w100, w101, w110, w111, SLABS)
+    # To rows (slab, row half, row), K (block, nibble, half, quarter, parity), or with QUADS (block, nibble, quarter,
+    # half, parity).
     if QUADS:
         w = tl.permute(w, (0, 3, 1, 4, 7, 2, 6, 5))
     else:

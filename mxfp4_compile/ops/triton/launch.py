@@ -83,7 +83,9 @@ def compile_together(device: int, launches: Sequence[Launch]) -> None:
 
 def launch(launches: Sequence[Launch]) -> None:
     """Launch one after the other; what is launched for the first time is compiled before, side by side."""
-    if launches[0][2][0].is_cuda:
-        compile_together(torch.cuda.current_device(), launches)
+    first, _, args = launches[0]
+    # The kernels of a layer are made together: if one was launched, all were.
+    if args[0].is_cuda and first.fresh(device := torch.cuda.current_device()):
+        compile_together(device, launches)
     for step, grid, args in launches:
         step(grid, *args)

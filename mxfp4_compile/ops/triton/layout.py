@@ -14,11 +14,11 @@ The layout "sm80" (NVIDIA, from Ampere on) further permutes the bits of each 32-
 so that two codes at a time can be masked into place as bf16; "nibbles" leaves them. "sm89_fp8" permutes them so that
 four at a time can be looked up as e4m3, times a power of two, and has a third tensor:
 
-    bases  uint8 [E, SLABS*16]                  the scale, prepared alike, that stands for 2^0 in a row's e4m3 weights
+    bases  uint8 [E, SLABS*16]                  the scale, prepared alike, at which a row's e4m3 are codes times 2^-5
 
-It is the row's largest scale but 11: e4m3 then holds every code of scales from the base up to the largest exactly.
-Codes of smaller scales keep their code at the base's, which is an error of at most 2^-11 of the row's largest scale
-times the code; they are exact in kernels that multiply bf16.
+It is the row's largest scale times 2^-11: e4m3 then holds every code of scales from the base up to the largest exactly.
+Codes of smaller scales are taken at the base, an error below 2^-11 of the row's largest scale times the code; they are
+exact in kernels that multiply bf16.
 """
 
 from __future__ import annotations

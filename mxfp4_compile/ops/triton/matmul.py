@@ -673,45 +673,40 @@ def sorted_matmul(
         if bases is not None:
             bases += expert.to(tl.int64) * (SLABS * 16)
         left = end - first
+        data = (x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0)
         if TAIL > 0 and left <= TAIL:
             _tile(
-                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
-                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                *data, TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
                 GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, TAIL if TAIL > 0 else BT, 0,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         elif MERGE and (left > BT) & (left <= BT + TAIL):
             _tile(
-                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
-                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                *data, TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
                 GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, BT, TAIL,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         elif FINE and left <= BT // 4:
             _tile(
-                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
-                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                *data, TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
                 GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, BT // 4, 0,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         elif FINE and left <= BT // 2:
             _tile(
-                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
-                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                *data, TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
                 GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, BT // 2, 0,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         elif FINE and left <= BT // 4 * 3:
             _tile(
-                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
-                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                *data, TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
                 GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, BT // 2, BT // 4,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
         else:
             _tile(
-                x, codes, scales, bias, order, weights, out, x_scales, bases, first, end, slab0,
-                TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
+                *data, TOP_K, X_STRIDE, SLABS, STEPS, N, K, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT,
                 GATHER_X, SCATTER_OUT, SPLIT, QUADS, BITS, DTYPE, BM, BT, 0,
                 UNROLL, WAIT, SPLIT_K, AHEAD, PDL,
             )  # fmt: skip
