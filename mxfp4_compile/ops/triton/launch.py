@@ -75,6 +75,9 @@ def compile_together(device: int, launches: Sequence[Launch]) -> None:
     fresh = [(step, args) for step, _, args in launches if step.fresh(device)]
     if len(fresh) < 2:
         return
+    for step, _ in fresh:
+        # Makes the driver and each function's cache, once: two threads would each make theirs, and one would be lost.
+        step.kernel.device_caches[device]
     with ThreadPoolExecutor(len(fresh)) as pool:
         for job in [pool.submit(step.compile_ahead, device, *args) for step, args in fresh]:
             # What fails here fails again when it is launched, in the caller's own thread.
