@@ -55,7 +55,7 @@ def test_same_bits_as_optimize_and_save(family: str, tmp_path: Path) -> None:
 
 
 def _killed(target: Path, *, after: int | None, seconds: float | None = None, form: str = "mxfp4_compile") -> bool:
-    """Convert in a child process that is killed after some bytes, or some seconds; whether it was killed."""
+    """Convert in a child process that is killed after some bytes, or seconds after its first; whether it was killed."""
     child = os.fork()
     if child == 0:
         try:
@@ -65,6 +65,9 @@ def _killed(target: Path, *, after: int | None, seconds: float | None = None, fo
             def progress(done: int, total: int) -> None:
                 if after is not None and done >= after:
                     os.kill(os.getpid(), signal.SIGKILL)
+                if seconds is not None and signal.getitimer(signal.ITIMER_REAL)[0] == 0:
+                    # Nobody handles its signal: it ends the process wherever it is.
+                    signal.setitimer(signal.ITIMER_REAL, seconds)
 
             convert(saved("qwen3_moe"), target, max_shard_bytes=SHARD, format=form, progress=progress)
             os._exit(0)
@@ -73,9 +76,6 @@ def _killed(target: Path, *, after: int | None, seconds: float | None = None, fo
 
             traceback.print_exc()
             os._exit(1)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFSIGNALED(status)
@@ -111,19 +111,21 @@ def test_killed_at_twenty_random_points_and_resumed(form: str, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_killed_again_and_again_at_random_times(tmp_path: Path) -> None:
-    convert(saved("qwen3_moe"), tmp_path / "whole", max_shard_bytes=SHARD)
-    started = time.perf_counter()
-    convert(saved("qwen3_moe"), tmp_path / "timed", max_shard_bytes=SHARD)
-    once = time.perf_counter() - started
+    told: list[float] = []
+    now = lambda *_: told.append(time.perf_counter())
+    convert(saved("qwen3_moe"), tmp_path / "whole", max_shard_bytes=SHARD, progress=now)
+    writing = time.perf_counter() - told[0]
+    want, killed = _listing(tmp_path / "whole"), tmp_path / "killed"
     rng, kills = random.Random(1), 0
     for _ in range(20):
-        if _killed(tmp_path / "killed", after=None, seconds=rng.uniform(0.6, 1.4) * once):
+        if _killed(killed, after=None, seconds=rng.uniform(0, 0.8) * writing):
             kills += 1
         else:  # done before: begin again, and sooner, should the machine have been slower when it was timed
-            shutil.rmtree(tmp_path / "killed")
-            once *= 0.8
-    convert(saved("qwen3_moe"), tmp_path / "killed", max_shard_bytes=SHARD)
-    assert kills and _listing(tmp_path / "killed") == _listing(tmp_path / "whole")
+            assert _listing(killed) == want
+            shutil.rmtree(killed)
+            writing *= 0.8
+    convert(saved("qwen3_moe"), killed, max_shard_bytes=SHARD)
+    assert kills and _listing(killed) == want
 
 
 def test_a_half_of_another_conversion_is_not_continued(tmp_path: Path) -> None:
