@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moe_layer import HIT, SHAPES, shape_of
 
-from mxfp4_compile.benchmark import Layer, Run, relative_error
 from mxfp4_compile.timing import flush_l2, median_us
+from mxfp4_compile.tools.benchmark import Layer, Run, relative_error
 
 OURS = ("vector_up", "vector_down", "scan_matmul", "sorted_matmul", "sort_pairs", "combine", "quantize_rows")
 RUNS = 10

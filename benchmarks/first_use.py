@@ -28,8 +28,8 @@ def main() -> None:
         os.environ["TRITON_CACHE_DIR"] = folder  # before triton is imported
         import torch
 
-        from mxfp4_compile.benchmark import Layer, device_of
         from mxfp4_compile.ops.synthetic import parse_shape
+        from mxfp4_compile.tools.benchmark import Layer, device_of
 
         device = device_of(None)
         layer = Layer(parse_shape(args.shape), device)

@@ -39,7 +39,7 @@ def config_of(name: str, layers: int | None) -> Any:
 
         return GptOssConfig(num_hidden_layers=layers or 24, num_local_experts=32, eos_token_id=None, pad_token_id=0)
     if name == "tiny":  # for trying this file
-        from mxfp4_compile.families import tiny_model
+        from mxfp4_compile.tools.families import tiny_model
 
         return tiny_model("qwen3_moe").config
     raise SystemExit(f"unknown model {name!r}")

@@ -31,7 +31,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mxfp4_compile.benchmark import (
+from mxfp4_compile.ops.synthetic import LayerShape, parse_shape
+from mxfp4_compile.timing import matmul_rate, median_us, median_wall_us, stream_bandwidth
+from mxfp4_compile.tools.benchmark import (
     TOLERANCE,
     TOLERANCE_FP8,
     At,
@@ -43,8 +45,6 @@ from mxfp4_compile.benchmark import (
     plot,
     relative_error,
 )
-from mxfp4_compile.ops.synthetic import LayerShape, parse_shape
-from mxfp4_compile.timing import matmul_rate, median_us, median_wall_us, stream_bandwidth
 
 SHAPES = {
     "qwen3-30b-a3b": LayerShape(128, 8, 2048, 768),

@@ -1,6 +1,6 @@
 """Other MXFP4 libraries as providers of moe_layer.py, each with routing built by torch operations.
 
-Each function takes a ``mxfp4_compile.benchmark.Layer`` and returns a function of (x, ids, weights) that
+Each function takes a ``mxfp4_compile.tools.benchmark.Layer`` and returns a function of (x, ids, weights) that
 returns the call to time. A library that is absent raises ImportError, which moe_layer.py prints.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mxfp4_compile.benchmark import At, Layer, Run
+from mxfp4_compile.tools.benchmark import At, Layer, Run
 
 
 def sort_pairs(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

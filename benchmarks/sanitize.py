@@ -60,11 +60,11 @@ def run_cases() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from mxfp4_compile.benchmark import TOLERANCE_FP8, Layer, relative_error
+    from mxfp4_compile.ops.backends.triton.moe import architecture
+    from mxfp4_compile.ops.backends.triton.select import choose
     from mxfp4_compile.ops.registry import get_backend
     from mxfp4_compile.ops.synthetic import LayerShape
-    from mxfp4_compile.ops.triton.moe import architecture
-    from mxfp4_compile.ops.triton.select import choose
+    from mxfp4_compile.tools.benchmark import TOLERANCE_FP8, Layer, relative_error
 
     device = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
     backend = get_backend("triton")

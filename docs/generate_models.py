@@ -41,7 +41,7 @@ def installed_version() -> str:
 
 def families() -> list[str]:
     """Every mixture-of-experts family of the installed transformers."""
-    from mxfp4_compile.families import decorated_families, listed_families, undecorated_families
+    from mxfp4_compile.tools.families import decorated_families, listed_families, undecorated_families
 
     return sorted({*decorated_families(), *undecorated_families(), *listed_families()})
 
@@ -59,7 +59,7 @@ def survey(family: str) -> list[dict[str, Any]]:
     import torch
 
     import mxfp4_compile
-    from mxfp4_compile.families import tiny_inputs, tiny_model
+    from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
     torch.set_num_threads(1)
     try:

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 from .checkpoint import CheckpointError
 from .checkpoint.registration import register as _register
-from .compile_backend import compile_reports, register_where_needed
+from .dynamo.backend import compile_reports, register_where_needed
 from .inspection import inspect
 from .pipeline import OptimizeError, optimize, restore
 from .report import Report, SiteReport

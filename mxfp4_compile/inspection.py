@@ -181,7 +181,7 @@ def _inductor(inspection: Inspection) -> Iterator[None]:
     from torch._inductor.custom_graph_pass import CustomGraphPass
     from torch._inductor.graph import GraphLowering
 
-    from .passes.lower import chained
+    from .dynamo.router_pass import chained
 
     saved = GraphLowering.__dict__["save_output_code"]
     before: Callable[[str], None] | None = GraphLowering.save_output_code

@@ -16,16 +16,16 @@ from torch import nn
 
 from .ops.backend import BackendError
 from .ops.selection import BackendUnavailable, choose
-from .passes.discover import experts_implementation
-from .passes.experts import MXFP4Experts, SitePlan, projections_of, release, source_names
-from .passes.match import FusedMatch
+from .passes.build.experts import MXFP4Experts, SitePlan, projections_of, release, source_names
+from .passes.build.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
+from .passes.build.rewrite import RewriteError, rewrite
+from .passes.build.verify import Verification, VerificationError, check_weights, reported, verify
+from .passes.build.verify_block import is_loop, routes_itself, verify_loop
+from .passes.find.discover import experts_implementation
+from .passes.find.foreign_hooks import carry_hooks, unhooked
+from .passes.match.match import FusedMatch
 from .passes.observe import observe
-from .passes.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
-from .passes.rewrite import RewriteError, rewrite
-from .passes.sources import Stack, stack
-from .passes.verify import Verification, VerificationError, check_weights, reported, verify
-from .passes.verify_loop import is_loop, routes_itself, verify_loop
-from .passes.wrapped import carry_hooks, unhooked
+from .passes.weights import Stack, stack
 from .planning import OptimizeError, Site, Structure
 from .report import SiteReport
 

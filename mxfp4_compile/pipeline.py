@@ -22,8 +22,8 @@ from .installing import install_site, progress_bar, silenced_hooks, verify_struc
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.selection import requested_backend
 from .ops.target import ACTIVATION_DTYPES, Request
-from .passes.discover import experts_implementation, find_candidates
-from .passes.experts import MXFP4Experts, dtype_message, mxfp4_sites
+from .passes.build.experts import MXFP4Experts, dtype_message, mxfp4_sites
+from .passes.find.discover import experts_implementation, find_candidates
 from .planning import (
     OptimizeError,
     Site,
@@ -121,7 +121,7 @@ def optimize(
                 model.mxfp4_report = report  # type: ignore[assignment]
     model.mxfp4_report = report  # type: ignore[assignment]
     if report.rewritten:
-        from .passes import lower  # imports Inductor, which takes seconds: not before it is needed
+        from .dynamo import router_pass as lower  # imports Inductor, which takes seconds: not before it is needed
 
         lower.install(model)
     failures = [s for s in report.sites if s.outcome == "failed"]
@@ -211,7 +211,7 @@ def restore(model: nn.Module) -> Any:
     if quantizer is not None:  # the model was loaded with ours
         quantizer.remove_quantization_config(model)
     detach(model)
-    from .passes import lower
+    from .dynamo import router_pass as lower
 
     lower.uninstall(model)
     return model

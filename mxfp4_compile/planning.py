@@ -16,17 +16,17 @@ from torch import nn
 
 from .ops.selection import Choice, choose
 from .ops.target import PLAIN, Request
-from .passes.capture import CallPattern, Captured, CaptureError, call_pattern, capture
-from .passes.collapse import collapse
-from .passes.discover import Candidate, record_calls
-from .passes.experts import projections_of, source_names
-from .passes.forms import loop
-from .passes.loops import holds_list, trace
-from .passes.match import FusedMatch, NoMatch, SplitMatch, match
-from .passes.rewrite import RewriteError, retained_names
-from .passes.routing import has_dense_products, variants
-from .passes.sources import members, stack
-from .passes.wrapped import adapter_on, offload_hook, unhooked
+from .passes.build.experts import projections_of, source_names
+from .passes.build.rewrite import RewriteError, retained_names
+from .passes.find.discover import Candidate, record_calls
+from .passes.find.foreign_hooks import adapter_on, offload_hook, unhooked
+from .passes.match.dense_routing import has_dense_products, variants
+from .passes.match.forms import loop
+from .passes.match.match import FusedMatch, NoMatch, SplitMatch, match
+from .passes.trace.capture import CallPattern, Captured, CaptureError, call_pattern, capture
+from .passes.trace.collapse import collapse
+from .passes.trace.unroll import holds_list, trace
+from .passes.weights import members, stack
 from .report import Report, SiteReport
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

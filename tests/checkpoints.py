@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxfp4_compile.families import tiny_inputs, tiny_model
-from mxfp4_compile.passes.experts import mxfp4_sites
+from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 
 @functools.lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import mxfp4_compile
-from mxfp4_compile.families import tiny_model
+from mxfp4_compile.tools.families import tiny_model
 
 EXPERTS, HIDDEN, INTERMEDIATE, LAYERS = 16, 1024, 680, 16
 

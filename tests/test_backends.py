@@ -15,18 +15,19 @@ import torch
 from toy_backend import ToyBackend
 
 import mxfp4_compile
-from mxfp4_compile import cli
-from mxfp4_compile.families import tiny_inputs, tiny_model
-from mxfp4_compile.ops import flashinfer, library, registry, selection
+from mxfp4_compile.ops import library, registry, selection
 from mxfp4_compile.ops.backend import Backend, BackendError, Requirement
-from mxfp4_compile.ops.cpu import CpuBackend
+from mxfp4_compile.ops.backends import flashinfer
+from mxfp4_compile.ops.backends.cpu import CpuBackend
+from mxfp4_compile.ops.backends.triton_kernels import api as tk
 from mxfp4_compile.ops.registry import get_backend, known_backends
 from mxfp4_compile.ops.selection import ORDER, BackendUnavailable, choose, order_of, requirements
 from mxfp4_compile.ops.target import ARCHITECTURES, Parallel, Request, Target
-from mxfp4_compile.ops.triton_kernels import api as tk
-from mxfp4_compile.passes.experts import mxfp4_sites
+from mxfp4_compile.passes.build.experts import mxfp4_sites
 from mxfp4_compile.planning import OptimizeError
 from mxfp4_compile.spec import Activation, MoEParams
+from mxfp4_compile.tools import cli
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 ROOT = Path(__file__).parent.parent
 SILU, GPT_OSS = Activation("silu"), Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
@@ -55,19 +56,20 @@ def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         def mentions(self, file: str, text: str) -> bool:
             return True
 
-    import mxfp4_compile.ops.aiter
-    import mxfp4_compile.ops.humming
-    import mxfp4_compile.ops.marlin
-    import mxfp4_compile.ops.triton.backend
-    import mxfp4_compile.ops.triton_kernels.backend as tkb
+    import mxfp4_compile.ops.backends.aiter
+    import mxfp4_compile.ops.backends.humming
+    import mxfp4_compile.ops.backends.marlin
+    import mxfp4_compile.ops.backends.triton.backend
+    import mxfp4_compile.ops.backends.triton_kernels.backend as tkb
 
     found = lambda name, distribution=None: Found(name, Path("/nowhere"), "99.0")
     for module in (
-        mxfp4_compile.ops.aiter, mxfp4_compile.ops.humming, mxfp4_compile.ops.marlin, flashinfer, tkb,
-        mxfp4_compile.ops.triton.backend,
+        mxfp4_compile.ops.backends.aiter, mxfp4_compile.ops.backends.humming, mxfp4_compile.ops.backends.marlin,
+        flashinfer, tkb,
+        mxfp4_compile.ops.backends.triton.backend,
     ):  # fmt: skip
         monkeypatch.setattr(module, "find", found)
-    monkeypatch.setattr(mxfp4_compile.ops.triton.backend, "_triton", lambda: (True, "triton 99"))
+    monkeypatch.setattr(mxfp4_compile.ops.backends.triton.backend, "_triton", lambda: (True, "triton 99"))
     monkeypatch.setattr(tk, "locate", lambda: tk.Library("3.8", Path("/nowhere"), "", "generation 3.8"))
 
 
@@ -331,7 +333,7 @@ def test_generations_and_triton_versions() -> None:
 
 
 def test_old_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxfp4_compile.ops import humming
+    from mxfp4_compile.ops.backends import humming
 
     class Old(library.Finding):
         def has(self, *files):
@@ -443,7 +445,7 @@ def test_entry_points(tmp_path: Path) -> None:
     code = textwrap.dedent("""
         import sys, torch, mxfp4_compile
         assert "mxfp4_example" not in sys.modules
-        from mxfp4_compile.families import tiny_model, tiny_inputs
+        from mxfp4_compile.tools.families import tiny_model, tiny_inputs
         from mxfp4_compile.ops.registry import failed_backends, known_backends
         from mxfp4_compile.ops.selection import candidates
         from mxfp4_compile.ops.target import Target
@@ -546,7 +548,7 @@ def test_score_correction_changes_the_choice_of_experts() -> None:
 
 def test_split_sites_that_move_keep_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site around a middle of its own never lands at a backend for whole layers."""
-    from mxfp4_compile.passes import experts
+    from mxfp4_compile.passes.build import experts
 
     model = tiny_model("qwen3_moe", dtype=torch.bfloat16)
     for layer in model.model.layers:

@@ -18,9 +18,10 @@ import torch
 from signatures.extract import RESULT
 from test_ops import make_inputs, oracle, relative
 
-from mxfp4_compile.ops import flashinfer, humming, marlin, schema
+from mxfp4_compile.ops import schema
+from mxfp4_compile.ops.backends import flashinfer, humming, marlin
+from mxfp4_compile.ops.backends.triton_kernels import api as tk
 from mxfp4_compile.ops.registry import get_backend
-from mxfp4_compile.ops.triton_kernels import api as tk
 from mxfp4_compile.spec import Activation, MoEParams
 
 SIGNATURES = json.loads(RESULT.read_text())["signatures"]
@@ -267,7 +268,7 @@ def grouped(x: torch.Tensor, dense: torch.Tensor, offsets: list[int], bias: torc
 @pytest.mark.parametrize("bias", [False, True])
 def test_humming(monkeypatch: pytest.MonkeyPatch, activation: Activation, bias: bool) -> None:
     from mxfp4_compile import mx
-    from mxfp4_compile.ops.refold import bias_of_marlin, packed_of_marlin
+    from mxfp4_compile.ops.permutations import bias_of_marlin, packed_of_marlin
 
     p = params(activation, half=1 if activation.gated else 0)
     wheel = "humming_kernels-0.1.19"
@@ -330,7 +331,7 @@ def test_triton_kernels(monkeypatch: pytest.MonkeyPatch, generation: str, activa
     """All four API generations: each call bound to that generation's signature, the product in plain torch."""
     pytest.importorskip("triton")
     from mxfp4_compile import mx
-    from mxfp4_compile.ops.triton_kernels import layout as layouts
+    from mxfp4_compile.ops.backends.triton_kernels import layout as layouts
 
     wheel, new = WHEELS[generation], generation in ("3.7", "3.8")
     p = params(activation, half=1 if activation.gated else 0)

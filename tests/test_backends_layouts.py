@@ -11,11 +11,11 @@ from signatures.extract import RESULT, K, N, digest, pattern, scale_pattern
 
 import mxfp4_compile  # noqa: F401  (registers the backends)
 from mxfp4_compile.ops import refold, schema
-from mxfp4_compile.ops.flashinfer import CUTLASS, TRTLLM
+from mxfp4_compile.ops.backends.flashinfer import CUTLASS, TRTLLM
+from mxfp4_compile.ops.backends.triton_kernels import layout as tk
+from mxfp4_compile.ops.backends.triton_kernels.backend import scale_warps
 from mxfp4_compile.ops.registry import get_backend
 from mxfp4_compile.ops.target import Parallel, Request, Target
-from mxfp4_compile.ops.triton_kernels import layout as tk
-from mxfp4_compile.ops.triton_kernels.backend import scale_warps
 from mxfp4_compile.spec import Activation, MoEParams
 
 EXTRACTED = json.loads(RESULT.read_text())["layouts"]
@@ -260,7 +260,7 @@ def test_humming_codes_thread_by_thread() -> None:
 def test_hopper_and_blackwell_against_the_installed_library() -> None:
     if importlib.util.find_spec("triton_kernels") is None:
         pytest.skip("triton_kernels is not installed")
-    from mxfp4_compile.ops.triton_kernels.api import load
+    from mxfp4_compile.ops.backends.triton_kernels.api import load
 
     api = load()
     n = 320  # not a multiple of what is filled up

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from mxfp4_compile import benchmark, mx
-from mxfp4_compile.benchmark import Layer, Timing, measure, run_bench
-from mxfp4_compile.cli import main
+from mxfp4_compile import mx
 from mxfp4_compile.ops.synthetic import LayerShape, parse_shape
 from mxfp4_compile.timing import median_wall_us
+from mxfp4_compile.tools import benchmark
+from mxfp4_compile.tools.benchmark import Layer, Timing, measure, run_bench
+from mxfp4_compile.tools.cli import main
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")

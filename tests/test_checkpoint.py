@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 import mxfp4_compile
 from mxfp4_compile import CheckpointError, Mxfp4CompileConfig, mx
 from mxfp4_compile.checkpoint import files
-from mxfp4_compile.families import decorated_families, tiny_model
-from mxfp4_compile.passes.experts import mxfp4_sites
+from mxfp4_compile.passes.build.experts import mxfp4_sites
 from mxfp4_compile.planning import OptimizeError
+from mxfp4_compile.tools.families import decorated_families, tiny_model
 
 OWN, GPT_OSS, CT = "mxfp4_compile", "gpt_oss", "compressed_tensors"
 # Without the experts interface of transformers: loops over modules of a list, flattened matrices, dense products.
@@ -108,7 +108,7 @@ def test_plain_from_pretrained_in_a_fresh_process(tmp_path: Path) -> None:
         "mx.quantize = forbidden\n"
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/m', dtype=torch.bfloat16)\n"
-        "from mxfp4_compile.families import tiny_inputs\n"
+        "from mxfp4_compile.tools.families import tiny_inputs\n"
         "with torch.no_grad(): out = model(**tiny_inputs(model)).logits.float()\n"
         "assert torch.equal(out, torch.load(sys.argv[1] + '/logits.pt'))\n"
         "assert len(model.mxfp4_report.rewritten) == 2\n"
@@ -575,7 +575,7 @@ def test_strict_and_verify_while_loading(monkeypatch: pytest.MonkeyPatch) -> Non
         LlamaForCausalLM(config).save_pretrained(directory)
         mxfp4_compile.load(directory)
     # Wrong bits in the prepared weights are found by the verification on really loaded weights.
-    from mxfp4_compile.passes import prep
+    from mxfp4_compile.passes.build import prep
 
     right = prep.run_prep
 
@@ -584,7 +584,7 @@ def test_strict_and_verify_while_loading(monkeypatch: pytest.MonkeyPatch) -> Non
         return prep.PreparedProjection([t.roll(1, 1) for t in out.tensors], out.errors)
 
     assert mxfp4_compile.load(saved("qwen3_moe")) is not None
-    monkeypatch.setattr("mxfp4_compile.ops.cpu.CpuBackend.moe", lambda self, x, *a, **k: torch.zeros_like(x))
+    monkeypatch.setattr("mxfp4_compile.ops.backends.cpu.CpuBackend.moe", lambda self, x, *a, **k: torch.zeros_like(x))
     with pytest.raises(OptimizeError, match="failed verification"):
         mxfp4_compile.load(saved("qwen3_moe"))
 

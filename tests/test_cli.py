@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mxfp4_compile import __version__, demo, mx
-from mxfp4_compile.cli import main
-from mxfp4_compile.environment import OPTIONAL_PARTS, environment
-from mxfp4_compile.explain import explain_model
-from mxfp4_compile.families import decorated_families, tiny_inputs, tiny_model
+from mxfp4_compile import __version__, mx
 from mxfp4_compile.ops.registry import known_backends
+from mxfp4_compile.tools import demo
+from mxfp4_compile.tools.cli import main
+from mxfp4_compile.tools.environment import OPTIONAL_PARTS, environment
+from mxfp4_compile.tools.explain import explain_model
+from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
 
 REPO = Path(__file__).parents[1]
 
@@ -47,7 +48,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_version_from_a_process() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "mxfp4_compile.cli", "--version"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "mxfp4_compile", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"mxfp4-compile {__version__}"
 
@@ -165,7 +166,7 @@ def test_demo_without_its_model(tmp_path: Path) -> None:
 def test_demo_from_a_process() -> None:
     """The whole demo: only JSON on stdout, and on a CPU at least 0.8x of the speed in bf16."""
     done = subprocess.run(
-        [sys.executable, "-m", "mxfp4_compile.cli", "demo", "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "mxfp4_compile", "demo", "--json"], capture_output=True, text=True, check=True
     )
     data = json.loads(done.stdout)
     assert data["perplexity_bytes"] == demo.PERPLEXITY_BYTES
@@ -308,7 +309,7 @@ def test_env_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_env_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     have = {"transformers": "5.2.1", "safetensors": "0.8.0", "tqdm": "4.0"}
-    monkeypatch.setattr("mxfp4_compile.environment.installed", have.get)
+    monkeypatch.setattr("mxfp4_compile.tools.environment.installed", have.get)
     parts = {p.extra: p.missing() for p in environment().optional}
     assert parts["hf"] == ("transformers>=5.17 (found 5.2.1)",)
     assert parts["inspect"] == ("depyf",)

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import mxfp4_compile
-from mxfp4_compile import cli, mx
-from mxfp4_compile.compare import Comparison, SiteError, compare, plot, suggest_skip
+from mxfp4_compile import mx
+from mxfp4_compile.tools import cli
+from mxfp4_compile.tools.compare import Comparison, SiteError, compare, plot, suggest_skip
 
 DEMO = Path(mxfp4_compile.__file__).parent / "demo_model"
 TEXT = DEMO / "heldout.txt"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import mxfp4_compile
-from mxfp4_compile import compile_backend
-from mxfp4_compile.compile_backend import _store, compile_reports
-from mxfp4_compile.families import decorated_families, tiny_inputs, tiny_model
+from mxfp4_compile.dynamo import backend as compile_backend
+from mxfp4_compile.dynamo.backend import _store, compile_reports
+from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
 
 QUICK = ("qwen3_moe", "gpt_oss", "nemotron_h")
 # Its own default loops over experts in Python, which breaks the graph there: nothing is found.
@@ -238,13 +238,13 @@ def test_options_and_names() -> None:
 def test_an_installed_package_registers_without_dynamo() -> None:
     code = (
         "import importlib.metadata as m, sys, types\n"
-        "e = m.EntryPoint('mxfp4_compile', 'mxfp4_compile.compile_backend:mxfp4_backend', 'torch_dynamo_backends')\n"
+        "e = m.EntryPoint('mxfp4_compile', 'mxfp4_compile.dynamo.backend:mxfp4_backend', 'torch_dynamo_backends')\n"
         "real = m.distribution\n"
         "ours = types.SimpleNamespace(entry_points=[e])\n"
         "m.distribution = lambda name: ours if name == 'mxfp4_compile' else real(name)\n"
         "import mxfp4_compile\n"
         "assert 'torch._dynamo' not in sys.modules\n"
-        "assert e.load() is sys.modules['mxfp4_compile.compile_backend'].mxfp4_backend\n"
+        "assert e.load() is sys.modules['mxfp4_compile.dynamo.backend'].mxfp4_backend\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert compile_backend.NAME == "mxfp4_compile"

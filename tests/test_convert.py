@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import mxfp4_compile
-from mxfp4_compile import CheckpointError, cli
+from mxfp4_compile import CheckpointError
 from mxfp4_compile.checkpoint import files
 from mxfp4_compile.checkpoint.convert import convert
+from mxfp4_compile.tools import cli
 
 SHARD = 30_000
 ROOT = Path(__file__).parent

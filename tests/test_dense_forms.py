@@ -262,7 +262,7 @@ def test_nothing_is_reported_of_dense_models(name: str) -> None:
 )
 def test_families(family: str, dtype: torch.dtype, change: dict[str, int]) -> None:
     pytest.importorskip("transformers")
-    from mxfp4_compile import families
+    from mxfp4_compile.tools import families
 
     if family not in families.undecorated_families():
         pytest.skip(f"this transformers decorates {family} or has none")
@@ -291,7 +291,7 @@ def test_families(family: str, dtype: torch.dtype, change: dict[str, int]) -> No
 def test_loaded_and_generating(family: str, tmp_path: Path) -> None:
     """Packed weights within a block are quantized while they are read, too; other lengths run."""
     pytest.importorskip("transformers", minversion="5.0")
-    from mxfp4_compile import families
+    from mxfp4_compile.tools import families
 
     model = families.tiny_model(family, dtype=torch.bfloat16)
     example = families.tiny_inputs(model)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import mxfp4_compile
-from mxfp4_compile.families import decorated_families, tiny_inputs, tiny_model
-from mxfp4_compile.passes.capture import call_pattern, capture
-from mxfp4_compile.passes.discover import experts_implementation, find_candidates, record_calls
-from mxfp4_compile.passes.experts import MXFP4Experts, mxfp4_sites
-from mxfp4_compile.passes.match import FusedMatch, match
-from mxfp4_compile.passes.rewrite import count_ops
+from mxfp4_compile.passes.build.experts import MXFP4Experts, mxfp4_sites
+from mxfp4_compile.passes.build.rewrite import count_ops
+from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
+from mxfp4_compile.passes.match.match import FusedMatch, match
+from mxfp4_compile.passes.trace.capture import call_pattern, capture
+from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
 
 FAMILIES = decorated_families()
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from mxfp4_compile.families import (
+from mxfp4_compile.tools.families import (
     GEN,
     MODEL_CLASS,
     SPECIAL,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import mxfp4_compile
-from mxfp4_compile.families import tiny_inputs, tiny_model
 from mxfp4_compile.inspection import INDEX, STAGES
 from mxfp4_compile.passes.observe import observers
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 
 def _text(paths: list[Path]) -> str:

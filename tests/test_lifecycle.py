@@ -12,10 +12,10 @@ from torch import nn
 from toy_backend import register
 
 import mxfp4_compile
-from mxfp4_compile.families import tiny_inputs, tiny_model
 from mxfp4_compile.ops import schema
 from mxfp4_compile.ops.selection import Choice
-from mxfp4_compile.passes.experts import mxfp4_sites
+from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 
 def optimized(family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:

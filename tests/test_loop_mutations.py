@@ -12,8 +12,8 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError
-from mxfp4_compile.passes.capture import CallPattern, CaptureError, call_pattern, describe
-from mxfp4_compile.passes.loops import capture_loop
+from mxfp4_compile.passes.trace.capture import CallPattern, CaptureError, call_pattern, describe
+from mxfp4_compile.passes.trace.unroll import capture_loop
 
 
 class OtherActivation(LoopMoE):

@@ -16,10 +16,10 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mxfp4_compile
-from mxfp4_compile.families import tiny_inputs, tiny_model
+from mxfp4_compile.dynamo import router_pass as lower
+from mxfp4_compile.dynamo.router_pass import HOOK, Chain, LowerPass, match_router
 from mxfp4_compile.ops import route, schema
-from mxfp4_compile.passes import lower
-from mxfp4_compile.passes.lower import HOOK, Chain, LowerPass, match_router
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -262,7 +262,7 @@ def test_other_graphs_are_not_touched(clean_hook: None) -> None:
 _CACHED = """
 import torch, mxfp4_compile
 from torch._dynamo.utils import counters
-from mxfp4_compile.families import tiny_inputs, tiny_model
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 model = mxfp4_compile.optimize(tiny_model("qwen3_moe", dtype=torch.float32, layers=1))
 with torch.no_grad():
     torch.compile(model)(**tiny_inputs(model))

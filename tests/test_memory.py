@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mxfp4_compile
-from mxfp4_compile.families import tiny_inputs, tiny_model
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 ROOT = Path(__file__).parent
 

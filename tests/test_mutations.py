@@ -26,8 +26,8 @@ from mutations import (
     with_bias,
 )
 
-from mxfp4_compile.passes.match import FusedMatch, NoMatch, SplitMatch, match
-from mxfp4_compile.passes.rewrite import RewriteError
+from mxfp4_compile.passes.build.rewrite import RewriteError
+from mxfp4_compile.passes.match.match import FusedMatch, NoMatch, SplitMatch, match
 
 # fp32: both sides sum the same products in another order.
 FP32 = 1e-5

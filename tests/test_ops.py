@@ -160,7 +160,7 @@ def test_odd_sizes(backend: str, hidden: int, intermediate: int) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("tokens", [1, 50])
 def test_routing_edges(backend: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxfp4_compile.ops import cpu
+    from mxfp4_compile.ops.backends import cpu
 
     params = make_params(ACTIVATIONS[0])
     for limit in (0, 1 << 30):  # both paths of the cpu backend

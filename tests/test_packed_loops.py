@@ -9,9 +9,9 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError
-from mxfp4_compile.families import tiny_inputs, tiny_model
-from mxfp4_compile.passes.experts import mxfp4_sites
-from mxfp4_compile.passes.rewrite import count_ops
+from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.rewrite import count_ops
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 FAMILIES = ["step3p7", "dbrx", "longcat_flash"]
 

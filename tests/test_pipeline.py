@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError, installing, planning
-from mxfp4_compile.families import tiny_inputs, tiny_model
-from mxfp4_compile.passes.capture import call_pattern, capture
-from mxfp4_compile.passes.discover import experts_implementation, find_candidates, record_calls
-from mxfp4_compile.passes.experts import mxfp4_sites
-from mxfp4_compile.passes.match import FusedMatch, match
-from mxfp4_compile.passes.verify import VerificationError
+from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.verify import VerificationError
+from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
+from mxfp4_compile.passes.match.match import FusedMatch, match
+from mxfp4_compile.passes.trace.capture import call_pattern, capture
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 # models written for the purpose
 
@@ -324,7 +324,7 @@ def test_tied_weights_stay_tied() -> None:
 
 
 def test_a_wrong_kernel_never_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxfp4_compile.ops.cpu import CpuBackend
+    from mxfp4_compile.ops.backends.cpu import CpuBackend
 
     right = CpuBackend.moe
     monkeypatch.setattr(CpuBackend, "moe", lambda self, *a: right(self, *a) * 1.05)

@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import mxfp4_compile
 from mxfp4_compile import CheckpointError, mx
 from mxfp4_compile.checkpoint.convert import convert
-from mxfp4_compile.cli import main
-from mxfp4_compile.compare import compare
-from mxfp4_compile.hub import class_of
-from mxfp4_compile.model_shapes import model_shapes
-from mxfp4_compile.passes.experts import mxfp4_sites
+from mxfp4_compile.hf_models import class_of
+from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.tools.cli import main
+from mxfp4_compile.tools.compare import compare
+from mxfp4_compile.tools.model_shapes import model_shapes
 
 OWN, CT = "mxfp4_compile", "compressed_tensors"
 CODE = Path(__file__).parent / "remote_code"

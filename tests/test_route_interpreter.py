@@ -17,7 +17,7 @@ SHAPES = [(3, 60, 4), (2, 128, 8), (4, 7, 7), (1, 1, 1)]
 
 
 def main() -> None:
-    from mxfp4_compile.ops.triton.route import launch
+    from mxfp4_compile.ops.backends.triton.route import launch
 
     generator = torch.Generator().manual_seed(0)
     for before in BEFORE:

@@ -18,13 +18,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import mxfp4_compile
-from mxfp4_compile.demo import MODEL_DIRECTORY, TEXT_FILE, load
-from mxfp4_compile.families import tiny_model
 from mxfp4_compile.runtime import runtime_of
 from mxfp4_compile.runtime import step as steps
 from mxfp4_compile.runtime.cache import CACHE, Arena, HandoverCache, StaticKV, shapes_of
 from mxfp4_compile.runtime.graphs import EagerRecorder
 from mxfp4_compile.runtime.sizes import capture_sizes, length_for, prompt_length_for, prompt_lengths, size_for
+from mxfp4_compile.tools.demo import MODEL_DIRECTORY, TEXT_FILE, load
+from mxfp4_compile.tools.families import tiny_model
 
 
 class CountingRecorder(EagerRecorder):

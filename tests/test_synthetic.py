@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from mxfp4_compile import demo
-from mxfp4_compile.families import tiny_inputs, tiny_model
-from mxfp4_compile.model_shapes import ShapeError, model_shapes, shapes_of
-from mxfp4_compile.ops import cpu, reference
+from mxfp4_compile.ops.backends import cpu, reference
 from mxfp4_compile.ops.synthetic import LayerShape, Prepared, call, prepare, random_inputs, random_layer
-from mxfp4_compile.passes.discover import find_candidates
-from mxfp4_compile.passes.match import FusedMatch
+from mxfp4_compile.passes.find.discover import find_candidates
+from mxfp4_compile.passes.match.match import FusedMatch
 from mxfp4_compile.planning import Site, match_all
+from mxfp4_compile.tools import demo
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
+from mxfp4_compile.tools.model_shapes import ShapeError, model_shapes, shapes_of
 
 CPU = torch.device("cpu")
 

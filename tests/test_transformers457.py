@@ -20,9 +20,9 @@ if not transformers.__version__.startswith("4.57."):
 
 from test_remote_code import check_rewritten_and_generating, publish  # noqa: E402
 
-import mxfp4_compile.passes.discover  # noqa: E402
+import mxfp4_compile.passes.find.discover  # noqa: E402
 from mxfp4_compile import CheckpointError, OptimizeError  # noqa: E402
-from mxfp4_compile.families import listed_families, tiny_inputs, tiny_model, undecorated_families  # noqa: E402
+from mxfp4_compile.tools.families import listed_families, tiny_inputs, tiny_model, undecorated_families  # noqa: E402
 
 # Experts in a ModuleList or ModuleDict.
 LISTED = [
@@ -99,7 +99,7 @@ def test_does_not_run_by_itself(family: str) -> None:
     model = tiny(family)
     with pytest.raises(TypeError, match="must be Tensor, not tuple"):
         model(**tiny_inputs(model))
-    with pytest.raises((OptimizeError, mxfp4_compile.passes.discover.DiscoveryError)):
+    with pytest.raises((OptimizeError, mxfp4_compile.passes.find.discover.DiscoveryError)):
         mxfp4_compile.optimize(model)
 
 

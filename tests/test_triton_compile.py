@@ -54,8 +54,8 @@ def compiled(target: str, shape: str, tokens: int, part: str, fp8: bool = False)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mxfp4_compile.ops.triton.moe import _Plan, pairs_class
-    from mxfp4_compile.ops.triton.select import choose
+    from mxfp4_compile.ops.backends.triton.moe import _Plan, pairs_class
+    from mxfp4_compile.ops.backends.triton.select import choose
 
     backend, arch = (FP8_TARGETS if fp8 else TARGETS)[target][:2]
     e, top_k, h, i, act = SHAPES[shape]
@@ -151,7 +151,7 @@ def fp8_cases():
 @pytest.mark.parametrize(("target", "shape", "tokens"), fp8_cases())
 def test_fp8_kernels(target, shape, tokens, tmp_path):
     """e4m3 products of many tokens, and bf16 products of few on the same weights."""
-    from mxfp4_compile.ops.triton.select import fp8_from
+    from mxfp4_compile.ops.backends.triton.select import fp8_from
 
     _, _, shared, instruction = FP8_TARGETS[target]
     parts = ["up", "down"]
@@ -187,7 +187,7 @@ def test_many_tokens_use_wgmma_from_registers():
 
 def test_registers_of_wgmma_are_free_before_reuse():
     """Triton leaves wgmma reading registers in flight from one iteration to the next; WAIT must hold it."""
-    from mxfp4_compile.ops.triton.select import load_config
+    from mxfp4_compile.ops.backends.triton.select import load_config
 
     for entry in load_config("sm90")["moe"]:
         for part in ("up", "down"):
@@ -207,7 +207,7 @@ def test_one_token_reads_weights_past_the_cache():
 
 def test_kernels_that_start_early_wait():
     """With PDL every kernel waits for the one before it, and only architectures that can are told to."""
-    from mxfp4_compile.ops.triton.select import load_config
+    from mxfp4_compile.ops.backends.triton.select import load_config
 
     for tokens in (1, 64):
         for part in ("up", "down", "combine", *(("route",) if tokens == 64 else ())):
@@ -224,7 +224,7 @@ def test_kernels_that_start_early_wait():
 
 @pytest.mark.parametrize("layout", ["nibbles", "sm80", "sm89_fp8"])
 def test_twiddle_is_a_permutation_of_bits(layout):
-    from mxfp4_compile.ops.triton.layout import twiddle, untwiddle
+    from mxfp4_compile.ops.backends.triton.layout import twiddle, untwiddle
 
     words = torch.cat(
         [1 << torch.arange(31, dtype=torch.int32), torch.randint(-(2**31), 2**31 - 1, (1000,)).int()]

@@ -88,9 +88,9 @@ def routing(tokens, top_k, e, kind, generator):
 
 def case(**overrides):
     """One layer through the backend and the reference -> relative error."""
-    from mxfp4_compile.ops.triton import BACKEND
-    from mxfp4_compile.ops.triton.moe import moe
-    from mxfp4_compile.ops.triton.select import Choice, Tiles
+    from mxfp4_compile.ops.backends.triton import BACKEND
+    from mxfp4_compile.ops.backends.triton.moe import moe
+    from mxfp4_compile.ops.backends.triton.select import Choice, Tiles
 
     o = {
         "e": 6, "top_k": 2, "h": 64, "i": 48, "t": 5, "act": "silu", "layout": "halves", "half": 0,
@@ -158,7 +158,7 @@ def case(**overrides):
 
 def linear_case(rows, e, n, k, ends):
     """grouped_linear against the reference -> relative error."""
-    from mxfp4_compile.ops.triton import BACKEND
+    from mxfp4_compile.ops.backends.triton import BACKEND
 
     g = torch.Generator().manual_seed(1)
     w = random_weight(e, n, k, g)
@@ -177,7 +177,7 @@ def linear_case(rows, e, n, k, ends):
 
 def optimize_case():
     """optimize(activation_dtype="fp8"): what its report says, and a forward of many tokens beside one of bf16's."""
-    from mxfp4_compile.families import tiny_model
+    from mxfp4_compile.tools.families import tiny_model
 
     tokens = torch.arange(60).view(1, 60) % 50
     logits, few = {}, {}

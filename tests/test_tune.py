@@ -20,11 +20,11 @@ import pytest
 import torch
 
 import mxfp4_compile
-from mxfp4_compile.cli import main as cli
+from mxfp4_compile.ops.backends.triton import select, tuned
+from mxfp4_compile.ops.backends.triton.select import choose
+from mxfp4_compile.ops.backends.triton.tiles import Choice, Tiles, check_entry, entry_of, tiles_of
 from mxfp4_compile.ops.synthetic import LayerShape
-from mxfp4_compile.ops.triton import select, tuned
-from mxfp4_compile.ops.triton.select import choose
-from mxfp4_compile.ops.triton.tiles import Choice, Tiles, check_entry, entry_of, tiles_of
+from mxfp4_compile.tools.cli import main as cli
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -82,7 +82,7 @@ def shipped(tokens: int, shape: tuple[int, int, int, int] = SHAPE, dtype: torch.
 
 def test_a_job_named_twice_is_compiled_once() -> None:
     """As where the shipped choice has the same tiles for both projections, and is a candidate too."""
-    from mxfp4_compile.ops.triton import tune
+    from mxfp4_compile.ops.backends.triton import tune
 
     job = tune._Job(LayerShape(*SHAPE), 4, VECTOR, "no such layout")
     told = []
@@ -277,7 +277,7 @@ def test_merge_replaces_what_was_tuned_again() -> None:
 
 def test_candidates() -> None:
     pytest.importorskip("triton")
-    from mxfp4_compile.ops.triton.tune import candidates
+    from mxfp4_compile.ops.backends.triton.tune import candidates
 
     shape = LayerShape(128, 8, 2048, 768)
     for arch in ("sm80", "sm90", "sm100", "gfx942"):
@@ -316,8 +316,8 @@ def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPa
     pytest.importorskip("triton")
     from triton.runtime import driver
 
-    from mxfp4_compile.ops.triton import tune
-    from mxfp4_compile.ops.triton.launch import Step
+    from mxfp4_compile.ops.backends.triton import tune
+    from mxfp4_compile.ops.backends.triton.launch import Step
 
     compiled: list[str] = []
 
@@ -345,7 +345,7 @@ def test_kernels_of_a_first_call_are_compiled_side_by_side(
     pytest.importorskip("triton")
     from triton.runtime import driver
 
-    from mxfp4_compile.ops.triton import launch, moe, select
+    from mxfp4_compile.ops.backends.triton import launch, moe, select
 
     monkeypatch.setattr(driver, "_active", _FakeDriver())
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
@@ -388,8 +388,8 @@ def test_what_does_not_compile_fails_when_it_is_launched(monkeypatch: pytest.Mon
     pytest.importorskip("triton")
     from triton.runtime import driver
 
-    from mxfp4_compile.ops.triton.combine import combine
-    from mxfp4_compile.ops.triton.launch import Step, compile_together
+    from mxfp4_compile.ops.backends.triton.combine import combine
+    from mxfp4_compile.ops.backends.triton.launch import Step, compile_together
 
     monkeypatch.setattr(driver, "_active", _FakeDriver())
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
@@ -444,7 +444,7 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_env_tells_of_tuned_data(path: Path, host: tuned.Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxfp4_compile import environment
+    from mxfp4_compile.tools import environment
 
     status = lambda: environment._tuned_status(CPU)
     assert not status().in_use and "none" in status().state
@@ -511,8 +511,8 @@ def test_errors_of_a_run(whole: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    from mxfp4_compile.ops.triton import BACKEND, tune
-    from mxfp4_compile.ops.triton import moe as launches
+    from mxfp4_compile.ops.backends.triton import BACKEND, tune
+    from mxfp4_compile.ops.backends.triton import moe as launches
 
     torch.set_num_threads(1)
     shape = LayerShape(3, 2, 16, 8)
@@ -556,7 +556,8 @@ def main() -> None:
     seen: list[Choice] = []
     plan, out["used"] = launches._plan, {}
     launches._plan = lambda *args: (seen.append(args[5]), plan(*args))[1]  # type: ignore[assignment,func-returns-value]
-    from mxfp4_compile.ops import reference, synthetic
+    from mxfp4_compile.ops import synthetic
+    from mxfp4_compile.ops.backends import reference
 
     layer = synthetic.random_layer(shape, CPU, seed=5)
     prepared = synthetic.prepare(layer, BACKEND, CPU)

@@ -15,9 +15,9 @@ from loop_models import Model, RemoteMoE
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError
-from mxfp4_compile.families import tiny_inputs, tiny_model
-from mxfp4_compile.passes.experts import mxfp4_sites
-from mxfp4_compile.passes.wrapped import unhooked
+from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.find.foreign_hooks import unhooked
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mxfp4_compile.ops.cpu import CpuBackend
+from mxfp4_compile.ops.backends.cpu import CpuBackend
 from mxfp4_compile.ops.registry import known_backends, register_backend
 
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import mx
-from ..hub import class_of, empty_model, is_auto, read_config
-from ..passes.experts import projections_of
-from ..passes.prep import groups_of
+from ..hf_models import class_of, empty_model, is_auto, read_config
+from ..passes.build.experts import projections_of
+from ..passes.build.prep import groups_of
 from ..pipeline import DEFAULT_CAPTURE_SIZE, versions_used
 from ..planning import Site, left_alone
 from ..report import Report

@@ -30,15 +30,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import mx
-from ..hub import class_of, read_config
+from ..hf_models import class_of, read_config
 from ..installing import install_site, progress_bar, verify_structures
 from ..ops.selection import requested_backend
 from ..ops.target import ACTIVATION_DTYPES, Request
-from ..passes.capture import TensorInfo
-from ..passes.discover import experts_implementation
-from ..passes.experts import MXFP4Experts, projections_of, source_names
-from ..passes.match import NoMatch
-from ..passes.prep import ExpertReader
+from ..passes.build.experts import MXFP4Experts, projections_of, source_names
+from ..passes.build.prep import ExpertReader
+from ..passes.find.discover import experts_implementation
+from ..passes.match.match import NoMatch
+from ..passes.trace.capture import TensorInfo
 from ..pipeline import DEFAULT_CAPTURE_SIZE, put_guard, versions_used
 from ..planning import OptimizeError, Site, left_alone, match_structure, structure_key
 from ..report import Report

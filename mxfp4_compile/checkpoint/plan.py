@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.target import Request
-from ..passes.capture import Call, CallPattern, TensorInfo
-from ..passes.discover import Candidate, DiscoveryError, experts_implementation, find_candidates, forward_runs
-from ..passes.discover import record_calls as record_real_calls
-from ..passes.experts import projections_of, source_names
-from ..passes.sources import members, stack
+from ..passes.build.experts import projections_of, source_names
+from ..passes.find.discover import Candidate, DiscoveryError, experts_implementation, find_candidates, forward_runs
+from ..passes.find.discover import record_calls as record_real_calls
+from ..passes.trace.capture import Call, CallPattern, TensorInfo
+from ..passes.weights import members, stack
 from ..planning import Site, apply_skip, check_matches, check_model, match_all, skip_late, weight_ids
 from ..report import Report
 
@@ -156,7 +156,7 @@ class ExpertParameter:
 
 
 def expert_parameters(sites: Sequence[Site]) -> dict[str, ExpertParameter]:
-    """Every weight and bias that the planned sites replace, by the site's name and the source's (passes.sources)."""
+    """Every weight and bias that the planned sites replace, by the site's name and the source's (passes.weights)."""
     found: dict[str, ExpertParameter] = {}
     for site in planned(sites):
         assert site.structure is not None

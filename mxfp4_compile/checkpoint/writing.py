@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import mx
-from ..passes.experts import MXFP4Experts, mxfp4_sites
-from ..passes.prep import groups_of
-from ..passes.sources import members
+from ..passes.build.experts import MXFP4Experts, mxfp4_sites
+from ..passes.build.prep import groups_of
+from ..passes.weights import members
 from ..spec import MoESpec, SplitSpec
 from .files import (
     DEFAULT_SHARD_BYTES,

@@ -1,6 +1,6 @@
 """The ops (``torch.ops.mxfp4.*``) and their backends. Imports nothing of ``passes``."""
 
-from . import aiter, cpu, flashinfer, humming, marlin, reference, triton, triton_kernels
+from .backends import aiter, cpu, flashinfer, humming, marlin, reference, triton, triton_kernels
 from .registry import register_backend
 
 for _backend in (

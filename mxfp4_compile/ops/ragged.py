@@ -1,6 +1,6 @@
 """Routing and combination for libraries that multiply rows sorted by expert.
 
-No host synchronization and the same order every run. On GPUs one Triton kernel each (ops/triton/ragged.py);
+No host synchronization and the same order every run. On GPUs one Triton kernel each (ops/backends/triton/ragged.py);
 elsewhere, and without triton, torch operations.
 """
 
@@ -34,7 +34,7 @@ class Sorted:
 def sort_pairs(topk_ids: Tensor, num_experts: int) -> Sorted:
     """topk_ids [T, K] -> the pairs sorted by expert; ids outside [0, E) get no row."""
     if topk_ids.is_cuda:
-        from .triton.ragged import sort_pairs as kernel
+        from .backends.triton.ragged import sort_pairs as kernel
 
         return Sorted(*kernel(topk_ids.contiguous(), num_experts))
     flat = topk_ids.reshape(-1)
@@ -53,7 +53,7 @@ def combine(
     ``topk_weights`` None: all ones. Pairs whose id is no expert are left out, whatever their row and weight hold.
     """
     if y.is_cuda:
-        from .triton.ragged import combine as kernel
+        from .backends.triton.ragged import combine as kernel
 
         weights = None if topk_weights is None else topk_weights.contiguous()
         return kernel(y, rows.place, topk_ids.contiguous(), weights, num_experts, dtype)

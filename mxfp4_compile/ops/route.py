@@ -45,7 +45,7 @@ def route(logits: Tensor, k: int, before: str, after: str, eps: float, dtype: to
     """The op: the kernel where there is a GPU and up to MAX_EXPERTS experts, else the reference."""
     check(logits, k, before, after)
     if logits.is_cuda and logits.dtype != torch.float64 and logits.shape[1] <= MAX_EXPERTS:
-        from .triton.route import launch
+        from .backends.triton.route import launch
 
         return launch(logits, k, before, after, eps, dtype)
     return reference(logits, k, before, after, eps, dtype)

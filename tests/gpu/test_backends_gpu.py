@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import mxfp4_compile
-from mxfp4_compile.families import tiny_inputs, tiny_model
 from mxfp4_compile.mx import dequantize, quantize
 from mxfp4_compile.ops import schema
 from mxfp4_compile.ops.registry import get_backend
 from mxfp4_compile.ops.selection import choose, requirements
 from mxfp4_compile.ops.target import Request, Target
-from mxfp4_compile.passes.experts import mxfp4_sites
+from mxfp4_compile.passes.build.experts import mxfp4_sites
 from mxfp4_compile.spec import Activation, MoEParams
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import mxfp4_compile
-from mxfp4_compile.demo import MODEL_DIRECTORY, TEXT_FILE, load
-from mxfp4_compile.families import tiny_model
 from mxfp4_compile.runtime import attention, runtime_of
+from mxfp4_compile.tools.demo import MODEL_DIRECTORY, TEXT_FILE, load
+from mxfp4_compile.tools.families import tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

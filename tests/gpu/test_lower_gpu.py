@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import mxfp4_compile
-from mxfp4_compile.families import tiny_inputs, tiny_model
 from mxfp4_compile.ops import route, schema
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -86,7 +86,7 @@ def test_route_under_a_cuda_graph() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_the_pass_in_an_optimized_model(family: str) -> None:
-    from mxfp4_compile.passes import lower
+    from mxfp4_compile.dynamo import router_pass as lower
 
     torch._dynamo.reset()
     # bf16 routers flip on rounding: compare in fp32, and on the reference backend, which takes fp32.

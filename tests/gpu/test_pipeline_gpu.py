@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import mxfp4_compile
-from mxfp4_compile.families import tiny_inputs, tiny_model
 from mxfp4_compile.ops.selection import BackendUnavailable
-from mxfp4_compile.passes.experts import mxfp4_sites
+from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

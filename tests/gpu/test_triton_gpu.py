@@ -52,7 +52,7 @@ TOLERANCE = {BF16: 6e-3, torch.float16: 2e-3, torch.float32: 1e-4}
 
 
 def backend():
-    from mxfp4_compile.ops.triton import BACKEND
+    from mxfp4_compile.ops.backends.triton import BACKEND
 
     return BACKEND
 
@@ -295,7 +295,7 @@ def test_no_host_synchronization():
 
 
 def test_chunks_give_the_same(monkeypatch):
-    from mxfp4_compile.ops.triton import moe as implementation
+    from mxfp4_compile.ops.backends.triton import moe as implementation
 
     layer = Layer((16, 4, 256, 128), ACTIVATIONS[0])
     inputs = layer.inputs(4000)

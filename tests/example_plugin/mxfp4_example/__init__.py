@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mxfp4_compile.ops.cpu import CpuBackend
+from mxfp4_compile.ops.backends.cpu import CpuBackend
 
 
 class ExampleBackend(CpuBackend):

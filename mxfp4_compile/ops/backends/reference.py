@@ -1,0 +1,111 @@
+"""The reference backend: the specification of both ops in plain torch.
+
+Projections accumulate in fp32 (fp64 for fp64 tokens) and round where the original model rounds: after
+each projection, after its bias, after the activation, after weighting; the sum over a token's experts
+is taken in ``accum_dtype``. Only experts that are hit are dequantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import mx
+from ...spec import MoEParams
+from ..backend import Backend, Requirement, check_activation_dtype, check_parallel
+from ..target import Request, Target
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_ids(topk_ids: Tensor) -> None:
+    if topk_ids.numel() and int(topk_ids.min()) < 0:
+        raise IndexError(f"topk_ids holds {int(topk_ids.min())}: expert ids must be >= 0")
+
+
+def _project(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, round_dtype: torch.dtype) -> Tensor:
+    """x [r, K] (wide dtype), one expert's packed [N, K/2] -> [r, N], rounded as the model rounds, wide."""
+    y = (x @ mx.dequantize(packed, scales, x.shape[1], x.dtype).T).to(round_dtype)
+    if bias is not None:
+        y = y + bias.to(round_dtype)
+    return y.to(x.dtype)
+
+
+class ReferenceBackend(Backend):
+    """Plain torch on any device; correct, not quick."""
+
+    name = "reference"
+
+    def supports(self, request: Request, target: Target) -> list[Requirement]:
+        meta = target.arch == "meta"
+        return [
+            Requirement("device", not meta, f"{target.arch} has {'no ' * meta}data"),
+            check_activation_dtype(request, "bf16"),
+            check_parallel(request),
+        ]
+
+    def moe(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        up: Sequence[Tensor],
+        down: Sequence[Tensor],
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        params: MoEParams,
+        layout: str,
+    ) -> Tensor:
+        _check_ids(topk_ids)
+        tokens, top_k = topk_ids.shape
+        wide = _wide(x.dtype)
+        rounded = params.round_dtype
+        pairs = x.new_zeros((tokens * top_k, params.hidden), dtype=params.accum_dtype)
+        flat_ids = topk_ids.reshape(-1)
+        flat_weights = topk_weights.reshape(-1)
+        for expert in flat_ids.unique().tolist():
+            if expert >= params.num_experts:
+                continue
+            rows = (flat_ids == expert).nonzero().squeeze(1)
+            weight = flat_weights[rows].unsqueeze(1)
+            inputs = x[rows // top_k]
+            if params.weight_on_input:
+                inputs = (inputs * weight).to(rounded)
+            hidden = _project(
+                inputs.to(wide),
+                up[0][expert],
+                up[1][expert],
+                None if up_bias is None else up_bias[expert],
+                rounded,
+            )
+            hidden = params.activate(hidden).to(rounded).to(wide)
+            out = _project(
+                hidden, down[0][expert], down[1][expert], None if down_bias is None else down_bias[expert], rounded
+            ).to(params.accum_dtype)
+            pairs[rows] = out if params.weight_on_input else out * weight.to(params.accum_dtype)
+        return pairs.view(tokens, top_k, params.hidden).sum(1).to(x.dtype)
+
+    def grouped_linear(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        weight: Sequence[Tensor],
+        n: int,
+        round_dtype: torch.dtype,
+        layout: str,
+    ) -> Tensor:
+        out = x.new_zeros((x.shape[0], n), dtype=round_dtype)
+        start = 0
+        for expert, end in enumerate(offsets.tolist()):
+            if end > start:
+                wide = x[start:end].to(_wide(x.dtype))
+                out[start:end] = _project(wide, weight[0][expert], weight[1][expert], None, round_dtype)
+            start = max(start, end)
+        return out
+
+
+BACKEND = ReferenceBackend()

@@ -1,0 +1,39 @@
+"""A loop over experts, collapsed by ``trace.collapse``: one node per projection, rows one expert after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from ...trace.capture import Captured
+from ...trace.collapse import expert_products, expert_products_transposed
+from .anchor import ExpertGemm
+
+NAME = "loop"
+
+
+def find(captured: Captured) -> Iterator[ExpertGemm]:
+    """Anchors of this form in graph order."""
+    for node in captured.graph.nodes:
+        if node.op != "call_function" or node.target not in (expert_products, expert_products_transposed):
+            continue
+        rows, stack, selector = node.args
+        assert isinstance(rows, fx.Node) and isinstance(stack, fx.Node) and isinstance(selector, fx.Node)
+        transposed = node.target is expert_products_transposed
+        experts, first, second = (int(d) for d in stack.meta["val"].shape)
+        yield ExpertGemm(
+            node=node,
+            form=NAME,
+            weight=captured.parameters[stack.name],
+            transposed=transposed,
+            shape=(experts, second, first) if transposed else (experts, first, second),
+            rows=rows,
+            selector=selector,
+            experts_of=lambda value, rows: value,
+            row_matrix=lambda value: value,
+            as_output=lambda value: value,
+        )
+
+
+__all__ = ["NAME", "find"]

@@ -1,0 +1,220 @@
+"""What this machine has: versions, devices, backends, and what each optional part would need.
+
+Data only; ``cli.py`` prints it. Nothing optional is imported: versions come from the packages' metadata.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from .. import ops as _ops  # noqa: F401  (registers the backends)
+from ..ops.backend import Requirement
+from ..ops.backends.triton import tuned
+from ..ops.library import numbers as _numbers
+from ..ops.registry import known_backends
+from ..ops.selection import requirements
+from ..ops.target import Request, Target
+
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "depyf")
+
+
+@dataclass(frozen=True)
+class OptionalPart:
+    """An extra of this package: what it is for, and the (package, least version or "") pairs it installs."""
+
+    extra: str
+    purpose: str
+    packages: tuple[tuple[str, str], ...]
+
+    def missing(self) -> tuple[str, ...]:
+        """The packages that are not installed, or too old, each with what is there instead."""
+        return tuple(lack for name, least in self.packages if (lack := _lack(name, least)))
+
+    @property
+    def install(self) -> str:
+        """The command that installs it."""
+        return f'pip install "mxfp4_compile[{self.extra}]"'
+
+
+_HF = (("transformers", "5.17"), ("safetensors", ""), ("tqdm", ""))
+OPTIONAL_PARTS = (
+    OptionalPart("hf", "Hugging Face models; the commands explain and demo", _HF),
+    OptionalPart("hf4", "models of transformers 4 in memory", (("transformers", "4.57,<5"), ("tqdm", ""))),
+    OptionalPart("demo", "the command demo", _HF),
+    OptionalPart("inspect", "readable dumps of what torch.compile made", (("depyf", "0.20"),)),
+    OptionalPart("bench", "benchmarks and their plots", (*_HF, ("matplotlib", ""))),
+    OptionalPart(
+        "test",
+        "the tests",
+        (
+            *_HF,
+            *((name, "") for name in ("pytest", "pytest-xdist", "hypothesis", "numpy", "triton")),
+            *((name, "") for name in ("accelerate", "peft", "compressed-tensors", "matplotlib")),
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as torch sees it; ``memory`` in bytes."""
+
+    name: str
+    capability: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The processor by name, the cores this process may use, torch's threads, and the GPUs."""
+
+    cpu: str
+    cores: int
+    torch_threads: int
+    gpus: tuple[Gpu, ...]
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What one backend needs on one device; ``install`` is a command, or "" where there is nothing to install."""
+
+    name: str
+    device: str
+    requirements: tuple[Requirement, ...]
+    install: str = ""
+
+    @property
+    def available(self) -> bool:
+        """Whether every requirement is met."""
+        return all(r.met for r in self.requirements)
+
+
+@dataclass(frozen=True)
+class TunedStatus:
+    """Whether tuned data of the user are in use on a GPU: ``state`` in words, ``path`` of the file or ""."""
+
+    device: str
+    in_use: bool
+    state: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Everything ``mxfp4-compile env`` prints; a version is None where the package is not installed."""
+
+    versions: dict[str, str | None]
+    hardware: Hardware
+    backends: tuple[BackendStatus, ...]
+    optional: tuple[OptionalPart, ...]
+    tuned: tuple[TunedStatus, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "versions": self.versions,
+            "hardware": asdict(self.hardware),
+            "backends": [{**asdict(b), "available": b.available} for b in self.backends],
+            "optional": [
+                {"extra": p.extra, "purpose": p.purpose, "missing": list(p.missing()), "install": p.install}
+                for p in self.optional
+            ],
+            "tuned": [asdict(t) for t in self.tuned],
+        }
+
+
+def environment() -> Environment:
+    """Look at this machine; takes no GPU memory beyond what asking a driver takes."""
+    statuses = tuple(_status(name, device) for name in known_backends() for device in devices())
+    tuned_statuses = tuple(_tuned_status(device) for device in devices() if device.type == "cuda")
+    return Environment(versions(), hardware(), statuses, OPTIONAL_PARTS, tuned_statuses)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of this package, Python, torch's toolkit and the packages that matter; None if not there."""
+    found: dict[str, str | None] = {"mxfp4_compile": __version__, "python": platform.python_version()}
+    found |= {name: installed(name) for name in PACKAGES}
+    found["cuda"] = torch.version.cuda
+    found["hip"] = torch.version.hip
+    return found
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, by its metadata, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hardware() -> Hardware:
+    """The machine, as far as this process may use it."""
+    return Hardware(_cpu_name(), _cores(), torch.get_num_threads(), gpus())
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The GPUs that torch can use, in its order."""
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(Gpu(properties.name, f"{properties.major}.{properties.minor}", properties.total_memory))
+    return tuple(found)
+
+
+def devices() -> list[torch.device]:
+    """The CPU, then the GPUs."""
+    return [torch.device("cpu"), *[torch.device("cuda", i) for i in range(len(gpus()))]]
+
+
+def _status(name: str, device: torch.device) -> BackendStatus:
+    found = requirements(name, Request(), Target.of(device))
+    return BackendStatus(name, str(device), found, next((r.install for r in found if not r.met and r.install), ""))
+
+
+def _tuned_status(device: torch.device) -> TunedStatus:
+    host = tuned.host_of(device)
+    path = tuned.path_for(host)
+    if path is None:
+        return TunedStatus(str(device), False, f"switched off by {tuned.ENVIRONMENT_VARIABLE}", "")
+    try:
+        entries = tuned.read(path, host)
+    except tuned.TunedDataError as error:
+        return TunedStatus(str(device), False, f"{path} is ignored: {error}", str(path))
+    if not entries:
+        return TunedStatus(str(device), False, "none; the shipped rules are used (mxfp4-compile tune)", str(path))
+    shapes = ", ".join(dict.fromkeys(f"E,K,H,I={','.join(map(str, e.shape))} {e.dtype}" for e in entries))
+    return TunedStatus(str(device), True, f"in use for {shapes}, from {path}", str(path))
+
+
+def _lack(package: str, least: str) -> str:
+    have = installed(package)
+    if have is None:
+        return package
+    return f"{package}>={least} (found {have})" if _numbers(have) < _numbers(least) else ""
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        info = ""
+    name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    return name.group(1).strip() if name else platform.processor() or platform.machine()
+
+
+__all__ = ["Environment", "Hardware", "devices", "environment", "gpus", "hardware", "versions"]
