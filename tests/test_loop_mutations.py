@@ -12,7 +12,8 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError
-from mxfp4_compile.passes.trace.capture import CallPattern, CaptureError, call_pattern, describe
+from mxfp4_compile.passes.calls import describe
+from mxfp4_compile.passes.trace.capture import CallPattern, CaptureError, call_pattern
 from mxfp4_compile.passes.trace.unroll import capture_loop
 
 

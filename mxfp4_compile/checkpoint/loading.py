@@ -36,9 +36,9 @@ from ..ops.selection import requested_backend
 from ..ops.target import ACTIVATION_DTYPES, Request
 from ..passes.build.experts import MXFP4Experts, projections_of, source_names
 from ..passes.build.prep import ExpertReader
+from ..passes.calls import TensorInfo
 from ..passes.find.discover import experts_implementation
 from ..passes.match.match import NoMatch
-from ..passes.trace.capture import TensorInfo
 from ..pipeline import DEFAULT_CAPTURE_SIZE, put_guard, versions_used
 from ..planning import OptimizeError, Site, left_alone, match_structure, structure_key
 from ..report import Report

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ..ops.target import Request
 from ..passes.build.experts import projections_of, source_names
+from ..passes.calls import Call, TensorInfo
 from ..passes.find.discover import Candidate, DiscoveryError, experts_implementation, find_candidates, forward_runs
 from ..passes.find.discover import record_calls as record_real_calls
-from ..passes.trace.capture import Call, CallPattern, TensorInfo
+from ..passes.trace.capture import CallPattern
 from ..passes.weights import members, stack
 from ..planning import Site, apply_skip, check_matches, check_model, match_all, skip_late, weight_ids
 from ..report import Report

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..passes.calls import TensorInfo
 from ..passes.evaluate import FLOATS, ancestors
 from ..passes.match.forms.grouped_mm import experts_of_offsets
-from ..passes.trace.capture import CallPattern, TensorInfo
+from ..passes.trace.capture import CallPattern
 
 # The token count at which a region is traced: neither 0 nor 1, which tracing specializes.
 _TRACED = 24

@@ -27,6 +27,23 @@ def listed(owner: nn.Module, count: int | None = None) -> list[str]:
     return list(itertools.islice(named, count))
 
 
+def equal_children(module: nn.Module) -> bool:
+    """Whether a list has two or more children with equal parameters, two or more of them matrices."""
+    children = [module.get_submodule(name) for name in listed(module)]
+    if len(children) < 2 or sum(p.dim() == 2 for p in children[0].parameters()) < 2:
+        return False
+    return same_parameters(children)
+
+
+def same_parameters(children: list[nn.Module]) -> bool:
+    """Whether all have parameters of the same names and shapes."""
+
+    def shape(child: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+        return [(n, tuple(p.shape)) for n, p in child.named_parameters()]
+
+    return all(shape(child) == shape(children[0]) for child in children[1:])
+
+
 def is_packed(name: str) -> bool:
     """Whether a name stands for one packed parameter, all of it."""
     return not set("*#@") & set(name)

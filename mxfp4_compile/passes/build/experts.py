@@ -19,7 +19,8 @@ from ...ops.registry import get_backend
 from ...ops.selection import Choice, choose
 from ...ops.target import PLAIN, Request
 from ...spec import MoEParams, MoESpec, Role, SplitSpec, WeightSource
-from ..trace.capture import CallPattern, TensorInfo
+from ..calls import TensorInfo
+from ..trace.capture import CallPattern
 from ..weights import members, sizes, unstack
 
 BLUEPRINT = "_original"

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from ... import mx
 from ...ops import schema
 from ...ops.registry import get_backend
+from ..calls import TensorInfo
 from ..evaluate import random_ids
 from ..match.match import FusedMatch
-from ..trace.capture import TensorInfo
 from ..weights import members, stack
 from .experts import BLUEPRINT, MXFP4Experts
 

@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 
 from ... import mx
 from ...ops import schema
+from ..calls import TensorInfo
 from ..evaluate import random_ids
-from ..trace.capture import TensorInfo
 from ..weights import listed, members
 from .experts import MXFP4Experts
 from .verify import Sums, Verification, VerificationError

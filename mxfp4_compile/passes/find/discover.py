@@ -21,10 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..trace.capture import Call, describe
-from ..weights import listed
+from ..calls import Call, describe
+from ..weights import equal_children, listed
 from .foreign_hooks import on_execution_device, underlying
-from .sightings import Watch, is_plain, same_parameters, subset_of_rows
+from .sightings import Watch, is_plain, subset_of_rows
 
 
 class DiscoveryError(RuntimeError):
@@ -97,14 +97,6 @@ def _list_candidate(
         if owner is not model:
             return Candidate(tuple(names[id(owner)]), owner, "list", listed=module)
     return Candidate(paths, module, "list", listed=module)
-
-
-def equal_children(module: nn.Module) -> bool:
-    """Whether a list has two or more children with equal parameters, two or more of them matrices."""
-    children = [module.get_submodule(name) for name in listed(module)]
-    if len(children) < 2 or sum(p.dim() == 2 for p in children[0].parameters()) < 2:
-        return False
-    return same_parameters(children)
 
 
 # inputs

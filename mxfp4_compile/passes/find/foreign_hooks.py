@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..trace.capture import Call, TensorInfo
+from ..calls import Call, TensorInfo
 
 _HOOKED = ("forward", "_hf_hook", "_old_forward")
 """What ``accelerate.hooks.add_hook_to_module`` sets on a module."""

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from ..trace.capture import Call, describe
-from ..weights import listed
+from ..calls import Call, describe
+from ..weights import listed, same_parameters
 
 _PLAIN = (nn.ModuleList, nn.ModuleDict)
 
@@ -44,15 +44,6 @@ class Sighting:
 def is_plain(module: nn.Module) -> bool:
     """Whether a list has no forward of its own."""
     return isinstance(module, _PLAIN) and type(module).forward in [cls.forward for cls in _PLAIN]
-
-
-def same_parameters(children: list[nn.Module]) -> bool:
-    """Whether all have parameters of the same names and shapes."""
-
-    def shape(child: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-        return [(n, tuple(p.shape)) for n, p in child.named_parameters()]
-
-    return all(shape(child) == shape(children[0]) for child in children[1:])
 
 
 def _lone(module: nn.Module, dims: int) -> nn.Parameter | None:
@@ -428,4 +419,4 @@ def subset_of_rows(owner_inputs: list[Tensor], children: list[Tensor]) -> bool:
     return any(k.shape != found[0].shape or not torch.equal(k, found[0]) for k in found[1:])
 
 
-__all__ = ["Sighting", "Watch", "is_plain", "same_parameters", "subset_of_rows"]
+__all__ = ["Sighting", "Watch", "is_plain", "subset_of_rows"]

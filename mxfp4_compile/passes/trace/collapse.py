@@ -22,8 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..evaluate import ancestors
-from ..find.discover import equal_children
-from ..weights import is_packed, listed, stack
+from ..weights import equal_children, is_packed, listed, stack
 from .capture import Captured, CaptureError
 from .idle import check_idle
 

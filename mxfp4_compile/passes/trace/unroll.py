@@ -24,8 +24,9 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
-from ..find.discover import equal_children
-from .capture import CallPattern, Captured, CaptureError, TensorInfo, free_dims, named_dims
+from ..calls import TensorInfo
+from ..weights import equal_children
+from .capture import CallPattern, Captured, CaptureError, free_dims, named_dims
 from .collapse import collapse, expression
 
 aten = torch.ops.aten
