@@ -67,6 +67,40 @@ class Activation:
             up = up + self.beta
         return out * up
 
+    def gradient(self, gate: Tensor, up: Tensor | None, dh: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of ``gate`` and ``up`` (None if not gated), given ``dh``, that of the result; all of one shape.
+
+        A clamp passes the gradient up to and at its limit, as torch's does.
+        """
+        g = gate.clamp(max=self.gate_limit) if math.isfinite(self.gate_limit) else gate
+        if self.kind == "silu":
+            s = torch.sigmoid(g * self.alpha)
+            f, df = g * s, s * (1 + self.alpha * g * (1 - s))
+        elif self.kind == "gelu":
+            cdf = 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
+            f, df = g * cdf, cdf + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
+        elif self.kind == "gelu_tanh":
+            c, cubic = math.sqrt(2 / math.pi), 0.044715
+            t = torch.tanh(c * (g + cubic * g**3))
+            f, df = 0.5 * g * (1 + t), 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * c * (1 + 3 * cubic * g * g)
+        elif self.kind == "relu":
+            f, df = g.relu(), (g > 0).to(g.dtype)
+        elif self.kind == "relu2":
+            f, df = g.relu().square(), 2 * g.relu()
+        else:
+            raise ValueError(f"unknown activation kind {self.kind!r}; known: {', '.join(ACTIVATION_KINDS)}")
+        if math.isfinite(self.gate_limit):
+            df = df * (gate <= self.gate_limit)
+        if not self.gated:
+            return dh * df, None
+        if up is None:
+            raise ValueError("a gated activation needs both halves of the up-projection")
+        dup = dh * f
+        if math.isfinite(self.up_limit):
+            dup = dup * (up.abs() <= self.up_limit)
+            up = up.clamp(-self.up_limit, self.up_limit)
+        return dh * df * (up + self.beta), dup
+
     def __str__(self) -> str:
         numbers = [
             f"{name}={value:g}"
@@ -123,6 +157,15 @@ class MoEParams:
         else:
             first, second = y[..., 0::2], y[..., 1::2]
         return (first, second) if self.activated_half == 0 else (second, first)
+
+    def join_gate(self, activated: Tensor, other: Tensor | None) -> Tensor:
+        """Inverse of ``split_gate``: two halves [..., I] -> [..., N]."""
+        if other is None:
+            return activated
+        first, second = (activated, other) if self.activated_half == 0 else (other, activated)
+        if self.gate_layout == "halves":
+            return torch.cat((first, second), -1)
+        return torch.stack((first, second), -1).flatten(-2)
 
     def activate(self, y: Tensor) -> Tensor:
         """[..., N] up-projection output -> [..., I], in the dtype of ``y``."""

@@ -279,19 +279,23 @@ def test_opcheck_numerics(rule: str) -> None:
     )
 
 
-def test_backward_raises_by_name() -> None:
-    params = make_params(ACTIVATIONS[0])
-    x, ids, weights, packed, _, _ = make_inputs(params, 4, 2, bias=False)
-    x.requires_grad_()
-    out = schema.moe(x, ids, weights, packed[0], packed[1], None, None, *schema.moe_scalars(params), "cpu", "canonical")
-    with pytest.raises(NotImplementedError, match="mxfp4::moe has no backward"):
-        out.sum().backward()
+def test_backward_of_quantization_raises_by_name() -> None:
+    weight = torch.randn(2, 4, 32, requires_grad=True)
+    packed, scales = schema.quantize(weight, "mse")
+    values = schema.dequantize(packed, scales, 32, torch.float32)
+    assert not values.requires_grad
+    logits = torch.randn(3, 4, requires_grad=True)
+    weights, _ = schema.route(logits, 2, "softmax", "none", 0.0, torch.float32)
+    with pytest.raises(NotImplementedError, match="mxfp4::route has no backward"):
+        weights.sum().backward()
 
 
 def test_tags() -> None:
     for op in (
         schema.moe,
         schema.grouped_linear,
+        schema.moe_backward,
+        schema.grouped_linear_backward,
         schema.quantize,
         schema.dequantize,
         schema.prepare_moe,

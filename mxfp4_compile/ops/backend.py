@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..spec import MoEParams, Role
+from . import gradients
 from .target import Request, Target
 
 
@@ -130,6 +132,54 @@ class Backend(ABC):
 
         Rows at or beyond offsets[-1] belong to no expert and become zero.
         """
+
+    def gradient_dtype(self, dtype: torch.dtype, round_dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which gradients are multiplied, for tokens of ``dtype``."""
+        return round_dtype
+
+    def moe_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        up: Sequence[Tensor],
+        down: Sequence[Tensor],
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        params: MoEParams,
+        layout: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of ``moe`` with respect to x [T,H] and topk_weights [T,K], given that of its result [T,H].
+
+        By default through the canonical weights, dequantized a few experts at a time (``gradients``).
+        """
+        dtype = self.gradient_dtype(x.dtype, params.round_dtype)
+
+        def dense(role: Role, tensors: Sequence[Tensor]) -> gradients.Dense:
+            _, n, k = params.shape(role)
+            recover = partial(self.recover, n=n, k=k, role=role, params=params, layout=layout)
+            return gradients.dense_weights(recover, tensors, k, dtype)
+
+        def plain(role: Role, bias: Tensor | None) -> Tensor | None:
+            if bias is None:
+                return None
+            return self.recover_bias(bias, n=params.shape(role)[1], role=role, params=params, layout=layout)
+
+        return gradients.moe_backward(
+            grad, x, topk_ids, topk_weights, dense("up", up), dense("down", down),
+            plain("up", up_bias), plain("down", down_bias), params, dtype,
+        )  # fmt: skip
+
+    def grouped_linear_backward(
+        self, grad: Tensor, offsets: Tensor, weight: Sequence[Tensor], k: int, dtype: torch.dtype, layout: str
+    ) -> Tensor:
+        """Gradient of the rows of ``grouped_linear``, [S,K] in ``dtype``, given that of its result [S,N]."""
+        products = self.gradient_dtype(dtype, grad.dtype)
+        recover = partial(self.recover, n=grad.shape[1], k=k, role=None, params=None, layout=layout)
+        return gradients.linear_backward(
+            grad, offsets, gradients.dense_weights(recover, weight, k, products), k, dtype, products
+        )
 
 
 def check_parallel(request: Request) -> Requirement:

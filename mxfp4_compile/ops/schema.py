@@ -1,7 +1,8 @@
 """Every op once: signature, fake implementation, tags, and dispatch to the backend named in the call.
 
 Importing this module registers ``torch.ops.mxfp4.*``. Eager calls dispatch to the backend too, since
-``generate`` runs its prefill eagerly. Inference only: a backward raises and names the op.
+``generate`` runs its prefill eagerly. Gradients of ``moe`` and ``grouped_linear`` are ops too (``gradients`` says
+what they compute); the other ops have none, and a backward through them raises and names the op.
 """
 
 from __future__ import annotations
@@ -41,6 +42,16 @@ _LIB.define(
 )
 _LIB.define(
     "grouped_linear(Tensor x, Tensor offsets, Tensor[] weight, int n, ScalarType round_dtype, str backend, "
+    "str layout) -> Tensor",
+    tags=_TAGS,
+)
+_LIB.define(
+    "moe_backward(Tensor grad, Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down, "
+    f"Tensor? up_bias, Tensor? down_bias, {_MOE_SCALARS}, str backend, str layout) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_LIB.define(
+    "grouped_linear_backward(Tensor grad, Tensor offsets, Tensor[] weight, int k, ScalarType dtype, str backend, "
     "str layout) -> Tensor",
     tags=_TAGS,
 )
@@ -204,14 +215,104 @@ def _grouped_linear_fake(
     return x.new_empty((x.shape[0], n), dtype=round_dtype)
 
 
+def _moe_backward(
+    grad: Tensor,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    up: list[Tensor],
+    down: list[Tensor],
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    *scalars, backend, layout = rest
+    params = _params(tuple(scalars))
+    implementation = get_backend(backend)
+    try:
+        return implementation.moe_backward(
+            grad, x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout
+        )
+    except _OWN:
+        raise
+    except Exception as error:
+        raise _failure(backend, layout, "moe_backward", x, error, f"top-k {topk_ids.shape[1]}, {params}") from error
+
+
+def _moe_backward_fake(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weights.new_empty(weights.shape)
+
+
+def _grouped_linear_backward(
+    grad: Tensor, offsets: Tensor, weight: list[Tensor], k: int, dtype: torch.dtype, backend: str, layout: str
+) -> Tensor:
+    implementation = get_backend(backend)
+    try:
+        return implementation.grouped_linear_backward(grad, offsets, weight, k, dtype, layout)
+    except _OWN:
+        raise
+    except Exception as error:
+        raise _failure(backend, layout, "grouped_linear_backward", grad, error, f"K {k}") from error
+
+
+def _grouped_linear_backward_fake(
+    grad: Tensor, offsets: Tensor, weight: list[Tensor], k: int, dtype: torch.dtype, *_: Any
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], k), dtype=dtype)
+
+
+# gradients
+
+
 def _no_backward(name: str) -> Any:
     def backward(ctx: Any, *grads: Any) -> Any:
+        if name.endswith("_backward"):
+            raise NotImplementedError(f"mxfp4::{name} has no gradient of its own: second derivatives are not served.")
         raise NotImplementedError(
-            f"mxfp4::{name} has no backward: MXFP4 experts are for inference only. "
-            "Run under torch.no_grad(), or mxfp4_compile.restore(model) before training."
+            f"mxfp4::{name} has no backward. Run it under torch.no_grad(), or mxfp4_compile.restore(model) before "
+            "training what lies before it."
         )
 
     return backward
+
+
+def _refuse_weight_gradients(name: str, tensors: list[Tensor | None]) -> None:
+    if any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"mxfp4::{name}: a weight or bias of MXFP4 experts requires a gradient; they are frozen. "
+            "Train adapters or other parameters, or mxfp4_compile.restore(model) for full fine-tuning."
+        )
+
+
+def _moe_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ids, weights, up, down, up_bias, down_bias, *rest = inputs
+    _refuse_weight_gradients("moe", [*up, *down, up_bias, down_bias])
+    ctx.rest, ctx.up, ctx.down = tuple(rest), len(up), len(down)
+    ctx.has_up_bias = up_bias is not None
+    ctx.save_for_backward(x, ids, weights, *up, *down, *(b for b in (up_bias, down_bias) if b is not None))
+
+
+def _moe_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, ids, weights, *tensors = ctx.saved_tensors
+    up, down = tensors[: ctx.up], tensors[ctx.up : ctx.up + ctx.down]
+    biases = tensors[ctx.up + ctx.down :]
+    up_bias = biases.pop(0) if ctx.has_up_bias else None
+    down_bias = biases.pop(0) if biases else None
+    dx, dw = moe_backward(grad, x, ids, weights, up, down, up_bias, down_bias, *ctx.rest)
+    return dx, None, dw, [None] * ctx.up, [None] * ctx.down, None, None, *([None] * len(ctx.rest))
+
+
+def _grouped_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offsets, weight, _, _, ctx.backend, ctx.layout = inputs
+    _refuse_weight_gradients("grouped_linear", weight)
+    ctx.k, ctx.dtype = x.shape[1], x.dtype
+    ctx.save_for_backward(offsets, *weight)
+
+
+def _grouped_linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    offsets, *weight = ctx.saved_tensors
+    dx = grouped_linear_backward(grad, offsets, weight, ctx.k, ctx.dtype, ctx.backend, ctx.layout)
+    return dx, None, [None] * len(weight), None, None, None, None
 
 
 for _name, _impl, _fake in (
@@ -221,11 +322,18 @@ for _name, _impl, _fake in (
     ("prepare_linear", _prepare_linear, _prepare_linear),
     ("moe", _moe, _moe_fake),
     ("grouped_linear", _grouped_linear, _grouped_linear_fake),
+    ("moe_backward", _moe_backward, _moe_backward_fake),
+    ("grouped_linear_backward", _grouped_linear_backward, _grouped_linear_backward_fake),
     ("route", _route.route, _route.fake),
 ):
     _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mxfp4::{_name}", _fake, lib=_LIB)
-    torch.library.register_autograd(f"mxfp4::{_name}", _no_backward(_name), lib=_LIB)
+    if _name not in ("moe", "grouped_linear"):
+        torch.library.register_autograd(f"mxfp4::{_name}", _no_backward(_name), lib=_LIB)
+torch.library.register_autograd("mxfp4::moe", _moe_gradients, setup_context=_moe_setup, lib=_LIB)
+torch.library.register_autograd(
+    "mxfp4::grouped_linear", _grouped_linear_gradients, setup_context=_grouped_linear_setup, lib=_LIB
+)
 
 quantize = torch.ops.mxfp4.quantize.default
 dequantize = torch.ops.mxfp4.dequantize.default
@@ -233,4 +341,6 @@ prepare_moe = torch.ops.mxfp4.prepare_moe.default
 prepare_linear = torch.ops.mxfp4.prepare_linear.default
 moe = torch.ops.mxfp4.moe.default
 grouped_linear = torch.ops.mxfp4.grouped_linear.default
+moe_backward = torch.ops.mxfp4.moe_backward.default
+grouped_linear_backward = torch.ops.mxfp4.grouped_linear_backward.default
 route = torch.ops.mxfp4.route.default

@@ -89,6 +89,10 @@ class ReferenceBackend(Backend):
             pairs[rows] = out if params.weight_on_input else out * weight.to(params.accum_dtype)
         return pairs.view(tokens, top_k, params.hidden).sum(1).to(x.dtype)
 
+    def gradient_dtype(self, dtype: torch.dtype, round_dtype: torch.dtype) -> torch.dtype:
+        """Gradients are the specification, too: as wide as the forward's products."""
+        return _wide(dtype)
+
     def grouped_linear(
         self,
         x: Tensor,
