@@ -198,7 +198,7 @@ _HEAD = """# Models
 
 What `mxfp4_compile.optimize` does to the mixture-of-experts families of transformers. Written by
 `python docs/generate_models.py`, which builds each family tiny (hidden size 64, 8 experts, 2 layers, random weights
-in bf16), optimizes and verifies it on the CPU; `pytest -m slow tests/test_models_doc.py` compares.
+in bf16), optimizes and verifies it on the CPU; `pytest -m slow tests/models/test_models_doc.py` compares.
 
 - **sites**: experts modules of the tiny model, of one kind.
 - **outcome**: *fused*: one `mxfp4::moe` call per site; *split*: a `mxfp4::grouped_linear` per projection around a

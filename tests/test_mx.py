@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import mx_oracle as oracle
 import numpy as np
 import pytest
 import torch
@@ -20,20 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mxfp4_compile import mx
-
-
-def _load_oracle() -> ModuleType:
-    # By path, so that it does not matter which directories pytest puts on sys.path.
-    spec = importlib.util.spec_from_file_location("mx_oracle", Path(__file__).with_name("mx_oracle.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = _load_oracle()
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 rules = pytest.mark.parametrize("rule", mx.SCALE_RULES)

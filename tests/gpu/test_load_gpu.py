@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import gc
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # what the CPU tests share
-
 from checkpoints import assert_same, codes, loaded, saved
 
 import mxfp4_compile

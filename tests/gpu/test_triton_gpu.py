@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # what the CPU tests share
-
 from fp8_oracle import as_fp8
 
 from mxfp4_compile.mx import dequantize

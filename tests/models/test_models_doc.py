@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import REPO
 
 pytest.importorskip("transformers")
 
 
 def load() -> Any:
     """docs/generate_models.py, which is no package, under a name that its worker processes find too."""
-    folder = Path(__file__).resolve().parent.parent / "docs"
+    folder = REPO / "docs"
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     spec = importlib.util.find_spec("generate_models")

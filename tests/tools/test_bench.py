@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import REPO
 
 from mxfp4_compile import mx
 from mxfp4_compile.ops.synthetic import LayerShape, parse_shape
@@ -17,7 +18,7 @@ from mxfp4_compile.tools import benchmark
 from mxfp4_compile.tools.benchmark import Layer, Timing, measure, run_bench
 from mxfp4_compile.tools.cli import main
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = REPO / "benchmarks"
 CPU = torch.device("cpu")
 SMALL = LayerShape(6, 2, 64, 48)
 

@@ -10,7 +10,8 @@ import torch
 from signatures.extract import RESULT, K, N, digest, pattern, scale_pattern
 
 import mxfp4_compile  # noqa: F401  (registers the backends)
-from mxfp4_compile.ops import refold, schema
+from mxfp4_compile.ops import permutations as refold
+from mxfp4_compile.ops import schema
 from mxfp4_compile.ops.backends.flashinfer import CUTLASS, TRTLLM
 from mxfp4_compile.ops.backends.triton_kernels import layout as tk
 from mxfp4_compile.ops.backends.triton_kernels.backend import scale_warps

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import REPO
 from toy_backend import ToyBackend
 
 import mxfp4_compile
@@ -29,7 +30,6 @@ from mxfp4_compile.spec import Activation, MoEParams
 from mxfp4_compile.tools import cli
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
-ROOT = Path(__file__).parent.parent
 SILU, GPT_OSS = Activation("silu"), Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
 RELU2 = Activation("relu2", gated=False)
 
@@ -441,7 +441,7 @@ def test_entry_points(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text(
         "[mxfp4_compile.backends]\nexample = mxfp4_example:ExampleBackend\nbad = mxfp4_example:missing\n"
     )
-    (site / "mxfp4_example").symlink_to(ROOT / "tests/example_plugin/mxfp4_example")
+    (site / "mxfp4_example").symlink_to(REPO / "tests/example_plugin/mxfp4_example")
     code = textwrap.dedent("""
         import sys, torch, mxfp4_compile
         assert "mxfp4_example" not in sys.modules
@@ -468,9 +468,9 @@ def test_entry_points(tmp_path: Path) -> None:
         else:
             raise SystemExit("no error")
     """)
-    environment = {"PYTHONPATH": f"{ROOT}:{site}", "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = {"PYTHONPATH": f"{REPO}:{site}", "OMP_NUM_THREADS": "1", "PATH": ""}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    declared = (ROOT / "tests/example_plugin/pyproject.toml").read_text()
+    declared = (REPO / "tests/example_plugin/pyproject.toml").read_text()
     assert 'entry-points."mxfp4_compile.backends"' in declared and "mxfp4_example:ExampleBackend" in declared
 
 
@@ -493,7 +493,7 @@ def test_importing_starts_and_imports_nothing() -> None:
         "heavy = {'triton_kernels', 'humming', 'flashinfer', 'vllm', 'aiter', 'tvm_ffi', 'transformers'}\n"
         "assert not heavy & {n.split('.')[0] for n in sys.modules}\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
 # the particulars of routing stay in the router

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 import torch
+from interpreter import interpret
 
-import mxfp4_compile
 from mxfp4_compile.ops.route import AFTER, BEFORE, reference
 
 SHAPES = [(3, 60, 4), (2, 128, 8), (4, 7, 7), (1, 1, 1)]
@@ -38,16 +32,7 @@ def main() -> None:
 
 
 def test_against_the_reference() -> None:
-    triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
-    version = lambda package: tuple(map(int, package.__version__.split(".")[:2]))
-    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
-        pytest.skip("Triton 3.6's interpreter cannot loop to a run-time bound with numpy 2.4")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = str(Path(mxfp4_compile.__file__).parents[1])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.strip() == "equal"
+    assert interpret(__file__).strip() == "equal"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import REPO
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mxfp4_compile import __version__, mx
@@ -22,8 +23,6 @@ from mxfp4_compile.tools.cli import main
 from mxfp4_compile.tools.environment import OPTIONAL_PARTS, environment
 from mxfp4_compile.tools.explain import explain_model
 from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
-
-REPO = Path(__file__).parents[1]
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

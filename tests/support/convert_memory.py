@@ -1,12 +1,11 @@
 """Convert a synthetic checkpoint and print its bytes, the anonymous memory before, and the peak of it meanwhile.
 
-``convert_memory.py DIR GIBIBYTES``: run by test_convert.py in a process of its own. RssAnon leaves out pages that
-belong to files, which the kernel takes back when it needs them.
+``convert_memory.py DIR GIBIBYTES``: run by checkpoint/test_convert.py in a process of its own. RssAnon leaves out
+pages that belong to files, which the kernel takes back when it needs them.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 import time
@@ -14,18 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from memory import anonymous
 from torch import Tensor
 
 from mxfp4_compile.checkpoint.convert import convert
 from mxfp4_compile.checkpoint.files import Entry, Unit, shards_of, write_index, write_shard
 
 EXPERTS, HIDDEN, INTERMEDIATE = 64, 2048, 768
-
-
-def anonymous() -> int:
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found.group(1)) * 1024
 
 
 def make(directory: Path, gibibytes: int) -> int:

@@ -11,8 +11,7 @@ import threading
 import time
 
 import torch
-from convert_memory import anonymous
-from test_memory import live_bytes
+from memory import anonymous, live_bytes
 
 import mxfp4_compile
 from mxfp4_compile.checkpoint import loading  # noqa: F401  (before the measurement, with transformers)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import codes
+from paths import SUPPORT, TESTS
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,7 +28,7 @@ from mxfp4_compile.tools.compare import compare
 from mxfp4_compile.tools.model_shapes import model_shapes
 
 OWN, CT = "mxfp4_compile", "compressed_tensors"
-CODE = Path(__file__).parent / "remote_code"
+CODE = TESTS / "remote_code"
 TRUST: dict[str, Any] = {"trust_remote_code": True}
 
 
@@ -143,7 +144,7 @@ def test_memory_while_loading(tmp_path: Path) -> None:
     block = 32 * 3 * 512 * 512 * 2
     publish(tmp_path / "model", **sizes, intermediate_size=512)
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "load_memory.py"), str(tmp_path / "model")],
+        [sys.executable, str(SUPPORT / "load_memory.py"), str(tmp_path / "model")],
         capture_output=True,
         text=True,
         # What malloc keeps for later differs between machines: large pieces go back to the kernel when they are freed.

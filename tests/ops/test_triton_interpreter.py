@@ -9,14 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from fp8_oracle import as_fp8
+from interpreter import interpret
 
 import mxfp4_compile
 from mxfp4_compile.spec import Activation, MoEParams
@@ -304,18 +302,7 @@ LINEAR = {
 
 @pytest.fixture(scope="module")
 def results():
-    triton = pytest.importorskip("triton")
-    numpy = pytest.importorskip("numpy")
-    version = lambda package: tuple(map(int, package.__version__.split(".")[:2]))
-    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
-        pytest.skip("Triton 3.6's interpreter cannot loop to a run-time bound with numpy 2.4")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    # The package under test, installed or not.
-    root = str(Path(mxfp4_compile.__file__).parents[1])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(interpret(__file__).splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", cases())

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import assert_same, loaded, saved
+from paths import SUPPORT
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -29,7 +30,6 @@ from mxfp4_compile.checkpoint.convert import convert
 from mxfp4_compile.tools import cli
 
 SHARD = 30_000
-ROOT = Path(__file__).parent
 
 
 def _listing(directory: Path) -> dict[str, bytes]:
@@ -224,7 +224,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of anonymous memory")
 def test_anonymous_memory(tmp_path: Path) -> None:
     # 1 GiB of weights; experts of the size that Qwen3-30B-A3B has. 8 GiB were measured by the same script.
-    command = [sys.executable, str(ROOT / "convert_memory.py"), str(tmp_path), "1"]
+    command = [sys.executable, str(SUPPORT / "convert_memory.py"), str(tmp_path), "1"]
     result = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -18,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import interpret
 
-import mxfp4_compile
 from mxfp4_compile.ops.backends.triton import select, tuned
 from mxfp4_compile.ops.backends.triton.select import choose
 from mxfp4_compile.ops.backends.triton.tiles import Choice, Tiles, check_entry, entry_of, tiles_of
@@ -461,18 +459,8 @@ def test_env_tells_of_tuned_data(path: Path, host: tuned.Host, monkeypatch: pyte
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    triton = pytest.importorskip("triton")
-    numpy = pytest.importorskip("numpy")
-    version = lambda package: tuple(map(int, package.__version__.split(".")[:2]))
-    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
-        pytest.skip("Triton 3.6's interpreter cannot loop to a run-time bound with numpy 2.4")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    root = str(Path(mxfp4_compile.__file__).parents[1])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    printed = interpret(__file__, XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache")))
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return found
 
 

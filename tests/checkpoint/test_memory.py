@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -10,22 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory import live_bytes
+from paths import SUPPORT
 
 import mxfp4_compile
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
-
-ROOT = Path(__file__).parent
-
-
-def live_bytes() -> int:
-    """Bytes of all live tensors, each storage once, on every device (meta holds none)."""
-    gc.collect()
-    storages = {}
-    for obj in gc.get_objects():
-        if isinstance(obj, torch.Tensor) and obj.device.type != "meta" and type(obj).__name__ != "FakeTensor":
-            storage = obj.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "muse_spark"])
@@ -49,7 +37,7 @@ def test_experts_are_gone_after_optimize_and_after_a_forward(family: str) -> Non
 def test_peak_of_a_large_model(kind: str, least: int) -> None:
     # A process of its own: its peak resident memory is the kernel's own count of every byte, not only tensors.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    script = ROOT / "peak_memory.py"
+    script = SUPPORT / "peak_memory.py"
     command = [sys.executable, str(script), kind]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     model, site, peak = (int(n) for n in result.stdout.split()[-3:])
