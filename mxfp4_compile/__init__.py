@@ -16,7 +16,9 @@ from .checkpoint import CheckpointError
 from .checkpoint.registration import register as _register
 from .dynamo.backend import compile_reports, register_where_needed
 from .inspection import inspect
-from .pipeline import OptimizeError, optimize, restore
+from .lifecycle import restore
+from .pipeline import optimize
+from .planning import OptimizeError
 from .report import Report, SiteReport
 from .runtime import capture
 

@@ -1,4 +1,4 @@
-"""optimize() and restore(), readable top to bottom.
+"""optimize(), readable top to bottom.
 
 Order: everything that can fail for reasons of the model (discover, capture, match, plan, the scan for
 NaN and Inf, verification of each distinct structure) is finished for ALL sites before the first weight
@@ -19,10 +19,11 @@ from torch import nn
 
 from . import mx
 from .installing import install_site, progress_bar, silenced_hooks, verify_structures
+from .lifecycle import finish
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.selection import requested_backend
-from .ops.target import ACTIVATION_DTYPES, Request
-from .passes.build.experts import MXFP4Experts, dtype_message, mxfp4_sites
+from .ops.target import DEFAULT_CAPTURE_SIZE, Request, check_request
+from .passes.build.experts import MXFP4Experts, mxfp4_sites
 from .passes.find.discover import experts_implementation, find_candidates
 from .planning import (
     OptimizeError,
@@ -36,12 +37,7 @@ from .planning import (
     skip_late,
     weight_ids,
 )
-from .report import Report
-from .runtime import attach, detach
-
-GUARD = "mxfp4_guard"
-REPORT = "mxfp4_report"
-DEFAULT_CAPTURE_SIZE = 512
+from .report import Report, versions_used
 
 
 def optimize(
@@ -112,18 +108,12 @@ def optimize(
                     waiting[site.candidate.weights] -= 1
                     last = not waiting[site.candidate.weights]
                     report.sites.append(install_site(model, site, scale_rule, verify, advance, prepared, last=last))
-        finally:
-            # Also where memory runs out half-way: what was changed so far is told and guarded.
-            report.seconds = time.perf_counter() - started
+        except BaseException:
+            # Memory that runs out half-way: what was changed so far is told and guarded.
             if report.rewritten:
-                put_guard(model)
-                attach(model, max_capture_size, report)
-                model.mxfp4_report = report  # type: ignore[assignment]
-    model.mxfp4_report = report  # type: ignore[assignment]
-    if report.rewritten:
-        from .dynamo import router_pass as lower  # imports Inductor, which takes seconds: not before it is needed
-
-        lower.install(model)
+                finish(model, report, started)
+            raise
+    finish(model, report, started)
     failures = [s for s in report.sites if s.outcome == "failed"]
     if failures and strict:
         changed = [n for s in report.rewritten for n in s.names]
@@ -142,10 +132,7 @@ def _check_arguments(
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes a torch.nn.Module, got {type(model).__name__}")
     mx.check_scale_rule(scale_rule)
-    if activation_dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"activation_dtype {activation_dtype!r} is not known; known: {', '.join(ACTIVATION_DTYPES)}")
-    if not isinstance(max_capture_size, int) or max_capture_size < 0:
-        raise ValueError(f"max_capture_size must be an int >= 0, got {max_capture_size!r}")
+    check_request(activation_dtype, max_capture_size)
     requested = requested_backend(backend)
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or model._compiled_call_impl is not None:
         raise OptimizeError("this model is compiled already: optimize() it first, then torch.compile it")
@@ -154,90 +141,4 @@ def _check_arguments(
     return requested
 
 
-# life afterwards
-
-
-class DtypeGuard(nn.Module):
-    """First child of a rewritten model: refuses a change of dtype before any other module was cast.
-
-    ``trainable``: names of the parameters that optimize() froze.
-    """
-
-    def __init__(self, dtype: torch.dtype, trainable: tuple[str, ...]) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.trainable = trainable
-
-    def _apply(self, fn: Any, recurse: bool = True) -> DtypeGuard:
-        moved = fn(torch.zeros(1, dtype=self.dtype))
-        if moved.dtype != self.dtype:
-            raise TypeError(dtype_message(self.dtype, moved.dtype))
-        return self
-
-    def forward(self) -> None:
-        raise RuntimeError("the guard is never called")
-
-
-def put_guard(model: nn.Module) -> None:
-    """Freeze a rewritten model and have it refuse a change of dtype."""
-    dtype = next(iter(mxfp4_sites(model).values())).plan.weight_dtype
-    trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    model.requires_grad_(False)
-    children = dict(model._modules)
-    model._modules.clear()
-    model._modules[GUARD] = DtypeGuard(dtype, trainable)
-    model._modules.update(children)
-
-
-def restore(model: nn.Module) -> Any:
-    """Undo optimize(), in place: ordinary experts with dequantized weights, every hook undone; returns the model.
-
-    Weights keep the values MXFP4 gave them (the original ones are gone). Raises OptimizeError if the model
-    is not optimized.
-    """
-    if not mxfp4_sites(model):
-        raise OptimizeError("this model is not optimized: there is nothing to restore")
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if isinstance(child, MXFP4Experts):
-                module._modules[name] = _restored(child)
-    guard = model._modules.pop(GUARD, None)
-    parameters = dict(model.named_parameters())
-    for name in guard.trainable if isinstance(guard, DtypeGuard) else ():
-        if name in parameters:
-            parameters[name].requires_grad_(True)
-    model.__dict__.pop(REPORT, None)
-    quantizer = model.__dict__.get("hf_quantizer")
-    if quantizer is not None:  # the model was loaded with ours
-        quantizer.remove_quantization_config(model)
-    detach(model)
-    from .dynamo import router_pass as lower
-
-    lower.uninstall(model)
-    return model
-
-
-def _restored(site: MXFP4Experts) -> nn.Module:
-    original = site.original
-    if not any(p.device.type == "meta" for p in original.parameters()):
-        return original  # a shared module, restored under its first name
-    values = dict(site.dequantized_biases())
-    for projection in site.projections:
-        values.update(site.dequantized(projection))
-    for name, value in values.items():
-        owner, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(value.clone(), requires_grad=False)
-        original.get_submodule(owner)._parameters[leaf] = parameter
-    return original
-
-
-def versions_used() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    transformers = sys.modules.get("transformers")
-    if transformers is not None:
-        versions["transformers"] = transformers.__version__
-    return versions
-
-
-__all__ = ["OptimizeError", "optimize", "restore"]
+__all__ = ["optimize"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -229,3 +230,14 @@ def _size(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+def versions_used() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    import torch  # a report can be read without it
+
+    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:
+        versions["transformers"] = transformers.__version__
+    return versions

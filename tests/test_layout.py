@@ -23,9 +23,10 @@ FLOORS = {
     "report": 1,
     "passes": 2,
     "runtime": 3,
-    "pipeline": 4,
-    "checkpoint": 5,
-    "tools": 6,
+    "lifecycle": 4,
+    "pipeline": 5,
+    "checkpoint": 6,
+    "tools": 7,
 }
 
 

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from .. import mx
 from ..hf_models import class_of, empty_model, is_auto, read_config
+from ..ops.target import DEFAULT_CAPTURE_SIZE
 from ..passes.build.experts import projections_of
 from ..passes.build.prep import groups_of
-from ..pipeline import DEFAULT_CAPTURE_SIZE, versions_used
 from ..planning import Site, left_alone
-from ..report import Report
+from ..report import Report, versions_used
 from ..spec import MoESpec, SplitSpec
 from .files import (
     DEFAULT_SHARD_BYTES,

@@ -32,17 +32,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import mx
 from ..hf_models import class_of, read_config
 from ..installing import install_site, progress_bar, verify_structures
+from ..lifecycle import finish
 from ..ops.selection import requested_backend
-from ..ops.target import ACTIVATION_DTYPES, Request
+from ..ops.target import DEFAULT_CAPTURE_SIZE, Request, check_request
 from ..passes.build.experts import MXFP4Experts, projections_of, source_names
 from ..passes.build.prep import ExpertReader
 from ..passes.calls import TensorInfo
 from ..passes.find.discover import experts_implementation
 from ..passes.match.match import NoMatch
-from ..pipeline import DEFAULT_CAPTURE_SIZE, put_guard, versions_used
 from ..planning import OptimizeError, Site, left_alone, match_structure, structure_key
-from ..report import Report
-from ..runtime import attach
+from ..report import Report, versions_used
 from .files import CheckpointError, Weights, weight_files
 from .formats import OWN, Scheme, scheme_of
 from .plan import ExpertParameter, expert_parameters, plan_sites, planned, stand_in
@@ -62,8 +61,9 @@ class _Method(str, Enum):
 class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` makes a model's experts MXFP4: the arguments of ``optimize`` that apply while loading.
 
-    backend, scale_rule, skip, strict, verify, activation_dtype, example_inputs, progress: as for ``optimize``.
-    ``checkpoint`` is what a saved checkpoint says about itself. Raises ValueError for a bad scale rule or backend.
+    backend, scale_rule, skip, strict, verify, activation_dtype, max_capture_size, example_inputs, progress: as for
+    ``optimize``. ``checkpoint`` is what a saved checkpoint says about itself. Raises ValueError for values that
+    ``optimize`` refuses.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         strict: bool = True,
         verify: bool = True,
         activation_dtype: str = "bf16",
+        max_capture_size: int = DEFAULT_CAPTURE_SIZE,
         example_inputs: Any = None,
         progress: bool | None = None,
         source: Mapping[str, Any] | None = None,
@@ -81,11 +82,9 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         mx.check_scale_rule(scale_rule)
         requested_backend(backend)
-        if activation_dtype not in ACTIVATION_DTYPES:
-            raise ValueError(
-                f"activation_dtype {activation_dtype!r} is not known; known: {', '.join(ACTIVATION_DTYPES)}"
-            )
+        check_request(activation_dtype, max_capture_size)
         self.activation_dtype = activation_dtype
+        self.max_capture_size = max_capture_size
         self.quant_method = _Method.OWN
         self.backend = backend
         self.scale_rule = scale_rule
@@ -190,7 +189,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         self.report = Report(
             str(config.scale_rule),
             config.activation_dtype,
-            DEFAULT_CAPTURE_SIZE,
+            config.max_capture_size,
             bool(config.verify),
             versions=versions_used(),
         )
@@ -219,7 +218,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
     def terms(self) -> Request:
         """What every site asks of its backend."""
         activations: Any = self.quantization_config.activation_dtype
-        return Request(activation_dtype=activations, max_capture_size=DEFAULT_CAPTURE_SIZE)
+        return Request(activation_dtype=activations, max_capture_size=self.quantization_config.max_capture_size)
 
     def _refuse_names(self, weights: Weights) -> None:
         if not weights.tensors:
@@ -327,19 +326,20 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                     report.sites.append(left_alone(site))
                     continue
                 hooked = _offloaded(site.candidate.module)
-                report.sites.append(
-                    install_site(model, site, config.scale_rule, False, advance, prepared, reader_of(site))
-                )
+                check = config.verify and not hooked
+                done = install_site(model, site, config.scale_rule, check, advance, prepared, reader_of(site))
+                if not done.rewritten:  # there is nothing else that the site could run on
+                    raise OptimizeError(f"{site.name} failed verification: {done.reason}. Nothing was loaded.", report)
+                if config.verify and not check:
+                    where = f"{', '.join(hooked)} is offloaded"
+                    report.notes.append(f"{site.name} was not verified by itself, as {where}; one of its kind was")
+                report.sites.append(done)
                 built = model.get_submodule(site.name)
                 _take_offloaded(built, hooked, self.device_of(site.name))
                 _take_errors(built, site.name, config.checkpoint.get("weight_errors") or {})
                 if self.place_of(site.name) != self.device_of(site.name):
                     offload(built, self.device_of(site.name))
-        report.seconds = time.perf_counter() - self.started
-        if report.rewritten:
-            put_guard(model)
-            attach(model, DEFAULT_CAPTURE_SIZE, report)
-        model.mxfp4_report = report
+        finish(model, report, self.started)
         self.held.clear()
         self.sites.clear()
         self.model = None

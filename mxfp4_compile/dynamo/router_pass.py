@@ -368,7 +368,7 @@ def chained(existing: Any, one: Callable[[fx.Graph], None]) -> Any:
     return one if not before and isinstance(one, CustomGraphPass) else Chain([*before, one])
 
 
-_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_guards: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _installed: tuple[Any, Any] | None = None  # what was configured before, and what we put there
 
 
@@ -378,12 +378,12 @@ def with_lowering(existing: Any) -> Any:
     return existing if any(isinstance(one, LowerPass) for one in among) else chained(existing, LowerPass())
 
 
-def install(model: nn.Module) -> None:
-    """Have later compilations of optimized models run the pass, behind whatever passes are configured."""
+def install(guard: nn.Module) -> None:
+    """Have later compilations run the pass, behind whatever passes are configured; ``guard``: of an optimized model."""
     global _installed
     import torch._inductor.config as config
 
-    _models.add(model)
+    _guards.add(guard)
     before = getattr(config, HOOK)
     ours = with_lowering(before)
     if ours is not before:
@@ -391,13 +391,13 @@ def install(model: nn.Module) -> None:
         _installed = (before, ours)
 
 
-def uninstall(model: nn.Module) -> None:
+def uninstall(guard: nn.Module) -> None:
     """Undo ``install``; the pass goes with the last optimized model, unless others were configured over it."""
     global _installed
     import torch._inductor.config as config
 
-    _models.discard(model)
-    if _models or _installed is None:
+    _guards.discard(guard)
+    if _guards or _installed is None:
         return
     before, ours = _installed
     if getattr(config, HOOK) is ours:

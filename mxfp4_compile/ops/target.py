@@ -15,6 +15,7 @@ import torch
 from ..spec import MoEParams
 
 ActivationDtype = Literal["bf16", "mxfp8", "fp8"]
+DEFAULT_CAPTURE_SIZE = 512
 ACTIVATION_DTYPES: tuple[ActivationDtype, ...] = ("bf16", "mxfp8", "fp8")
 
 # The architectures that selection knows by name; others fall back to the nearest one below.
@@ -90,7 +91,7 @@ class Request:
     shapes: tuple[tuple[int, int, int], ...] = ()
     biases: bool = False
     activation_dtype: ActivationDtype = "bf16"
-    max_capture_size: int = 512
+    max_capture_size: int = DEFAULT_CAPTURE_SIZE
     parallel: Parallel = Parallel()
     named: bool = False
 
@@ -107,3 +108,11 @@ class Request:
 
 # Asks for nothing in particular.
 PLAIN = Request()
+
+
+def check_request(activation_dtype: str, max_capture_size: int) -> None:
+    """ValueError, saying what is possible, if a site cannot be asked for these."""
+    if activation_dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"activation_dtype {activation_dtype!r} is not known; known: {', '.join(ACTIVATION_DTYPES)}")
+    if not isinstance(max_capture_size, int) or max_capture_size < 0:
+        raise ValueError(f"max_capture_size must be an int >= 0, got {max_capture_size!r}")

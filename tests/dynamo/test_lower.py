@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture
-def clean_hook() -> Any:
-    before = getattr(inductor, HOOK)
+def clean_hook(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As if no model had been optimized in this process."""
     torch._dynamo.reset()
-    yield
-    setattr(inductor, HOOK, before)
-    lower._installed = None
-    lower._models.clear()
+    monkeypatch.setattr(lower, "_guards", weakref.WeakSet())
+    monkeypatch.setattr(lower, "_installed", None)
+    with inductor.patch({HOOK: None}):
+        yield
     torch._dynamo.reset()
 
 

@@ -295,6 +295,7 @@ class MXFP4Experts(nn.Module):
             unexpected_keys.remove(key)
         if bad:
             return
+        self.weight_errors = {}  # of the weights that were there
         for projection in self.projections:
             names = projection.source.parameters
             packed = torch.cat([self._restacked(given, n, "_packed", projection.shape[0]) for n in names], dim=1)

@@ -1,0 +1,155 @@
+"""What becomes of a model once its experts are rewritten: how every way of rewriting ends, and the way back.
+
+Contract: ``optimize``, ``load`` and ``from_pretrained`` all end with ``finish``; copies, pickles and
+``load_state_dict`` keep what it left. ``restore`` undoes all of it.
+
+::
+
+    sites installed -> finish: guard (first child) | report | generate | router pass | load_state_dict hook
+                                    restore: all of them gone, ordinary experts again
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .passes.build.experts import MXFP4Experts, dtype_message, mxfp4_sites
+from .planning import OptimizeError
+from .report import Report
+from .runtime import attach, detach
+
+GUARD = "mxfp4_guard"
+REPORT = "mxfp4_report"
+
+
+def finish(model: nn.Module, report: Report, started: float) -> None:
+    """The end of every way of rewriting a model: guard it, give it its report, its ``generate`` and the router pass.
+
+    report: complete but for the time and what ``generate`` adds to it. started: when the work began, by
+    ``time.perf_counter``. A model of which nothing was rewritten gets the report alone.
+    """
+    report.seconds = time.perf_counter() - started
+    model.mxfp4_report = report  # type: ignore[assignment]
+    if not report.rewritten:
+        return
+    put_guard(model)
+    attach(model, report.max_capture_size, report)
+    if weights_loaded not in model._load_state_dict_post_hooks.values():
+        model.register_load_state_dict_post_hook(weights_loaded)
+
+
+def weights_loaded(model: nn.Module, incompatible_keys: Any) -> None:
+    """After ``load_state_dict``: the report says no more of the weights that were replaced than is known."""
+    report = getattr(model, REPORT, None)
+    if not isinstance(report, Report):
+        return
+    unknown = {name for name, site in mxfp4_sites(model).items() if not site.weight_errors}
+    stale = [i for i, s in enumerate(report.sites) if s.weight_error_mean is not None and unknown.intersection(s.names)]
+    for i in stale:
+        report.sites[i] = replace(report.sites[i], weight_error_mean=None, weight_error_max=None)
+    if stale:
+        note = "load_state_dict replaced weights: how far they are from unquantized ones is not known"
+        report.notes += [note] if note not in report.notes else []
+
+
+# the guard
+
+
+class DtypeGuard(nn.Module):
+    """First child of a rewritten model: refuses a change of dtype before any other module was cast.
+
+    ``trainable``: names of the parameters that optimize() froze.
+    """
+
+    def __init__(self, dtype: torch.dtype, trainable: tuple[str, ...]) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.trainable = trainable
+        _install_router_pass(self)
+
+    def __setstate__(self, state: Any) -> None:  # copies and pickles of the model have the pass as well
+        super().__setstate__(state)
+        _install_router_pass(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DtypeGuard:
+        moved = fn(torch.zeros(1, dtype=self.dtype))
+        if moved.dtype != self.dtype:
+            raise TypeError(dtype_message(self.dtype, moved.dtype))
+        return self
+
+    def forward(self) -> None:
+        raise RuntimeError("the guard is never called")
+
+
+def put_guard(model: nn.Module) -> None:
+    """Freeze a rewritten model and have it refuse a change of dtype."""
+    dtype = next(iter(mxfp4_sites(model).values())).plan.weight_dtype
+    trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    model.requires_grad_(False)
+    children = dict(model._modules)
+    model._modules.clear()
+    model._modules[GUARD] = DtypeGuard(dtype, trainable)
+    model._modules.update(children)
+
+
+def _install_router_pass(guard: DtypeGuard) -> None:
+    from .dynamo import router_pass  # imports Inductor, which takes seconds: not before it is needed
+
+    router_pass.install(guard)
+
+
+# the way back
+
+
+def restore(model: nn.Module) -> Any:
+    """Undo optimize(), in place: ordinary experts with dequantized weights, every hook undone; returns the model.
+
+    Weights keep the values MXFP4 gave them (the original ones are gone). Raises OptimizeError if the model
+    is not optimized.
+    """
+    if not mxfp4_sites(model):
+        raise OptimizeError("this model is not optimized: there is nothing to restore")
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, MXFP4Experts):
+                module._modules[name] = _restored(child)
+    guard = model._modules.pop(GUARD, None)
+    if isinstance(guard, DtypeGuard):
+        parameters = dict(model.named_parameters())
+        for name in guard.trainable:
+            if name in parameters:
+                parameters[name].requires_grad_(True)
+        from .dynamo import router_pass
+
+        router_pass.uninstall(guard)
+    model.__dict__.pop(REPORT, None)
+    quantizer = model.__dict__.get("hf_quantizer")
+    if quantizer is not None:  # the model was loaded with ours
+        quantizer.remove_quantization_config(model)
+    detach(model)
+    for key, hook in list(model._load_state_dict_post_hooks.items()):
+        if hook is weights_loaded:
+            del model._load_state_dict_post_hooks[key]
+    return model
+
+
+def _restored(site: MXFP4Experts) -> nn.Module:
+    original = site.original
+    if not any(p.device.type == "meta" for p in original.parameters()):
+        return original  # a shared module, restored under its first name
+    values = dict(site.dequantized_biases())
+    for projection in site.projections:
+        values.update(site.dequantized(projection))
+    for name, value in values.items():
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(value.clone(), requires_grad=False)
+        original.get_submodule(owner)._parameters[leaf] = parameter
+    return original
+
+
+__all__ = ["DtypeGuard", "finish", "restore"]
