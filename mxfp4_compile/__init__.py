@@ -6,21 +6,29 @@
 >>> model = mxfp4_compile.load("model-mxfp4")
 
 or, for a model that stays as it is, ``torch.compile(model, backend="mxfp4_compile")``.
+
+Importing the package imports neither torch nor transformers: a name is imported when it is asked for, and torch and
+transformers learn of the package when they are there (``registration.py``).
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from .checkpoint import CheckpointError
-from .checkpoint.registration import register as _register
-from .dynamo.backend import compile_reports, register_where_needed
-from .inspection import inspect
-from .lifecycle import restore
-from .pipeline import optimize
-from .planning import OptimizeError
-from .report import Report, SiteReport
-from .runtime import capture
+from .registration import register as _register
+
+if TYPE_CHECKING:
+    from .checkpoint import CheckpointError
+    from .checkpoint.loading import Mxfp4CompileConfig, load
+    from .checkpoint.writing import save
+    from .dynamo.backend import compile_reports
+    from .inspection import inspect
+    from .lifecycle import restore
+    from .pipeline import optimize
+    from .planning import OptimizeError
+    from .report import Report, SiteReport
+    from .runtime import capture
 
 __all__ = [
     "CheckpointError",
@@ -38,18 +46,31 @@ __all__ = [
     "save",
 ]
 
-_register()
-register_where_needed()
+# The module of each public name.
+_MODULES = {
+    "CheckpointError": "checkpoint",
+    "Mxfp4CompileConfig": "checkpoint.loading",
+    "OptimizeError": "planning",
+    "Report": "report",
+    "SiteReport": "report",
+    "capture": "runtime",
+    "compile_reports": "dynamo.backend",
+    "inspect": "inspection",
+    "load": "checkpoint.loading",
+    "optimize": "pipeline",
+    "restore": "lifecycle",
+    "save": "checkpoint.writing",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # These need transformers, which is imported when they are asked for.
-    if name in ("Mxfp4CompileConfig", "load"):
-        from .checkpoint import loading
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
-        return getattr(loading, name)
-    if name == "save":
-        from .checkpoint.writing import save
 
-        return save
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_register()

@@ -51,7 +51,7 @@ from .files import (
 )
 from .formats import NOTE, OWN, Scheme, check_format, scheme_of
 from .plan import expert_parameters, plan_sites, planned
-from .registration import require_transformers_5
+from .requirements import require_transformers_5
 from .sources import ExpertSource
 from .writing import (
     ExpertWeight,

@@ -45,7 +45,7 @@ from ..report import Report, versions_used
 from .files import CheckpointError, Weights, weight_files
 from .formats import OWN, Scheme, scheme_of
 from .plan import ExpertParameter, expert_parameters, plan_sites, planned, stand_in
-from .registration import require_transformers_5
+from .requirements import require_transformers_5
 from .sources import ExpertSource, Names
 
 _PLACEHOLDER = "mxfp4_bytes"

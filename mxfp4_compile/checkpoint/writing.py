@@ -45,7 +45,7 @@ from .formats import (
     gpt_oss_config,
     own_config,
 )
-from .registration import require_transformers_5
+from .requirements import require_transformers_5
 
 # Some experts of one parameter in canonical form: slice -> (packed [e, n, ceil(k/2)], scales [e, n, ceil(k/32)]).
 Codes = Callable[[slice], tuple[Tensor, Tensor]]

@@ -13,8 +13,6 @@ They are made again, into the same memory, when a weight was changed in place (i
 from __future__ import annotations
 
 import gc
-import importlib.metadata
-import sys
 import time
 import warnings
 import weakref
@@ -426,24 +424,4 @@ def _compile_inner(
     return lookup_backend(inner)(gm, inputs)
 
 
-def register() -> None:
-    """Make the backend known by name where the package is not installed with its entry point."""
-    from torch._dynamo.backends import registry
-
-    if NAME not in registry._COMPILER_FNS:
-        registry.register_backend(compiler_fn=mxfp4_backend, name=NAME)
-
-
-def register_where_needed() -> None:
-    """``register``, unless the entry point of an installed package does it without importing Dynamo now."""
-    if "torch._dynamo.backends.registry" not in sys.modules:
-        try:
-            found = importlib.metadata.distribution(NAME).entry_points
-        except importlib.metadata.PackageNotFoundError:
-            found = ()  # type: ignore[assignment]
-        if any(e.group == "torch_dynamo_backends" and e.name == NAME for e in found):
-            return
-    register()
-
-
-__all__ = ["CompileOptions", "WeightStore", "compile_reports", "mxfp4_backend", "register", "register_where_needed"]
+__all__ = ["CompileOptions", "WeightStore", "compile_reports", "mxfp4_backend"]

@@ -1,4 +1,4 @@
-"""The demo, as data: the model that ships with the package, before and after MXFP4. ``cli.py`` prints it.
+"""The demo, as data: the model that ships with the package, before and after MXFP4. ``commands/demo.py`` prints it.
 
 The model is a byte-level Qwen3-MoE trained on Shakespeare (``examples/tiny_moe``): its tokens are the bytes
 of the text, so that no tokenizer is needed. Works offline.
@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from .. import mx
-from ..checkpoint.registration import require_transformers_5
+from ..checkpoint.requirements import require_transformers_5
 from ..pipeline import optimize
 from ..report import Report
+from .choices import DEMO_MAX_TOKENS, DEMO_TOKENS
 from .environment import Hardware, hardware, versions
 
 MODEL_DIRECTORY = Path(__file__).parents[1] / "demo_model"
 TEXT_FILE = "heldout.txt"
 PROMPT = "TIMON:\n"
-DEFAULT_TOKENS = 240
-MAX_TOKENS = 960  # with the prompt, within the context the model was trained on
 
 WINDOW = 256  # bytes per window, each read without what precedes it
 BATCH = 8  # windows per forward
@@ -112,7 +111,7 @@ class DemoResult:
 
 
 def run_demo(
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = DEMO_TOKENS,
     directory: Path = MODEL_DIRECTORY,
     progress: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
@@ -120,8 +119,8 @@ def run_demo(
 
     Raises FileNotFoundError if the model is not there, ValueError if ``tokens`` is not in 1..960.
     """
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"tokens must be between 1 and {MAX_TOKENS}, got {tokens}")
+    if not 1 <= tokens <= DEMO_MAX_TOKENS:
+        raise ValueError(f"tokens must be between 1 and {DEMO_MAX_TOKENS}, got {tokens}")
     with one_thread():
         return _measure(tokens, directory, progress)
 

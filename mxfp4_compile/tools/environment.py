@@ -1,6 +1,6 @@
 """What this machine has: versions, devices, backends, and what each optional part would need.
 
-Data only; ``cli.py`` prints it. Nothing optional is imported: versions come from the packages' metadata.
+Data only; ``commands/env.py`` prints it. Nothing optional is imported: versions come from the packages' metadata.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The matrix of backends: for each site and architecture what each backend would need, and what would be chosen.
 
 Works for an architecture that is not there: only packages are looked for on this machine. Data only;
-``cli.py`` prints it.
+``commands/backends.py`` prints it.
 """
 
 from __future__ import annotations

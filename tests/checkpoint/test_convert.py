@@ -27,7 +27,7 @@ import mxfp4_compile
 from mxfp4_compile import CheckpointError
 from mxfp4_compile.checkpoint import files
 from mxfp4_compile.checkpoint.convert import convert
-from mxfp4_compile.tools import cli
+from mxfp4_compile.tools import main as cli
 
 SHARD = 30_000
 

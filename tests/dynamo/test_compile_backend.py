@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import mxfp4_compile
-from mxfp4_compile.dynamo import backend as compile_backend
 from mxfp4_compile.dynamo.backend import _store, compile_reports
 from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
 
@@ -235,16 +232,3 @@ def test_options_and_names() -> None:
         _out(_compiled(model, inner="mxfp4_compile"), tiny_inputs(model))
 
 
-def test_an_installed_package_registers_without_dynamo() -> None:
-    code = (
-        "import importlib.metadata as m, sys, types\n"
-        "e = m.EntryPoint('mxfp4_compile', 'mxfp4_compile.dynamo.backend:mxfp4_backend', 'torch_dynamo_backends')\n"
-        "real = m.distribution\n"
-        "ours = types.SimpleNamespace(entry_points=[e])\n"
-        "m.distribution = lambda name: ours if name == 'mxfp4_compile' else real(name)\n"
-        "import mxfp4_compile\n"
-        "assert 'torch._dynamo' not in sys.modules\n"
-        "assert e.load() is sys.modules['mxfp4_compile.dynamo.backend'].mxfp4_backend\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert compile_backend.NAME == "mxfp4_compile"

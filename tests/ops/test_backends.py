@@ -27,7 +27,7 @@ from mxfp4_compile.ops.target import ARCHITECTURES, Parallel, Request, Target
 from mxfp4_compile.passes.build.experts import mxfp4_sites
 from mxfp4_compile.planning import OptimizeError
 from mxfp4_compile.spec import Activation, MoEParams
-from mxfp4_compile.tools import cli
+from mxfp4_compile.tools import main as cli
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 SILU, GPT_OSS = Activation("silu"), Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)

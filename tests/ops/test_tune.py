@@ -22,7 +22,7 @@ from mxfp4_compile.ops.backends.triton import select, tuned
 from mxfp4_compile.ops.backends.triton.select import choose
 from mxfp4_compile.ops.backends.triton.tiles import Choice, Tiles, check_entry, entry_of, tiles_of
 from mxfp4_compile.ops.synthetic import LayerShape
-from mxfp4_compile.tools.cli import main as cli
+from mxfp4_compile.tools.main import main as cli
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16

@@ -16,7 +16,7 @@ from mxfp4_compile.ops.synthetic import LayerShape, parse_shape
 from mxfp4_compile.timing import median_wall_us
 from mxfp4_compile.tools import benchmark
 from mxfp4_compile.tools.benchmark import Layer, Timing, measure, run_bench
-from mxfp4_compile.tools.cli import main
+from mxfp4_compile.tools.main import main
 
 BENCHMARKS = REPO / "benchmarks"
 CPU = torch.device("cpu")

@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mxfp4_compile import __version__, mx
 from mxfp4_compile.ops.registry import known_backends
 from mxfp4_compile.tools import demo
-from mxfp4_compile.tools.cli import main
 from mxfp4_compile.tools.environment import OPTIONAL_PARTS, environment
 from mxfp4_compile.tools.explain import explain_model
 from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
+from mxfp4_compile.tools.main import main
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

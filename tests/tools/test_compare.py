@@ -12,7 +12,7 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import mx
-from mxfp4_compile.tools import cli
+from mxfp4_compile.tools import main as cli
 from mxfp4_compile.tools.compare import Comparison, SiteError, compare, plot, suggest_skip
 
 DEMO = Path(mxfp4_compile.__file__).parent / "demo_model"

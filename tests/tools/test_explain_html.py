@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mxfp4_compile.tools.cli import main
 from mxfp4_compile.tools.explain import Measured, explain_model
 from mxfp4_compile.tools.explain_html import page
 from mxfp4_compile.tools.families import tiny_model
+from mxfp4_compile.tools.main import main
 
 _VOID = {"meta", "br", "hr", "link", "img"}
 

@@ -1,0 +1,67 @@
+"""``mxfp4-compile optimize``: convert a checkpoint file by file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from ..choices import DEFAULT_SCALE_RULE, FORMATS, SCALE_RULES
+from .models import directory
+from .output import print_json
+
+if TYPE_CHECKING:
+    from ...checkpoint.convert import Converted
+    from .output import Commands
+
+
+def add_parser(commands: Commands, common: argparse.ArgumentParser, trust: argparse.ArgumentParser) -> None:
+    optimize = commands.add_parser(
+        "optimize",
+        parents=[common, trust],
+        help="convert a checkpoint to MXFP4 experts, file by file; the same command resumes an interrupted one",
+    )
+    optimize.add_argument("model", metavar="MODEL", help="a directory or a hub id (bf16, fp16, fp32, or MXFP4)")
+    optimize.add_argument("--out", required=True, metavar="DIR", help="made as DIR.partial and renamed when complete")
+    optimize.add_argument("--format", default=FORMATS[0], choices=FORMATS, help="default: %(default)s")
+    optimize.add_argument("--scale-rule", default=DEFAULT_SCALE_RULE, choices=SCALE_RULES, help="default: %(default)s")
+    optimize.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="modules to leave alone")
+    optimize.add_argument("--no-strict", action="store_true", help="leave what has no match as it is")
+    optimize.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s")
+    optimize.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    source = directory(args.model)
+    from ...checkpoint.convert import conversion_bar, convert
+    from ...checkpoint.writing import parse_size
+    from ..demo import quiet
+
+    limit = parse_size(args.max_shard_size)
+    with quiet(), conversion_bar(sys.stderr.isatty() and not args.json) as progress:
+        done = convert(
+            source,
+            args.out,
+            format=args.format,
+            scale_rule=args.scale_rule,
+            skip=args.skip,
+            strict=not args.no_strict,
+            max_shard_bytes=limit,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress,
+        )
+    if args.json:
+        print_json(done.to_dict())
+    else:
+        print(text(done))
+    return 0
+
+
+def text(done: Converted) -> str:
+    resumed = f", {done.resumed} of them from before" if done.resumed else ""
+    head = (
+        f"{done.directory}: {done.bytes_before / 1e9:.2f} GB -> {done.bytes_after / 1e9:.2f} GB in {done.files} files"
+        f"{resumed}, {done.seconds:.0f} s"
+    )
+    left = [f"- {site.names[0]}: {site.outcome}, stays as it was: {site.reason}" for site in done.report.sites]
+    return "\n".join([head, *left, *[f"note: {note}" for note in done.report.notes]])

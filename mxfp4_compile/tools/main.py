@@ -1,0 +1,66 @@
+"""The command line: ``mxfp4-compile demo | explain | optimize | compare | backends | bench | tune | env``.
+
+Exit codes: 0 done; 1 failed, with one line on stderr (``--traceback`` shows where); 2 wrong usage.
+Each command is a file of ``commands/``; torch and transformers are imported when one runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from .commands import backends, bench, compare, demo, env, explain, optimize, tune
+from .commands.output import PROGRAM
+
+# In the order in which ``--help`` lists them.
+COMMANDS = (demo, explain, optimize, compare, tune, backends, bench, env)
+INSTALL_HF = 'pip install "mxfp4_compile[hf]"'
+_PACKAGE = __name__.partition(".")[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; wrong usage raises SystemExit(2), as argparse does."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # whatever failed: one line, unless more was asked for
+        if args.traceback:
+            raise
+        print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets ``run``."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="MXFP4 experts for Hugging Face mixture-of-experts models."
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    common.add_argument("--traceback", action="store_true", help="on a failure, show where it happened")
+    trust = argparse.ArgumentParser(add_help=False)
+    trust.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with MODEL")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands, common, trust)
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name in ("transformers", "safetensors"):
+        return f"this needs {error.name}, which is not installed: {INSTALL_HF}"
+    text = " ".join(str(error).split())
+    # Errors of ours are sentences; for others the class says what kind of failure it was.
+    ours = type(error).__module__.startswith(f"{_PACKAGE}.") or isinstance(error, (OSError, ValueError))
+    return text if ours and text else f"{type(error).__name__}: {text}"
