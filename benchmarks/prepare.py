@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mxfp4_compile import mx
 from mxfp4_compile.ops.registry import get_backend
 from mxfp4_compile.ops.synthetic import LayerShape, parse_shape
-from mxfp4_compile.passes.build.experts import Projection
 from mxfp4_compile.passes.build.prep import prep_program, run_prep
+from mxfp4_compile.passes.weights import Projection
 from mxfp4_compile.spec import WeightSource
 
 

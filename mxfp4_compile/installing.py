@@ -16,16 +16,17 @@ from torch import nn
 
 from .ops.backend import BackendError
 from .ops.selection import BackendUnavailable, choose
-from .passes.build.experts import MXFP4Experts, SitePlan, projections_of, release, source_names
+from .passes.build.module import MXFP4Experts
 from .passes.build.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
 from .passes.build.rewrite import RewriteError, rewrite
+from .passes.build.state import SitePlan, release
 from .passes.build.verify import Verification, VerificationError, check_weights, reported, verify
 from .passes.build.verify_block import is_loop, routes_itself, verify_loop
 from .passes.find.discover import experts_implementation
 from .passes.find.foreign_hooks import carry_hooks, unhooked
 from .passes.match.match import FusedMatch
 from .passes.observe import observe
-from .passes.weights import Stack, stack
+from .passes.weights import Stack, projections_of, source_names, stack
 from .planning import OptimizeError, Site, Structure
 from .report import SiteReport
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .passes.build.experts import MXFP4Experts, dtype_message, mxfp4_sites
+from .passes.build.module import MXFP4Experts, dtype_message, mxfp4_sites
 from .planning import OptimizeError
 from .report import Report
 from .runtime import attach, detach

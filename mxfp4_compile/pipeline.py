@@ -23,7 +23,7 @@ from .lifecycle import finish
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.selection import requested_backend
 from .ops.target import DEFAULT_CAPTURE_SIZE, Request, check_request
-from .passes.build.experts import MXFP4Experts, mxfp4_sites
+from .passes.build.module import MXFP4Experts, mxfp4_sites
 from .passes.find.discover import experts_implementation, find_candidates
 from .planning import (
     OptimizeError,

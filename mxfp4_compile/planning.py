@@ -16,7 +16,6 @@ from torch import nn
 
 from .ops.selection import Choice, choose
 from .ops.target import PLAIN, Request
-from .passes.build.experts import projections_of, source_names
 from .passes.build.rewrite import RewriteError, retained_names
 from .passes.find.discover import Candidate, record_calls
 from .passes.find.foreign_hooks import adapter_on, offload_hook, unhooked
@@ -26,7 +25,7 @@ from .passes.match.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.trace.capture import CallPattern, Captured, CaptureError, call_pattern, capture
 from .passes.trace.collapse import collapse
 from .passes.trace.unroll import holds_list, trace
-from .passes.weights import members, stack
+from .passes.weights import members, projections_of, source_names, stack
 from .report import Report, SiteReport
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -14,7 +14,7 @@ from toy_backend import register
 import mxfp4_compile
 from mxfp4_compile.ops import schema
 from mxfp4_compile.ops.selection import Choice
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError, installing, planning
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.passes.build.verify import VerificationError
 from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
 from mxfp4_compile.passes.match.match import FusedMatch, match

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from .. import mx
 from ..hf_models import class_of, empty_model, is_auto, read_config
 from ..ops.target import DEFAULT_CAPTURE_SIZE
-from ..passes.build.experts import projections_of
 from ..passes.build.prep import groups_of
+from ..passes.weights import projections_of
 from ..planning import Site, left_alone
 from ..report import Report, versions_used
 from ..spec import MoESpec, SplitSpec

@@ -35,11 +35,12 @@ from ..installing import install_site, progress_bar, verify_structures
 from ..lifecycle import finish
 from ..ops.selection import requested_backend
 from ..ops.target import DEFAULT_CAPTURE_SIZE, Request, check_request
-from ..passes.build.experts import MXFP4Experts, projections_of, source_names
+from ..passes.build.module import MXFP4Experts
 from ..passes.build.prep import ExpertReader
 from ..passes.calls import TensorInfo
 from ..passes.find.discover import experts_implementation
 from ..passes.match.match import NoMatch
+from ..passes.weights import projections_of, source_names
 from ..planning import OptimizeError, Site, left_alone, match_structure, structure_key
 from ..report import Report, versions_used
 from .files import CheckpointError, Weights, weight_files

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.target import Request
-from ..passes.build.experts import projections_of, source_names
 from ..passes.calls import Call, TensorInfo
 from ..passes.find.discover import Candidate, DiscoveryError, experts_implementation, find_candidates, forward_runs
 from ..passes.find.discover import record_calls as record_real_calls
 from ..passes.trace.capture import CallPattern
-from ..passes.weights import members, stack
+from ..passes.weights import members, projections_of, source_names, stack
 from ..planning import Site, apply_skip, check_matches, check_model, match_all, skip_late, weight_ids
 from ..report import Report
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import mx
-from ..passes.build.experts import projections_of
+from ..passes.weights import projections_of
 from ..planning import Site
 from .files import CheckpointError, Weights
 from .formats import GPT_OSS, Scheme

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import mx
-from ..passes.build.experts import MXFP4Experts, mxfp4_sites
+from ..passes.build.module import MXFP4Experts, mxfp4_sites
 from ..passes.build.prep import groups_of
 from ..passes.weights import members
 from ..spec import MoESpec, SplitSpec

@@ -27,13 +27,13 @@ from .. import mx
 from ..installing import build_site, trial_of_backends
 from ..ops.backend import BackendError
 from ..ops.selection import BackendUnavailable, requested_backend
-from ..passes.build.experts import projections_of, source_names
 from ..passes.build.prep import prep_program, prepare_bias, run_prep
 from ..passes.build.rewrite import RewriteError, rewrite
 from ..passes.build.verify import Verification, VerificationError, check_weights, reported
 from ..passes.find.discover import Candidate
 from ..passes.match.match import FusedMatch, NoMatch
 from ..passes.observe import observe
+from ..passes.weights import projections_of, source_names
 from ..planning import OptimizeError, Site, Structure, match_structure
 from ..report import Report, SiteReport
 from .regions import Region, RegionError, cuts, find_sites, source_path, splice

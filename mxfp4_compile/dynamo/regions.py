@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..passes.calls import TensorInfo
-from ..passes.evaluate import FLOATS, ancestors
+from ..passes.graph import CALLED_IN_PLACE, CALLED_LAYOUT, CALLED_SIZED, FLOATS, ancestors, descendants
 from ..passes.match.forms.grouped_mm import experts_of_offsets
 from ..passes.trace.capture import CallPattern
 
@@ -33,9 +33,6 @@ from ..passes.trace.capture import CallPattern
 _TRACED = 24
 # With one expert per token: the steps after the products that may be the region's last.
 _CUTS = 8
-_LAYOUT = frozenset("transpose permute to contiguous unsqueeze squeeze swapaxes type mT clone bfloat16".split())
-_SIZED = frozenset("view reshape expand arange empty zeros ones full new_empty new_zeros new_ones new_full".split())
-_IN_PLACE = frozenset(("setitem", "iadd", "imul", "isub", "itruediv"))
 
 
 class RegionError(RuntimeError):
@@ -199,7 +196,7 @@ def _trace(node: Any, parameters: Mapping[fx.Node, Tensor]) -> tuple[fx.Node | N
             if not isinstance(index, fx.Node) or ids is not None:
                 return None, None
             ids = index
-        elif name not in _LAYOUT:
+        elif name not in CALLED_LAYOUT:
             return None, None
         node = node.args[0]
     return None, None
@@ -238,22 +235,10 @@ def _floating(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.dtype in FLOATS
 
 
-def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """All nodes that depend on ``nodes``, themselves included."""
-    seen: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.users)
-    return seen
-
-
 def mutated(node: fx.Node) -> fx.Node | None:
     """The tensor an in-place op writes to."""
     name = op_of(node)
-    writes = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+    writes = (name.endswith("_") and not name.endswith("__")) or name in CALLED_IN_PLACE
     target = node.kwargs.get("out") or (node.args[0] if writes and node.args else None)
     return target if isinstance(target, fx.Node) else None
 
@@ -427,7 +412,7 @@ class _Cut:
         """The arguments of a node with numbers that are T or T * K in the place of a leading size made so."""
         args: tuple[Any, ...] = node.args
         name = op_of(node)
-        if not isinstance(self.tokens, int) or name not in _SIZED:
+        if not isinstance(self.tokens, int) or name not in CALLED_SIZED:
             return args, node.kwargs
         new = not (node.op == "call_method" or name in ("view", "reshape", "expand"))
         at = 0 if new else 1

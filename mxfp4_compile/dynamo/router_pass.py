@@ -30,17 +30,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..ops import route as route_op
 from ..ops import schema
-from ..passes import evaluate
-from ..passes.evaluate import ancestors, is_float
-from ..passes.match import rules
-from ..passes.match.rules import op_name
+from ..passes import graph as graphs
+from ..passes.graph import ROUTING, ancestors, is_float, op_name
 from ..passes.observe import observe
 
 HOOK = "post_grad_custom_pre_pass"
-_ALLOWED = frozenset(
-    "_softmax softmax amax sub exp sum div convert_element_type _to_copy sigmoid neg add mul reciprocal clone alias "
-    "detach max".split()
-)
 _CANDIDATES = 8
 _PROBE_TOKENS = (1, 7, 33)
 _PROBE_STEPS = (1.0, 0.125, 2.0**-10)
@@ -119,7 +113,7 @@ class LowerPass(CustomGraphPass):
 def _source_hash() -> str:
     digest = hashlib.sha256()
     here = Path(__file__)
-    for path in (here, Path(evaluate.__file__), Path(rules.__file__), Path(route_op.__file__)):
+    for path in (here, Path(graphs.__file__), Path(route_op.__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
 
@@ -161,7 +155,7 @@ def _clean(region: set[fx.Node]) -> bool:
     """Only a router's ops, none of which holds a size of the graph."""
     return all(
         n.op == "call_function"
-        and op_name(n) in _ALLOWED
+        and op_name(n) in ROUTING
         and not getattr(getattr(n.target, "_schema", None), "is_mutable", False)
         and all(isinstance(a.meta.get("val"), Tensor) for a in n.all_input_nodes)
         for n in region
@@ -181,12 +175,12 @@ def _starts(scores: fx.Node, experts: int) -> Iterator[fx.Node]:
 def _near(node: fx.Node) -> set[fx.Node]:
     """What leads to ``node`` through a router's ops, and the first nodes that are something else."""
     seen: set[fx.Node] = set()
-    stack = list(node.all_input_nodes) if op_name(node) in _ALLOWED else []
+    stack = list(node.all_input_nodes) if op_name(node) in ROUTING else []
     while stack:
         part = stack.pop()
         if part not in seen:
             seen.add(part)
-            if part.op == "call_function" and op_name(part) in _ALLOWED:
+            if part.op == "call_function" and op_name(part) in ROUTING:
                 stack.extend(part.all_input_nodes)
     return seen
 
@@ -202,7 +196,7 @@ def _ends(values: fx.Node, k: int) -> Iterator[fx.Node]:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if user not in below and user.op == "call_function" and op_name(user) in _ALLOWED:
+            if user not in below and user.op == "call_function" and op_name(user) in ROUTING:
                 below[user] = None
                 stack.append(user)
     for node in sorted(below, key=lambda n: -_position(n)):

@@ -14,69 +14,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
-FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+from .graph import FLOATS, ancestors
+
+_CPU = torch.device("cpu")
 
 
 class EvaluationError(RuntimeError):
     """A region that cannot be run on probes, with the reason."""
-
-
-def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """All nodes that ``nodes`` depend on, themselves included, not going past ``stop`` (not included)."""
-    blocked = set(stop)
-    seen: set[fx.Node] = set()
-    stack = [n for n in nodes if n not in blocked]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        stack.extend(n for n in node.all_input_nodes if n not in blocked)
-    return seen
-
-
-def concrete(value: Any, sizes: Mapping[Any, int]) -> int:
-    """A dimension of a traced shape with its symbols replaced by ``sizes`` (sympy symbol -> int)."""
-    if isinstance(value, int):
-        return value
-    expr = value.node.expr
-    return int(expr.subs({symbol: sizes[symbol] for symbol in expr.free_symbols}))
-
-
-def shape_of(node: fx.Node, sizes: Mapping[Any, int]) -> tuple[int, ...]:
-    """The shape of a traced tensor node at ``sizes``."""
-    return tuple(concrete(d, sizes) for d in node.meta["val"].shape)
-
-
-def graph_symbols(graph: fx.Graph) -> list[Any]:
-    """The free symbols in the shapes of the graph's placeholders, in order of appearance."""
-    symbols: dict[Any, None] = {}
-    for node in graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        if isinstance(value, torch.Tensor):
-            for dim in value.shape:
-                symbols.update(dict.fromkeys(sorted(free_symbols(dim), key=str)))
-        elif isinstance(value, torch.SymInt):
-            symbols.update(dict.fromkeys(sorted(free_symbols(value), key=str)))
-    return list(symbols)
-
-
-def is_float(node: fx.Node) -> bool:
-    """Whether the node's value is a floating-point tensor."""
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def is_integer(node: fx.Node) -> bool:
-    """Whether the node's value is an integer tensor."""
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype in (torch.int32, torch.int64)
-
-
-_CPU = torch.device("cpu")
 
 
 def random_ids(shape: Sequence[int], experts: int, generator: torch.Generator) -> torch.Tensor:

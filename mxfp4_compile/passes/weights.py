@@ -10,11 +10,13 @@ that experts which lie apart never exist as a second copy.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from ..spec import MoESpec, Role, SplitSpec, WeightSource
 
 
 def listed(owner: nn.Module, count: int | None = None) -> list[str]:
@@ -130,3 +132,33 @@ def unstack(module: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
     if "*" in name.split("."):
         return dict(zip(members(module, name, len(value)), value, strict=True))
     return {name: value}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One packed weight of a site: where it comes from and the shape [E, N, K] it has in canonical form."""
+
+    slot: str
+    source: WeightSource
+    shape: tuple[int, int, int]
+    role: Role | None
+
+    def rows(self, original: nn.Module) -> list[int]:
+        """N of each source parameter, in order."""
+        dim = 1 if self.source.transposed else 0
+        return [sizes(original, name)[dim] for name in self.source.parameters]
+
+
+def projections_of(spec: MoESpec | SplitSpec) -> tuple[Projection, ...]:
+    """The projections of a spec, in the order in which the rewritten graph takes them."""
+    if isinstance(spec, MoESpec):
+        return (
+            Projection("up", spec.up, spec.params.shape("up"), "up"),
+            Projection("down", spec.down, spec.params.shape("down"), "down"),
+        )
+    return tuple(Projection(f"linear{i}", s.source, s.shape, None) for i, s in enumerate(spec.linears))
+
+
+def source_names(projections: Sequence[Projection]) -> tuple[str, ...]:
+    """Names of all parameters that prepared weights and biases stand for, without repeats."""
+    return tuple(dict.fromkeys(n for p in projections for n in (*p.source.parameters, *p.source.bias)))

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.build.experts import mxfp4_sites
+from ..passes.build.module import mxfp4_sites
 from ..report import CaptureReport, PrefillReport, Report, RuntimeReport
 from .graphs import Recorder, brief, recorder_for
 from .sizes import MIN_LENGTH, capture_sizes, length_for, prompt_length_for, prompt_lengths, size_for

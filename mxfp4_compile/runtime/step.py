@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.build.experts import mxfp4_sites
+from ..passes.build.module import mxfp4_sites
 from . import attention
 from .cache import CACHE, Arena, LayerShape, StaticKV, StaticLayerView
 from .graphs import Recorder

@@ -25,9 +25,9 @@ from .. import mx
 from ..checkpoint.formats import OWN
 from ..hf_models import load_plain, read_config
 from ..ops.target import DEFAULT_CAPTURE_SIZE
-from ..passes.build.experts import mxfp4_sites, projections_of
+from ..passes.build.module import mxfp4_sites
 from ..passes.find.discover import experts_implementation, find_candidates
-from ..passes.weights import members, stack, unstack
+from ..passes.weights import members, projections_of, stack, unstack
 from ..pipeline import optimize
 from ..planning import Site, check_matches, match_all
 from ..report import Report

@@ -14,13 +14,12 @@ from ..inspection import readable
 from ..ops.registry import known_backends
 from ..ops.selection import requested_backend, requirements
 from ..ops.target import Target
-from ..passes.build.experts import Projection, projections_of
 from ..passes.build.prep import prep_program
 from ..passes.build.rewrite import RewriteError, rewrite
 from ..passes.build.verify import VerificationError
 from ..passes.find.discover import experts_implementation, find_candidates
 from ..passes.match.match import FusedMatch
-from ..passes.weights import stack
+from ..passes.weights import Projection, projections_of, stack
 from ..planning import Site, Structure
 from ..report import Report
 from ..spec import MoESpec, SplitSpec

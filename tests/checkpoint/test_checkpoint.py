@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import mxfp4_compile
 from mxfp4_compile import CheckpointError, Mxfp4CompileConfig, mx
 from mxfp4_compile.checkpoint import files
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.planning import OptimizeError
 from mxfp4_compile.tools.families import decorated_families, tiny_model
 

@@ -18,7 +18,7 @@ from mxfp4_compile.ops import schema
 from mxfp4_compile.ops.registry import get_backend
 from mxfp4_compile.ops.selection import choose, requirements
 from mxfp4_compile.ops.target import Request, Target
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.spec import Activation, MoEParams
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 

@@ -12,7 +12,7 @@ from checkpoints import assert_same, codes, loaded, saved
 
 import mxfp4_compile
 from mxfp4_compile import Mxfp4CompileConfig
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

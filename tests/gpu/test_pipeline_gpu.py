@@ -9,7 +9,7 @@ import torch
 
 import mxfp4_compile
 from mxfp4_compile.ops.selection import BackendUnavailable
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 pytestmark = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mxfp4_compile
-from mxfp4_compile.passes.build.experts import MXFP4Experts, mxfp4_sites
+from mxfp4_compile.passes.build.module import MXFP4Experts, mxfp4_sites
 from mxfp4_compile.passes.build.rewrite import count_ops
 from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
 from mxfp4_compile.passes.match.match import FusedMatch, match

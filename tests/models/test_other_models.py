@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import mxfp4_compile  # noqa: E402
 from mxfp4_compile import OptimizeError  # noqa: E402
-from mxfp4_compile.passes.build.experts import mxfp4_sites  # noqa: E402
+from mxfp4_compile.passes.build.module import mxfp4_sites  # noqa: E402
 from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model  # noqa: E402
 
 

@@ -22,7 +22,7 @@ import mxfp4_compile
 from mxfp4_compile import CheckpointError, mx
 from mxfp4_compile.checkpoint.convert import convert
 from mxfp4_compile.hf_models import class_of
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.tools.compare import compare
 from mxfp4_compile.tools.main import main
 from mxfp4_compile.tools.model_shapes import model_shapes

@@ -24,7 +24,7 @@ from mxfp4_compile.ops.backends.triton_kernels import api as tk
 from mxfp4_compile.ops.registry import get_backend, known_backends
 from mxfp4_compile.ops.selection import ORDER, BackendUnavailable, choose, order_of, requirements
 from mxfp4_compile.ops.target import ARCHITECTURES, Parallel, Request, Target
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.planning import OptimizeError
 from mxfp4_compile.spec import Activation, MoEParams
 from mxfp4_compile.tools import main as cli
@@ -548,7 +548,7 @@ def test_score_correction_changes_the_choice_of_experts() -> None:
 
 def test_split_sites_that_move_keep_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site around a middle of its own never lands at a backend for whole layers."""
-    from mxfp4_compile.passes.build import experts
+    from mxfp4_compile.passes.build import module
 
     model = tiny_model("qwen3_moe", dtype=torch.bfloat16)
     for layer in model.model.layers:
@@ -560,7 +560,7 @@ def test_split_sites_that_move_keep_what_they_are(monkeypatch: pytest.MonkeyPatc
         asked.append((params, request.shapes, request.max_capture_size))
         raise BackendUnavailable("enough seen")
 
-    monkeypatch.setattr(experts, "choose", spy)
+    monkeypatch.setattr(module, "choose", spy)
     site = next(iter(mxfp4_sites(model).values()))
     with pytest.raises(BackendUnavailable, match="enough seen"):
         # Another device than the weights', without there being one.

@@ -18,8 +18,7 @@ from ... import mx
 from ...ops import schema
 from ...ops.registry import get_backend
 from ...spec import MoEParams
-from ..weights import stack
-from .experts import Projection
+from ..weights import Projection, stack
 
 # Experts are prepared in groups of at most this many bytes of source weights, or a sixteenth of the projection
 # where that is more: large groups keep a GPU busy, small ones keep the peak of small models near nothing.

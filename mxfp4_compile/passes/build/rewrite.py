@@ -22,7 +22,7 @@ from ...spec import MoESpec
 from ..match.match import FusedMatch, SplitMatch
 from ..trace.capture import Captured
 from ..trace.collapse import rows_of_expert
-from .experts import projections_of
+from ..weights import projections_of
 
 aten = torch.ops.aten
 

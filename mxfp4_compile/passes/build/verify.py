@@ -30,7 +30,8 @@ from ..calls import TensorInfo
 from ..evaluate import random_ids
 from ..match.match import FusedMatch
 from ..weights import members, stack
-from .experts import BLUEPRINT, MXFP4Experts
+from .module import MXFP4Experts
+from .state import BLUEPRINT
 
 # The rewritten module's error over the original's, both against fp32. Kernels round less often than the
 # original, so 1 is typical; a wrong rewrite is off by orders of magnitude.

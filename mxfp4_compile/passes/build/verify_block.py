@@ -25,7 +25,7 @@ from ...ops import schema
 from ..calls import TensorInfo
 from ..evaluate import random_ids
 from ..weights import listed, members
-from .experts import MXFP4Experts
+from .module import MXFP4Experts
 from .verify import Sums, Verification, VerificationError
 
 

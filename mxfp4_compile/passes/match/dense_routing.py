@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..graph import CASTS, COPIES, FILLED, RESHAPES, op_name
 from ..trace.capture import Captured
 from ..trace.collapse import expert_products, expert_products_transposed
 from .forms.anchor import trace_weight
-from .rules import op_name
 
 aten = torch.ops.aten
-_VIEWS = frozenset("view reshape _unsafe_view unsqueeze clone alias detach contiguous".split())
-_CASTS = frozenset("_to_copy to type_as convert_element_type".split())
-_FILLED = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
+# The last dimension is whole, and the numbers are those of a place or the background, after these.
+_VIEWS = RESHAPES | COPIES
+_CASTS = CASTS | {"type_as"}
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _scattered(node: fx.Node, value: Tensor) -> _Places | None:
 def _fill(node: fx.Node) -> float | None:
     """The number a new tensor is filled with."""
     name = op_name(node)
-    if name in _FILLED:
-        return _FILLED[name]
+    if name in FILLED:
+        return FILLED[name]
     if name in ("full", "full_like", "new_full"):
         number = node.args[2 if name == "new_full" else 1]
         return float(number) if isinstance(number, (int, float)) else None

@@ -29,22 +29,30 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from ...spec import LinearSpec, MoEParams, MoESpec, SplitSpec, WeightSource
-from ..evaluate import (
+from ..evaluate import EvaluationError, Evaluator, random_ids
+from ..graph import (
+    ADDS,
+    BRANCHES,
+    CASTS,
+    COUNTING,
     FLOATS,
-    EvaluationError,
-    Evaluator,
+    SELECTS,
+    SHAPING,
     ancestors,
     concrete,
+    descendants,
     graph_symbols,
     is_float,
     is_integer,
-    random_ids,
+    op_name,
+    read_by,
+    reads_no_values,
     shape_of,
 )
 from ..trace.capture import Captured
 from .activation import recognize
 from .forms import ExpertGemm, find_gemms
-from .rules import SHAPING, check_structure, op_name, reads_no_values
+from .rules import check_structure
 
 # A few tokens, one, and so many on the same experts that counts leave a byte; a fourth probe hits every expert.
 _PROBE_TOKENS = (5, 1)
@@ -53,14 +61,6 @@ _MIN_PROBES = 4096
 # Magnitudes of values and of weights tried together: what acts on small or on large values only shows.
 _SCALES = ((1.0, 1.0), (1e-3, 1e3), (1e4, 1e-2), (1e9, 1e5))
 _TOLERANCE = 1e-9
-# Ops that branch. In a middle they make up activations, and the probes there are dense; a head or tail of a
-# mixture of experts has no use for them.
-_BRANCHES = frozenset(
-    "where clamp clamp_min clamp_max clip minimum maximum fmin fmax masked_fill masked_scatter ge gt le lt eq ne "
-    "sign sgn heaviside nan_to_num isnan isinf isfinite logical_and logical_or logical_not threshold relu hardtanh "
-    "floor ceil round trunc bitwise_and bitwise_or sym_max sym_min sym_ite".split()
-)
-_SELECTING = frozenset("where masked_fill clamp clamp_min clamp_max clip minimum maximum".split())
 _NARROW_INTEGERS = (torch.int8, torch.uint8, torch.int16)
 
 
@@ -421,10 +421,10 @@ class _Fused:
         cuts = {self.x, self.ids, w}
         if ancestors(cuts) & gemms:
             raise _Refused("the tokens, ids or routing weights depend on the experts' products")
-        selectors = _read_by([g.selector for g in (*self.ups, self.down)], stop=[self.ids])
-        head = _read_by([g.rows for g in self.ups], stop=[self.ids, self.x, *([w] if on_input else [])])
-        middle = _read_by([self.down.rows], stop=[self.ids, *(g.node for g in self.ups)])
-        tail = _read_by([output], stop=[self.ids, w, self.down.node])
+        selectors = read_by([g.selector for g in (*self.ups, self.down)], stop=[self.ids])
+        head = read_by([g.rows for g in self.ups], stop=[self.ids, self.x, *([w] if on_input else [])])
+        middle = read_by([self.down.rows], stop=[self.ids, *(g.node for g in self.ups)])
+        tail = read_by([output], stop=[self.ids, w, self.down.node])
         if tail & gemms:
             raise _Refused("the output depends on the up-projection beside the down-projection")
         for what, region in (
@@ -459,11 +459,11 @@ class _Fused:
         for node in region - cuts:
             # Ids that are none of these experts.
             masked |= op_name(node) == "one_hot" and node.meta["val"].shape[-1] > self.experts
-            if op_name(node) in _BRANCHES:
+            if op_name(node) in BRANCHES:
                 if node in counted or not self._chooses_by_id(node, cuts, counted):
                     raise _Refused(f"{node.name} ({node.target}) branches outside the activation")
                 # Comparing ids alone (one_hot, counting) provides for no others than the experts'.
-                masked |= op_name(node) in _SELECTING
+                masked |= op_name(node) in SELECTS
         return masked
 
     def _chooses_by_id(self, node: fx.Node, cuts: set[fx.Node], counted: set[fx.Node]) -> bool:
@@ -478,7 +478,7 @@ class _Fused:
             if part in counted or (isinstance(value, Tensor) and value.is_floating_point()):
                 return False
             numbers = [n for n in part.args if isinstance(n, (int, float)) and not isinstance(n, bool)]
-            if op_name(part) in _BRANCHES and any(not -1 <= n <= self.experts for n in numbers):
+            if op_name(part) in BRANCHES and any(not -1 <= n <= self.experts for n in numbers):
                 return False
         return True
 
@@ -673,7 +673,7 @@ class _Fused:
     # 4. tail
 
     def _find_tail(self, w: fx.Node | None, on_input: bool) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]:
-        downstream = _descendants(self.down.node)
+        downstream = descendants([self.down.node]) - {self.down.node}
         outputs = [
             n
             for n in sorted(filter(is_float, downstream), key=lambda n: (n.meta["val"].dim(), self.order[n]))
@@ -727,9 +727,9 @@ class _Fused:
             if node in seen or not isinstance(value, Tensor) or node.op == "output":
                 continue
             seen.add(node)
-            if op_name(node) in _CASTS and value.dtype == x_dtype:
+            if op_name(node) in CASTS and value.dtype == x_dtype:
                 continue
-            if op_name(node) not in _ADDING or value.dtype != torch.float32:
+            if op_name(node) not in ADDS or value.dtype != torch.float32:
                 return False
             waiting.extend(node.users)
         return True
@@ -871,7 +871,7 @@ class _Fused:
         """
         if self.captured.sentinels < 1 or w.meta["val"].shape != self.ids.meta["val"].shape:
             return
-        later = _descendants(output)
+        later = descendants([output]) - {output}
         sums = [n for n in later if n is not output and is_float(n) and n.meta["val"].shape == output.meta["val"].shape]
         for final in sorted(sums, key=lambda n: -self.order[n]):
             if _covers(final, output, later) and self._hands_on(output, w, final):
@@ -905,7 +905,7 @@ class _Fused:
     def _hands_on(self, output: fx.Node, w: fx.Node, final: fx.Node) -> bool:
         """Whether ``final`` is ``output`` + x * (the weights of ids from E on), for all ids and token counts."""
         cuts = (self.x, self.ids, w, output)
-        region = _read_by([final], stop=cuts)
+        region = read_by([final], stop=cuts)
         try:
             self._branches_by_id(region, set(cuts))
         except _Refused:
@@ -998,21 +998,9 @@ def _close(a: Tensor, b: Tensor, scale: float = 1.0) -> bool:
     return bool(((a - b).abs() <= _TOLERANCE * (scale + torch.maximum(a.abs(), b.abs()))).all())
 
 
-_CASTS = frozenset("_to_copy to convert_element_type".split())
-_ADDING = _CASTS | frozenset("add index_add view reshape _unsafe_view unsqueeze squeeze clone alias detach".split())
-_COUNTING = frozenset("sum cumsum histc bincount scatter_add index_add index_put scatter_reduce count_nonzero".split())
-
-
 def _counts(region: set[fx.Node]) -> set[fx.Node]:
     """The nodes of a region that depend on a count made in it."""
-    found: set[fx.Node] = set()
-    stack = [n for n in region if op_name(n) in _COUNTING and not is_float(n)]
-    while stack:
-        node = stack.pop()
-        if node in region and node not in found:
-            found.add(node)
-            stack.extend(node.users)
-    return found
+    return descendants((n for n in region if op_name(n) in COUNTING and not is_float(n)), region)
 
 
 def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
@@ -1043,31 +1031,6 @@ def _adders(node: fx.Node) -> list[fx.Node]:
         else:
             stack.extend(user.users)
     return found
-
-
-def _descendants(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = list(node.users)
-    while stack:
-        user = stack.pop()
-        if user not in seen:
-            seen.add(user)
-            stack.extend(user.users)
-    return seen
-
-
-def _read_by(nodes: Sequence[fx.Node], stop: Sequence[fx.Node | None]) -> set[fx.Node]:
-    """As ``ancestors``, but not past what reads only the sizes of its operands."""
-    blocked = set(stop)
-    seen: set[fx.Node] = set()
-    stack = [n for n in nodes if n not in blocked]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            skipped = {node.args[0]} if reads_no_values(node) else set()
-            stack.extend(n for n in node.all_input_nodes if n not in blocked and n not in skipped)
-    return seen
 
 
 def _covers(output: fx.Node, down: fx.Node, downstream: set[fx.Node]) -> bool:

@@ -22,70 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..graph import ARITHMETIC, BY_ROW, COMPARES, COUNTS, CUTS, FRESH, LINEAR, PICKS, SIZES, op_name, reads_no_values
 from ..trace.capture import Captured
 
-_LAYOUT = frozenset(
-    "view reshape _unsafe_view flatten unsqueeze squeeze expand clone alias detach contiguous _to_copy to "
-    "convert_element_type permute transpose t movedim lift_fresh_copy repeat repeat_interleave getitem".split()
-)
-_CREATE = frozenset(
-    "zeros zeros_like new_zeros empty empty_like new_empty ones ones_like new_ones full full_like new_full "
-    "scalar_tensor arange".split()
-)
-# Ops whose numbers are sizes, dimensions and numbers of experts.
-SHAPING = _LAYOUT | frozenset(
-    "slice narrow select split split_with_sizes chunk unbind cat stack index index_select rows_of_expert".split()
-)
-_SIZES = frozenset("sym_size sym_numel sym_stride".split())
-_COMPARE = frozenset("ge gt le lt eq ne isin maximum minimum clamp clamp_min clamp_max sym_max sym_min sym_ite".split())
-_ARITHMETIC = frozenset(
-    "add sub rsub mul div floor_divide floordiv truediv remainder fmod mod pow neg bitwise_and bitwise_or "
-    "bitwise_xor __rshift__ __lshift__ rshift lshift".split()
-)
-_COUNT = frozenset(
-    "sum cumsum histc bincount searchsorted bucketize nonzero nonzero_numpy count_nonzero argsort argmax argmin amax "
-    "amin".split()
-)
-_LINEAR = (
-    _LAYOUT
-    | _CREATE
-    | frozenset(
-        "index index_select gather embedding index_put _unsafe_index_put index_add index_copy scatter scatter_add "
-        "split split_with_sizes chunk unbind cat stack slice narrow select roll flip add sub rsub mul div neg sum mean "
-        "mm bmm matmul addmm baddbmm mv dot einsum linear where masked_fill rows_of_expert".split()
-    )
-)
-# Of ids, row by row.
-_BY_ROW = (
-    _LAYOUT
-    | _CREATE
-    | _COMPARE
-    | _ARITHMETIC
-    | frozenset(
-        "index index_select gather embedding sort logical_not logical_and logical_or bitwise_not one_hot".split()
-    )
-)
-# New tensors of given sizes.
-_FRESH = frozenset("zeros empty ones zeros_like empty_like ones_like new_zeros new_empty new_ones arange".split())
 _POSITION, _ID = "position", "id"
-_VALUELESS = _SIZES | frozenset(
-    "new_zeros new_empty new_ones new_full zeros_like empty_like ones_like full_like".split()
-)
 _WHOLE = 1 << 31
-
-
-def op_name(node: fx.Node) -> str:
-    """ "where" of aten.where.self, "ge" of operator.ge."""
-    name = str(node.target)
-    if name.startswith(("aten.", "prims.")):
-        bare = name.split(".")[1]
-        return bare if bare.startswith("__") else bare.rstrip("_")
-    return str(getattr(node.target, "__name__", ""))
-
-
-def reads_no_values(node: fx.Node) -> bool:
-    """Sizes, and new tensors of the same shape."""
-    return op_name(node) in _VALUELESS
 
 
 def check_structure(
@@ -131,7 +72,7 @@ class _Check:
                 reason = self._placeholder(node)
             else:
                 self.taint[node] = self._taint(node)
-                if any(n in self.live for n in node.all_input_nodes) and op_name(node) not in _SIZES:
+                if any(n in self.live for n in node.all_input_nodes) and op_name(node) not in SIZES:
                     self.live.add(node)
                 reason = self._node(node)
             if reason is not None:
@@ -148,7 +89,7 @@ class _Check:
 
     def _taint(self, node: fx.Node) -> set[str]:
         name = op_name(node)
-        if name in _SIZES or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+        if name in SIZES or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             return {_POSITION}
         if name == "getitem":
             source = node.args[0]
@@ -161,7 +102,7 @@ class _Check:
         found: set[str] = set()
         for operand in self._data(node):
             found |= self.taint.get(operand, set())
-        if name in _COUNT and found and not _is_float(node):
+        if name in COUNTS and found and not _is_float(node):
             found = {_POSITION}
         if name in ("histc", "bincount") and found:
             found = {_POSITION}
@@ -170,13 +111,13 @@ class _Check:
     def _data(self, node: fx.Node) -> list[fx.Node]:
         """The operands whose values a node hands on or computes with (not those that only index or shape)."""
         name, args = op_name(node), node.args
-        if name in _FRESH:
+        if name in FRESH:
             return []
         if name in ("view", "reshape", "_unsafe_view", "expand", "repeat", "slice", "narrow", "repeat_interleave"):
             return _nodes(args[:1])
         if name in ("full", "new_full", "full_like"):
             return _nodes(args[-1:])
-        if name in ("index", "index_select", "gather", "embedding"):
+        if name in PICKS:
             source = args[0]
             assert isinstance(source, fx.Node)
             indices = [n for n in node.all_input_nodes if n is not source]
@@ -193,23 +134,23 @@ class _Check:
         name, value = op_name(node), node.meta.get("val")
         data = self._data(node)
         positions = [n for n in data if _POSITION in self.taint.get(n, ())]
-        if positions and name in _COMPARE | {"where", "masked_fill"}:
+        if positions and name in COMPARES | {"where", "masked_fill"}:
             return f"{node.name} compares positions or counts of rows"
-        if name in _ARITHMETIC and (positions or _POSITION in self.taint[node]):
+        if name in ARITHMETIC and (positions or _POSITION in self.taint[node]):
             allowed = {-1, 0, 1, self.top_k}
             numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float))]
             if name.endswith(("shift", "shift__")):
                 numbers = [2**n for n in numbers if isinstance(n, int)]
             if any(n not in allowed for n in numbers) and not self._is_size(value):
                 return f"{node.name} computes positions with {numbers[0]}"
-        if name in ("slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind"):
+        if name in CUTS:
             reason = self._cut(node, name)
             if reason is not None:
                 return reason
         if _is_float(node):
             if positions and node not in self.choice:
                 return f"{node.name} computes with positions or counts of rows"
-            if node in self.rows | self.tail and node not in self.choice and name not in _LINEAR:
+            if node in self.rows | self.tail and node not in self.choice and name not in LINEAR:
                 return f"{node.name} ({node.target}) is no linear op"
         elif isinstance(value, Tensor):
             for n in node.all_input_nodes:
@@ -239,7 +180,7 @@ class _Check:
             if part in seen or part is self.ids or part not in self.region or _is_float(part):
                 continue
             seen.add(part)
-            if part.op == "call_function" and op_name(part) not in _BY_ROW and _ID in self.taint.get(part, ()):
+            if part.op == "call_function" and op_name(part) not in BY_ROW and _ID in self.taint.get(part, ()):
                 return f"{part.name} ({part.target}) makes a number of several ids"
             stack.extend(part.all_input_nodes)
         return None

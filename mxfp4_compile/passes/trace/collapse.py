@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ..evaluate import ancestors
+from ..graph import ancestors
 from ..weights import equal_children, is_packed, listed, stack
 from .capture import Captured, CaptureError
 from .idle import check_idle

@@ -27,33 +27,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from ..match.rules import op_name
+from ..graph import FILL_SIZES, HANDS_ON, PLACES, SIZED, WRITES, op_name
 from .capture import CaptureError
-
-# Writes rows into its first operand: name -> positions of the indices and of the values among its arguments.
-_WRITES = {
-    "index_add": (2, 3),
-    "index_copy": (2, 3),
-    "index_put": (1, 2),
-    "_unsafe_index_put": (1, 2),
-    "scatter": (2, 3),
-    "scatter_add": (2, 3),
-    "scatter_reduce": (2, 3),
-    "masked_scatter": (1, 2),
-}
-# Hands on the sum as it is.
-_SAME = frozenset(
-    "view reshape _unsafe_view flatten unsqueeze squeeze clone alias detach contiguous _to_copy to "
-    "convert_element_type permute transpose t expand lift_fresh_copy getitem stack".split()
-)
-# Integers among the arguments of these are sizes and dimensions, but for what is filled in.
-_SIZED = _SAME | frozenset(
-    "zeros empty ones full new_zeros new_empty new_ones new_full repeat split_with_sizes cat repeat_interleave".split()
-)
-# Fills: name -> position of the size among its arguments.
-_FILLS = {"full": 0, "new_full": 1}
-# Reads or writes at places: name -> position of the places among its arguments.
-_PLACES = {"index_select": 2, "index": 1, **{name: at[0] for name, at in _WRITES.items() if name.startswith("index")}}
 
 
 def check_idle(graph: fx.Graph, experts: Mapping[Any, int], share: Callable[[fx.Node], int | None]) -> None:
@@ -158,9 +133,9 @@ class _Idle:
 
     def _of_count(self, node: fx.Node, name: str, count: fx.Node, wanted: frozenset[Any]) -> frozenset[Any]:
         """A count as an operand of a tensor op: as a size or a begin it says nothing beyond the result's size."""
-        exempt = name in _SIZED
-        if name in _FILLS:
-            rest = [a for i, a in enumerate(node.args) if i != _FILLS[name]]
+        exempt = name in SIZED
+        if name in FILL_SIZES:
+            rest = [a for i, a in enumerate(node.args) if i != FILL_SIZES[name]]
             exempt = count not in pytree.tree_leaves((rest, node.kwargs))
         elif name in ("slice", "narrow"):
             exempt = count not in node.args[4:] and self._own_rows(node) and self._begin(count)
@@ -192,12 +167,12 @@ class _Idle:
         """Whether ``node`` takes in the rows of an operand such that nothing is left of none."""
         if name == "cat":
             return self._idle(operand, symbol)
-        if name not in _WRITES or operand is node.args[0]:
+        if name not in WRITES or operand is node.args[0]:
             return False
         return any(self._idle(n, symbol) for n in self._of_write(node, name))
 
     def _of_write(self, node: fx.Node, name: str) -> list[fx.Node]:
-        places = [node.args[i] for i in _WRITES[name] if i < len(node.args)]
+        places = [node.args[i] for i in WRITES[name] if i < len(node.args)]
         return [n for n in pytree.tree_leaves(places) if isinstance(n, fx.Node)]
 
     def _output(self, node: fx.Node) -> None:
@@ -229,7 +204,7 @@ class _Idle:
         if not written or written >= everyone or any(self._idle(node, s) for s in self.depends[node]):
             return
         name = op_name(node)
-        if name in _SAME | _WRITES.keys() or name == "cat" or not any(isinstance(v, Tensor) for v in _values(node)):
+        if name in HANDS_ON | WRITES.keys() or name == "cat" or not any(isinstance(v, Tensor) for v in _values(node)):
             return
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         if name == "add" and len(node.all_input_nodes) == 2 and not node.kwargs:
@@ -255,7 +230,7 @@ def _only_places(node: fx.Node) -> bool:
     """Whether a tensor is used as places to read or write at, and not otherwise."""
 
     def place(user: fx.Node) -> bool:
-        at = _PLACES.get(op_name(user), len(user.args))
+        at = PLACES.get(op_name(user), len(user.args))
         rest = [a for i, a in enumerate(user.args) if i != at]
         return node not in pytree.tree_leaves((rest, user.kwargs))
 

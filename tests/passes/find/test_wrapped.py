@@ -15,7 +15,7 @@ from loop_models import Model, RemoteMoE
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.passes.find.foreign_hooks import unhooked
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 

@@ -30,7 +30,7 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError, planning
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.passes.build.rewrite import count_ops
 from mxfp4_compile.passes.calls import describe
 from mxfp4_compile.passes.match.match import FusedMatch, match

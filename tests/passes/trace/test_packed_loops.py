@@ -9,7 +9,7 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import OptimizeError
-from mxfp4_compile.passes.build.experts import mxfp4_sites
+from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.passes.build.rewrite import count_ops
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 

@@ -1,54 +1,34 @@
-"""The module that takes an experts module's place: prepared weights, the rewritten graph, and the way back.
+"""A site's weights: prepared tensors as buffers, and the canonical form that is recovered from them, bit for bit.
 
-Weights exist in one form, the prepared one, as buffers. The canonical form is recovered from it, bit for
-bit, where it is needed: ``state_dict``, another device, ``restore``.
+::
+
+    prepared tensors of one backend  --canonical-->  packed [E, N, K/2], scales [E, N, K/32]  --dequantized-->  bf16
+          ^                                                    |
+          +---- _load_from_state_dict, prepare_for ------------+---- _save_to_state_dict
+
+Contract: weights exist in one form, the prepared one; every other form is made when it is asked for and not kept.
+``state_dict`` is canonical MXFP4 whatever the backend, under the names of the original parameters with ``_packed`` and
+``_scales``; loading raises nothing and writes nothing unless every tensor of the site is there in its shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ... import mx
-from ...ops.backend import BackendError
 from ...ops.registry import get_backend
-from ...ops.selection import Choice, choose
+from ...ops.selection import Choice
 from ...ops.target import PLAIN, Request
-from ...spec import MoEParams, MoESpec, Role, SplitSpec, WeightSource
-from ..calls import TensorInfo
+from ...spec import MoEParams, MoESpec, SplitSpec
 from ..trace.capture import CallPattern
-from ..weights import members, sizes, unstack
+from ..weights import Projection, members, projections_of, sizes, unstack
 
 BLUEPRINT = "_original"
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One packed weight of a site: where it comes from and the shape [E, N, K] it has in canonical form."""
-
-    slot: str
-    source: WeightSource
-    shape: tuple[int, int, int]
-    role: Role | None
-
-    def rows(self, original: nn.Module) -> list[int]:
-        """N of each source parameter, in order."""
-        dim = 1 if self.source.transposed else 0
-        return [sizes(original, name)[dim] for name in self.source.parameters]
-
-
-def projections_of(spec: MoESpec | SplitSpec) -> tuple[Projection, ...]:
-    """The projections of a spec, in the order in which the rewritten graph takes them."""
-    if isinstance(spec, MoESpec):
-        return (
-            Projection("up", spec.up, spec.params.shape("up"), "up"),
-            Projection("down", spec.down, spec.params.shape("down"), "down"),
-        )
-    return tuple(Projection(f"linear{i}", s.source, s.shape, None) for i, s in enumerate(spec.linears))
 
 
 @dataclass(frozen=True)
@@ -71,105 +51,40 @@ class SitePlan:
         return self.spec.params if isinstance(self.spec, MoESpec) else None
 
 
-class MXFP4Experts(nn.Module):
-    """Experts in MXFP4, called exactly as the module they replace.
+class PreparedWeights(nn.Module):
+    """The weights of a site in the layout of its backend, as buffers ``SLOT_0``, ``SLOT_1``, ... and ``SLOT_bias``."""
 
-    Raises TypeError when called in another way than the one captured, or with other dtypes: both are
-    part of the rewritten graph.
-    """
-
-    rewritten: fx.GraphModule
+    plan: SitePlan
+    backend: str
+    layout: str
     weight_errors: dict[str, dict[str, float]]
     """Source parameter -> relative squared error of its experts' quantization, "mean" and "max"; empty if unknown."""
 
-    def __init__(
-        self,
-        plan: SitePlan,
-        graph: fx.GraphModule,
-        original: nn.Module,
-        weights: dict[str, list[Tensor]],
-        biases: dict[str, Tensor],
-    ) -> None:
-        super().__init__()
-        self.plan = plan
-        self.backend = plan.backend
-        self.layout = plan.layout
-        self.weight_errors = {}
-        self.__dict__[BLUEPRINT] = original  # not a child: its parameters are released
-        self.training = False
-        _copy_plain_attributes(original, self)
-        released = {m for n in source_names(self.projections) for m in members(original, n)}
-        for name in plan.retained:
-            top = name.split(".")[0]
-            if top == "*" or any(n.startswith(f"{top}.") for n in released):
-                # A part of the experts themselves (a norm between their projections) without what is released.
-                for member in members(original, name):
-                    _adopt(self, original, member, released)
-            elif top in original._modules:
-                self.add_module(top, original._modules[top])
-            elif top in original._parameters:
-                self.register_parameter(top, original._parameters[top])
-            else:
-                self.register_buffer(top, original._buffers[top])
-        self._set_tensors(weights, biases)
-        self.rewritten = graph
-
-    def _set_tensors(self, weights: dict[str, list[Tensor]], biases: dict[str, Tensor]) -> None:
-        names = []
+    def set_tensors(self, weights: dict[str, list[Tensor]], biases: dict[str, Tensor]) -> None:
+        """Take the prepared tensors and biases, by the slot of their projection."""
         for slot, tensors in weights.items():
             for i, tensor in enumerate(tensors):
-                names.append(f"{slot}_{i}")
-                self.register_buffer(names[-1], tensor, persistent=False)
+                self.register_buffer(f"{slot}_{i}", tensor, persistent=False)
         for slot, tensor in biases.items():
-            names.append(f"{slot}_bias")
-            self.register_buffer(names[-1], tensor, persistent=False)
-        self._tensor_names = tuple(names)
+            self.register_buffer(f"{slot}_bias", tensor, persistent=False)
         self._counts = {slot: len(tensors) for slot, tensors in weights.items()}
+        self._tensor_names = self._names()
 
-    # forward
+    def _names(self) -> tuple[str, ...]:
+        """The buffers in the order in which the rewritten graph takes them."""
+        tensors = [f"{slot}_{i}" for slot, count in self._counts.items() for i in range(count)]
+        return (*tensors, *(f"{slot}_bias" for slot in self._counts if f"{slot}_bias" in self._buffers))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original module's forward on MXFP4 weights; arguments as captured."""
-        pattern = self.plan.pattern
-        if len(args) != pattern.positional or len(kwargs) != len(pattern.keywords):
-            raise TypeError(
-                f"these experts were rewritten for calls as {pattern}, got {len(args)} positional arguments "
-                f"and keywords {sorted(kwargs)}"
-            )
-        leaves = [*args, *[kwargs[name] for name in pattern.keywords]]
-        inputs = []
-        for leaf, expected in zip(leaves, pattern.leaves, strict=True):
-            if isinstance(expected, TensorInfo):
-                if leaf.dtype != expected.dtype:
-                    raise TypeError(
-                        f"these experts were rewritten for an argument of {expected.dtype}, got {leaf.dtype}; "
-                        "optimize the model in the dtype it runs in"
-                    )
-                inputs.append(leaf)
-            elif leaf != expected:
-                raise TypeError(f"these experts were rewritten for an argument equal to {expected!r}, got {leaf!r}")
-        inputs += self.stored()
-        if torch.compiler.is_compiling():
-            return self._arranged(self.rewritten(*inputs))
-        try:
-            return self._arranged(self.rewritten(*inputs))
-        except BackendError as error:
-            name = self.__dict__.get("site_name")  # set when the site is installed
-            if name is None:
-                raise
-            raise BackendError(f"{name}: {error}") from error
+    @property
+    def device(self) -> torch.device:
+        """Where the prepared weights lie."""
+        return self.weights(self.projections[0].slot)[0].device
 
-    def stored(self) -> list[Tensor]:
-        """What the rewritten graph takes after the call's tensors: retained state, prepared weights, biases."""
-        kept = [_get(self, name, self.original) for name in self.plan.retained]
-        return kept + [getattr(self, name) for name in self._tensor_names]
+    def expert_bytes(self) -> int:
+        """Bytes of the packed weights and scales (biases not counted, as they are not quantized)."""
+        return sum(t.numel() * t.element_size() for p in self.projections for t in self.weights(p.slot))
 
-    def _arranged(self, result: Any) -> Any:
-        """One tensor, or several as the original returned them."""
-        spec = self.plan.out_spec
-        return result if spec is None else torch.utils._pytree.tree_unflatten(list(result), spec)
-
-    # the way back to canonical weights
+    # canonical
 
     @property
     def original(self) -> nn.Module:
@@ -336,32 +251,7 @@ class MXFP4Experts(nn.Module):
             for target, source in zip(targets, prepared, strict=True):
                 target[e : e + 1].copy_(source)
 
-    # moving
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MXFP4Experts:
-        """``.to(device)`` prepares again for that device; a change of dtype raises, as it is in the graph."""
-        probe = torch.zeros(1, dtype=self.plan.weight_dtype, device=self.device)
-        moved = fn(probe)
-        if moved.dtype != probe.dtype:
-            raise TypeError(dtype_message(probe.dtype, moved.dtype))
-        if moved.device.type == "meta":
-            raise RuntimeError("MXFP4 experts cannot move to the meta device: their weights would be lost")
-        if moved.device == probe.device:
-            super()._apply(fn, recurse)
-            return self
-        # What the site asks for, on another device; a backend asked for by name was asked for on the first one.
-        shapes = tuple(p.shape for p in self.projections)
-        request = replace(self.plan.request, params=self.plan.params, shapes=shapes)
-        self.prepare_for(moved.device, choose(self.plan.params, moved.device, None, request))
-        for name in {n.split(".")[0] for n in self.plan.retained}:
-            child = self._modules.get(name)
-            if child is not None:
-                child._apply(fn)
-            elif self._parameters.get(name) is not None:
-                self._parameters[name] = nn.Parameter(fn(self._parameters[name]), requires_grad=False)
-            else:
-                self._buffers[name] = fn(self._buffers[name])
-        return self
+    # another device or backend
 
     def prepare_for(self, device: torch.device, choice: Choice) -> None:
         """Move the weights to ``device`` in the layout of another backend, through the canonical form."""
@@ -385,45 +275,8 @@ class MXFP4Experts(nn.Module):
                 self._buffers[f"{projection.slot}_bias"] = new.prepare_bias(
                     canonical.to(device), layout=choice.layout, **common
                 )
-        self._reroute(choice.backend, choice.layout)
-
-    def _reroute(self, backend: str, layout: str) -> None:
-        """Rebuild the rewritten graph for another backend."""
-        from .rewrite import reroute  # the only place where the module needs the pass again
-
-        names = []
-        for slot, count in self._counts.items():
-            names += [f"{slot}_{i}" for i in range(count)]
-        names += [f"{slot}_bias" for slot in self._counts if f"{slot}_bias" in self._buffers]
-        self.rewritten = reroute(self.rewritten, self._counts, backend, layout, self.device)
-        self._tensor_names = tuple(names)
-        self.backend, self.layout = backend, layout
-
-    @property
-    def device(self) -> torch.device:
-        """Where the prepared weights lie."""
-        return self.weights(self.projections[0].slot)[0].device
-
-    def expert_bytes(self) -> int:
-        """Bytes of the packed weights and scales (biases not counted, as they are not quantized)."""
-        return sum(t.numel() * t.element_size() for p in self.projections for t in self.weights(p.slot))
-
-    def extra_repr(self) -> str:
-        return f"{self.plan.spec}, backend={self.backend!r}, layout={self.layout!r}"
-
-
-def dtype_message(old: torch.dtype, new: torch.dtype) -> str:
-    """Why a rewritten model cannot change its dtype."""
-    return (
-        f"this model's experts were rewritten for {old}; casting it to {new} is not supported, since the casts "
-        "of the original forward are part of the rewritten graph. Call mxfp4_compile.restore(model) first, "
-        "cast, and optimize again."
-    )
-
-
-def mxfp4_sites(model: nn.Module) -> dict[str, MXFP4Experts]:
-    """All rewritten sites of a model by qualified name (a shared module once)."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, MXFP4Experts)}
+        self.backend, self.layout = choice.backend, choice.layout
+        self._tensor_names = self._names()
 
 
 class _Part(nn.Module):
@@ -450,7 +303,7 @@ class _Part(nn.Module):
         unexpected_keys[before:] = [k for k in unexpected_keys[before:] if k.removeprefix(prefix) not in self.packed]
 
 
-def _adopt(module: nn.Module, original: nn.Module, path: str, released: Iterable[str]) -> None:
+def adopt(module: nn.Module, original: nn.Module, path: str, released: Iterable[str]) -> None:
     """Give ``module`` the parameter or buffer of ``original`` at ``path``, in plain modules on the way there."""
     *owners, leaf = path.split(".")
     source, target, inner = original, module, ""
@@ -466,35 +319,6 @@ def _adopt(module: nn.Module, original: nn.Module, path: str, released: Iterable
         target.register_buffer(leaf, source._buffers[leaf], persistent=leaf not in source._non_persistent_buffers_set)
 
 
-def _get(module: nn.Module, path: str, original: nn.Module) -> Tensor:
-    """A parameter or buffer, or a stack of them; TypeError if another module (a PEFT layer) stands in its place."""
-    if "*" in path.split("."):
-        return torch.stack([_get(module, member, original) for member in members(original, path)])
-    *parts, leaf = path.split(".")
-    owner: Any = module
-    for part in parts:
-        owner = getattr(owner, part)
-    if leaf not in owner._parameters and leaf not in owner._buffers:
-        raise TypeError(
-            f"{path} is no parameter of its {type(owner).__name__} any more: these experts were rewritten with the "
-            "plain tensor, so an adapter or parametrization put there since would be ignored. "
-            "Call mxfp4_compile.restore(model) first"
-        )
-    return getattr(owner, leaf)  # type: ignore[no-any-return]
-
-
-def _copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Attributes that are neither tensors nor modules: config, sizes, flags that other code may read."""
-    for name, value in vars(source).items():
-        if name.startswith("_") and name not in ("_is_expert_parallel",):
-            continue
-        if name in target.__dict__ or name in ("training", "forward", "backend", "layout", "plan"):
-            continue
-        if isinstance(value, (Tensor, nn.Module)):
-            continue
-        target.__dict__[name] = value
-
-
 def release(original: nn.Module, names: Iterable[str]) -> None:
     """Drop parameters of ``original``, leaving their shape and dtype on the meta device."""
     for name in (member for n in names for member in members(original, n)):
@@ -506,8 +330,3 @@ def release(original: nn.Module, names: Iterable[str]) -> None:
             module._parameters[leaf] = nn.Parameter(
                 torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False
             )
-
-
-def source_names(projections: Sequence[Projection]) -> tuple[str, ...]:
-    """Names of all parameters that prepared weights and biases stand for, without repeats."""
-    return tuple(dict.fromkeys(n for p in projections for n in (*p.source.parameters, *p.source.bias)))

@@ -1,0 +1,187 @@
+"""The module that takes an experts module's place: the rewritten graph on prepared weights, called as the original.
+
+::
+
+    call's tensors, retained state of the original, prepared weights  -->  rewritten graph  -->  the original's result
+
+Contract: called in any other way than the captured one, or with other dtypes, it raises TypeError: both are part of the
+rewritten graph. ``.to(device)`` prepares the weights again and rewrites the ops for that device's backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...ops.backend import BackendError
+from ...ops.selection import Choice, choose
+from ..calls import TensorInfo
+from ..weights import members, source_names
+from .rewrite import reroute
+from .state import BLUEPRINT, PreparedWeights, SitePlan, adopt
+
+
+class MXFP4Experts(PreparedWeights):
+    """Experts in MXFP4, called exactly as the module they replace.
+
+    Raises TypeError when called in another way than the one captured, or with other dtypes: both are
+    part of the rewritten graph.
+    """
+
+    rewritten: fx.GraphModule
+
+    def __init__(
+        self,
+        plan: SitePlan,
+        graph: fx.GraphModule,
+        original: nn.Module,
+        weights: dict[str, list[Tensor]],
+        biases: dict[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.backend = plan.backend
+        self.layout = plan.layout
+        self.weight_errors = {}
+        self.__dict__[BLUEPRINT] = original  # not a child: its parameters are released
+        self.training = False
+        _copy_plain_attributes(original, self)
+        released = {m for n in source_names(self.projections) for m in members(original, n)}
+        for name in plan.retained:
+            top = name.split(".")[0]
+            if top == "*" or any(n.startswith(f"{top}.") for n in released):
+                # A part of the experts themselves (a norm between their projections) without what is released.
+                for member in members(original, name):
+                    adopt(self, original, member, released)
+            elif top in original._modules:
+                self.add_module(top, original._modules[top])
+            elif top in original._parameters:
+                self.register_parameter(top, original._parameters[top])
+            else:
+                self.register_buffer(top, original._buffers[top])
+        self.set_tensors(weights, biases)
+        self.rewritten = graph
+
+    # forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original module's forward on MXFP4 weights; arguments as captured."""
+        pattern = self.plan.pattern
+        if len(args) != pattern.positional or len(kwargs) != len(pattern.keywords):
+            raise TypeError(
+                f"these experts were rewritten for calls as {pattern}, got {len(args)} positional arguments "
+                f"and keywords {sorted(kwargs)}"
+            )
+        leaves = [*args, *[kwargs[name] for name in pattern.keywords]]
+        inputs = []
+        for leaf, expected in zip(leaves, pattern.leaves, strict=True):
+            if isinstance(expected, TensorInfo):
+                if leaf.dtype != expected.dtype:
+                    raise TypeError(
+                        f"these experts were rewritten for an argument of {expected.dtype}, got {leaf.dtype}; "
+                        "optimize the model in the dtype it runs in"
+                    )
+                inputs.append(leaf)
+            elif leaf != expected:
+                raise TypeError(f"these experts were rewritten for an argument equal to {expected!r}, got {leaf!r}")
+        inputs += self.stored()
+        if torch.compiler.is_compiling():
+            return self._arranged(self.rewritten(*inputs))
+        try:
+            return self._arranged(self.rewritten(*inputs))
+        except BackendError as error:
+            name = self.__dict__.get("site_name")  # set when the site is installed
+            if name is None:
+                raise
+            raise BackendError(f"{name}: {error}") from error
+
+    def stored(self) -> list[Tensor]:
+        """What the rewritten graph takes after the call's tensors: retained state, prepared weights, biases."""
+        kept = [_get(self, name, self.original) for name in self.plan.retained]
+        return kept + [getattr(self, name) for name in self._tensor_names]
+
+    def _arranged(self, result: Any) -> Any:
+        """One tensor, or several as the original returned them."""
+        spec = self.plan.out_spec
+        return result if spec is None else torch.utils._pytree.tree_unflatten(list(result), spec)
+
+    # moving
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MXFP4Experts:
+        """``.to(device)`` prepares again for that device; a change of dtype raises, as it is in the graph."""
+        probe = torch.zeros(1, dtype=self.plan.weight_dtype, device=self.device)
+        moved = fn(probe)
+        if moved.dtype != probe.dtype:
+            raise TypeError(dtype_message(probe.dtype, moved.dtype))
+        if moved.device.type == "meta":
+            raise RuntimeError("MXFP4 experts cannot move to the meta device: their weights would be lost")
+        if moved.device == probe.device:
+            super()._apply(fn, recurse)
+            return self
+        # What the site asks for, on another device; a backend asked for by name was asked for on the first one.
+        shapes = tuple(p.shape for p in self.projections)
+        request = replace(self.plan.request, params=self.plan.params, shapes=shapes)
+        self.prepare_for(moved.device, choose(self.plan.params, moved.device, None, request))
+        for name in {n.split(".")[0] for n in self.plan.retained}:
+            child = self._modules.get(name)
+            if child is not None:
+                child._apply(fn)
+            elif self._parameters.get(name) is not None:
+                self._parameters[name] = nn.Parameter(fn(self._parameters[name]), requires_grad=False)
+            else:
+                self._buffers[name] = fn(self._buffers[name])
+        return self
+
+    def prepare_for(self, device: torch.device, choice: Choice) -> None:
+        """Move the weights to ``device`` in the layout of another backend, and the graph's ops to that backend."""
+        super().prepare_for(device, choice)
+        self.rewritten = reroute(self.rewritten, self._counts, self.backend, self.layout, self.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.plan.spec}, backend={self.backend!r}, layout={self.layout!r}"
+
+
+def dtype_message(old: torch.dtype, new: torch.dtype) -> str:
+    """Why a rewritten model cannot change its dtype."""
+    return (
+        f"this model's experts were rewritten for {old}; casting it to {new} is not supported, since the casts "
+        "of the original forward are part of the rewritten graph. Call mxfp4_compile.restore(model) first, "
+        "cast, and optimize again."
+    )
+
+
+def mxfp4_sites(model: nn.Module) -> dict[str, MXFP4Experts]:
+    """All rewritten sites of a model by qualified name (a shared module once)."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, MXFP4Experts)}
+
+
+def _get(module: nn.Module, path: str, original: nn.Module) -> Tensor:
+    """A parameter or buffer, or a stack of them; TypeError if another module (a PEFT layer) stands in its place."""
+    if "*" in path.split("."):
+        return torch.stack([_get(module, member, original) for member in members(original, path)])
+    *parts, leaf = path.split(".")
+    owner: Any = module
+    for part in parts:
+        owner = getattr(owner, part)
+    if leaf not in owner._parameters and leaf not in owner._buffers:
+        raise TypeError(
+            f"{path} is no parameter of its {type(owner).__name__} any more: these experts were rewritten with the "
+            "plain tensor, so an adapter or parametrization put there since would be ignored. "
+            "Call mxfp4_compile.restore(model) first"
+        )
+    return getattr(owner, leaf)  # type: ignore[no-any-return]
+
+
+def _copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
+    """Attributes that are neither tensors nor modules: config, sizes, flags that other code may read."""
+    for name, value in vars(source).items():
+        if name.startswith("_") and name not in ("_is_expert_parallel",):
+            continue
+        if name in target.__dict__ or name in ("training", "forward", "backend", "layout", "plan"):
+            continue
+        if isinstance(value, (Tensor, nn.Module)):
+            continue
+        target.__dict__[name] = value
