@@ -14,11 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,21 @@ from .files import (
     Stored,
     Unit,
     Weights,
-    install,
     is_weight_file,
-    make_partial,
     shards_of,
     weight_files,
-    write_index,
-    write_shard,
-    write_text,
 )
 from .formats import NOTE, OWN, Scheme, check_format, scheme_of
+from .output import (
+    CONFIG,
+    GENERATION,
+    Output,
+    check_apart,
+    config_of,
+    is_checkpoint_file,
+    resolved,
+    working_directories,
+)
 from .plan import expert_parameters, plan_sites, planned
 from .requirements import require_transformers_5
 from .sources import ExpertSource
@@ -61,13 +66,15 @@ from .writing import (
     write_config,
 )
 
-_JOB = ".job"
 _PIECE = 32 << 20
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did: bytes of weights read and written, files, seconds of this run, files found done."""
+    """What a conversion did: bytes of weights read and written, files, seconds of this run, files found done.
+
+    ``replaced``: files of the output directory, other than an older checkpoint's, that ``overwrite`` replaced.
+    """
 
     directory: Path
     bytes_before: int
@@ -76,11 +83,17 @@ class Converted:
     resumed: int
     seconds: float
     report: Report
+    replaced: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         numbers = {k: v for k, v in vars(self).items() if isinstance(v, (int, float))}
-        return {"directory": str(self.directory), **numbers, "report": self.report.to_dict()}
+        return {
+            "directory": str(self.directory),
+            **numbers,
+            "replaced": self.replaced,
+            "report": self.report.to_dict(),
+        }
 
 
 def convert(
@@ -96,13 +109,15 @@ def convert(
     example_inputs: Any = None,
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> Converted:
     """Convert the model in directory ``source`` to MXFP4 experts in directory ``out``.
 
     format, scale_rule, skip, strict: as for ``save`` and ``optimize``. Experts that are MXFP4 in ``source`` (any
     form that ``load`` reads) keep their bits. An interrupted conversion is resumed by the same call; the work
     lies in OUT.partial until it is complete. progress: called with bytes written and bytes in all.
-    trust_remote_code: run the code that comes with the model, as transformers does.
+    trust_remote_code: run the code that comes with the model, as transformers does. overwrite: write into a directory
+    that is neither empty nor an MXFP4 checkpoint, and replace files of the same names there.
 
     Raises CheckpointError for anything wrong with the files, OptimizeError for a model without experts.
     """
@@ -110,17 +125,21 @@ def convert(
     check_format(format)
     require_transformers_5("converting a checkpoint")
     mx.check_scale_rule(scale_rule)
-    origin, target = Path(source).absolute(), Path(out).absolute()
-    if target == origin:
-        raise CheckpointError(f"{target} is the source itself; the output needs a directory of its own")
-    if not (origin / "config.json").is_file():
+    origin = Path(source).absolute()
+    if not (origin / CONFIG).is_file():
         raise CheckpointError(f"{origin} holds no config.json: not a model directory")
-    with Weights(weight_files(origin)) as weights:
+    check_apart(Path(out), [origin])
+    with Weights(weight_files(origin)) as weights, Output(out, overwrite=overwrite) as output:
+        _check_links(weights, output.directory)
+        check_free(output.directory, overwrite)
+        others, left = other_files(origin)
+        output.check_names(others, others)
         model, scheme, said = skeleton(origin, weights, model_class, trust_remote_code)
         report = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False, versions=versions_used())
         sites = plan_sites(model, report, requested=None, skip=skip, strict=strict, example_inputs=example_inputs)
         ExpertSource(model, expert_parameters(sites), weights, scheme).leave_unquantized(sites)
         report.sites = [left_alone(s) for s in sites if s.structure is None]
+        report.notes += [*output.notes, *left]
         wanted = expert_parameters(sites)
         if not wanted:
             raise CheckpointError(f"{origin}: no experts are left to convert")
@@ -128,18 +147,14 @@ def convert(
         model.mxfp4_report = report  # type: ignore[assignment]
         units, matrices = _layout(model, sites, reader, weights, format, scale_rule, said)
         shards = shards_of(units, max_shard_bytes)
-        job = _job(origin, weights, format, scale_rule, skip, shards)
-        partial = _resume(target, job)
         total, done, resumed = sum(u.bytes for u in units), 0, 0
+        job = _job(origin, weights, format, scale_rule, skip, shards)
+        beside = sum(path.stat().st_size for path in others.values())
+        output.begin(job, [*shards, CONFIG], total + beside, others)
         facts: dict[str, Any] = {}
         for file, some in shards.items():
-            record = partial / _JOB / f"{file}.json"
-            size = sum(u.bytes for u in some)
-            if record.is_file() and (partial / file).is_file():
-                facts[file] = json.loads(record.read_text())
-                resumed += 1
-                done += size
-            else:
+            known = output.finished(file)
+            if known is None:
                 written = [done]
 
                 def advance(count: int, written: list[int] = written) -> None:
@@ -147,24 +162,29 @@ def convert(
                     if progress is not None:
                         progress(written[0], total)
 
-                write_shard(partial / file, some, advance)
-                known: dict[str, Any] = {}
-                for unit in some:
-                    known.update(unit.facts)
-                facts[file] = known
-                write_text(record, json.dumps(known))
-                done += size
+                known = output.write_shard(file, some, advance, partial(_facts_of, some))
+            else:
+                resumed += 1
+            facts[file] = known
+            done += sum(u.bytes for u in some)
             if progress is not None:
                 progress(done, total)
-        write_index(partial, shards)
-        _copy_others(origin, partial)
+        output.write_index(shards)
+        for name, path in others.items():
+            output.copy(path, name)
         rule = said.get("scale_rule", scale_rule) if scheme is not None else scale_rule
         errors = said.get("weight_errors", {}) if scheme is not None else _summary(facts.values())
-        write_config(model, partial, format, checkpoint_note(model, rule, errors), matrices)
+        with output.staged() as folder:
+            write_config(model, folder, format, checkpoint_note(model, rule, errors), matrices)
         before = sum(s.bytes for s in weights.tensors.values())
-    install(target)
-    shutil.rmtree(target / _JOB, ignore_errors=True)
-    return Converted(target, before, total, len(shards), resumed, time.perf_counter() - started, report)
+        output.install()
+    seconds = time.perf_counter() - started
+    gone = [name for name in output.replaced if not is_checkpoint_file(name)]
+    return Converted(output.directory, before, total, len(shards), resumed, seconds, report, gone)
+
+
+def _facts_of(units: Sequence[Unit]) -> dict[str, Any]:
+    return {name: fact for unit in units for name, fact in unit.facts.items()}
 
 
 def _summary(facts: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -308,6 +328,7 @@ def _job(
     return {
         "source": str(origin),
         "files": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+        "config": hashlib.sha256((origin / CONFIG).read_bytes()).hexdigest(),
         "format": format,
         "scale_rule": scale_rule,
         "skip": list(skip),
@@ -316,44 +337,72 @@ def _job(
     }
 
 
-def _resume(target: Path, job: dict[str, Any]) -> Path:
-    """DIR.partial with this job's finished files in it, or empty."""
-    partial = make_partial(target, fresh=False)
-    path = partial / _JOB / "job.json"
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError:
-            found = {}
-        if found != job:
-            differing = sorted(k for k in job if found.get(k) != job[k])
-            raise CheckpointError(
-                f"{partial} is half of another conversion ({', '.join(differing)} differ); finish that one, or "
-                "remove the directory"
-            )
-    else:
-        if any(partial.iterdir()) and not (partial / _JOB).is_dir():
-            raise CheckpointError(f"{partial} exists and is no interrupted conversion; remove it")
-        _make_directory(partial / _JOB)
-        write_text(path, json.dumps(job))
-    return partial
+# what is there already
 
 
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be made: {error.strerror}") from error
+def _check_links(weights: Weights, target: Path) -> None:
+    """CheckpointError if weights that are read are links to what would be replaced."""
+    for file in weights.files:
+        real = resolved(file)
+        if target in real.parents:
+            raise CheckpointError(f"{file} is a link to {real}, in the output directory; give another one")
 
 
-def _copy_others(origin: Path, partial: Path) -> None:
-    """Tokenizer, generation settings and the like."""
-    for path in sorted(origin.iterdir()):
-        if path.is_file() and path.name != "config.json" and not is_weight_file(path.name):
-            try:
-                shutil.copyfile(path, partial / path.name)
-            except OSError as error:
-                raise CheckpointError(f"{partial / path.name} cannot be written: {error.strerror}") from error
+def check_free(directory: Path, overwrite: bool) -> None:
+    """CheckpointError unless an output directory is missing, empty or an MXFP4 checkpoint; ``overwrite``: or whatever.
+
+    Even then only files of the same names are replaced, and the weights of the model that was there.
+    """
+    names = sorted(os.listdir(directory)) if directory.is_dir() else []
+    names = [name for name in names if directory / name not in working_directories(directory)]
+    if not names or overwrite:
+        return
+    config = config_of(directory) or {}
+    declared = config.get("quantization_config")
+    method = declared.get("quant_method") if isinstance(declared, dict) else None
+    if NOTE in config or method == OWN:
+        return
+    what = "holds a model that this library did not make" if config else "is not empty and holds no model"
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    there = [n for n in names if is_checkpoint_file(n)]
+    goes = f"replaces {', '.join(there[:6])}{', ...' if len(there) > 6 else ''}" if there else "writes beside them"
+    raise CheckpointError(f"{directory} {what} ({shown}); give another output directory, or --overwrite, which {goes}")
+
+
+def other_files(origin: Path) -> tuple[dict[str, Path], list[str]]:
+    """What comes along (tokenizer, templates, code, ...), by its path in the directory, and notes on what does not.
+
+    Left out are weights in other forms, hidden folders, what is no file, and links that lead out of the source and of
+    the hub's cache: a checkpoint from somewhere must not make copies of whatever it points to.
+    """
+    real = resolved(origin)
+    # A snapshot in the hub's cache consists of links to blobs/ of the same repository.
+    roots = [real] if real.parent.name != "snapshots" else [real, real.parent.parent / "blobs"]
+    found: dict[str, Path] = {}
+    left: list[str] = []
+    for top, folders, names in os.walk(origin):
+        inside = Path(top).relative_to(origin)
+        hidden = [name for name in folders if name.startswith(".") or (Path(top) / name).is_symlink()]
+        left += [f"{(inside / name).as_posix()}/ is not copied" for name in sorted(hidden)]
+        folders[:] = sorted(set(folders) - set(hidden))
+        for name in sorted(names):
+            path, called = Path(top, name), (inside / name).as_posix()
+            end = resolved(path)
+            if called == CONFIG or (inside == Path(".") and _is_read(name)):
+                continue
+            if not path.is_file():
+                left.append(f"{called} is no file and is not copied")
+            elif not any(root in end.parents for root in roots):
+                left.append(f"{called} is a link that leads out of the source, and is not copied")
+            elif is_weight_file(name):
+                left.append(f"{called} is pickled, or weights in another form, and is not copied")
+            else:
+                found[called] = path
+    return found, left
+
+
+def _is_read(name: str) -> bool:
+    return is_checkpoint_file(name) and name != GENERATION
 
 
 @contextmanager

@@ -1,17 +1,17 @@
-"""Safetensors on disk: a validated index of what is there, slices of it, and streamed, atomic writing.
+"""Safetensors on disk: a validated index of what is there, slices of it, and streamed writing.
 
-Contract: nothing here knows models or MXFP4. Reading touches only the bytes asked for. What is written appears
-under its final name complete, or not at all.
+Contract: nothing here knows models or MXFP4. Reading touches only the bytes asked for. What is written is
+whole, or removed. Which names files get, and when, is ``output.py``'s.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +23,9 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PARTIAL = ".partial"
-REPLACED = ".replaced"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DEFAULT_SHARD_BYTES = 5 * 10**9
+MAX_HEADER_BYTES = 100_000_000  # what the safetensors library reads at most
 
 DTYPES = {
     "F64": torch.float64,
@@ -222,10 +221,13 @@ def shards_of(units: Sequence[Unit], limit: int = DEFAULT_SHARD_BYTES) -> dict[s
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def write_shard(path: Path, units: Sequence[Unit], advance: Callable[[int], None] = lambda _: None) -> None:
-    """Write one safetensors file, piece by piece, under a temporary name; it gets ``path`` when it is on disk.
+def write_shard(
+    path: Path, units: Sequence[Unit], advance: Callable[[int], None] = lambda _: None, *, checksum: bool = False
+) -> str:
+    """Write one new safetensors file, piece by piece, to disk; returns its ``shard_checksum`` if wanted, else "".
 
-    The safetensors library writes whole tensors that lie in memory; here none has to.
+    The safetensors library writes whole tensors that lie in memory; here none has to. FileExistsError if there is
+    such a file; one that could not be completed is removed.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start: dict[str, int] = {}
@@ -246,29 +248,72 @@ def write_shard(path: Path, units: Sequence[Unit], advance: Callable[[int], None
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight bytes
     base = 8 + len(text)
-    temporary = path.with_name(path.name + ".tmp")
-    with _named_errors(path), open(temporary, "wb") as file:
-        _reserve(file.fileno(), base + offset)
-        file.write(len(text).to_bytes(8, "little") + text)
-        dtypes = {e.name: e.dtype for u in units for e in u.entries}
-        for unit in units:
-            for name, piece in unit.produce():
-                if piece.dtype != dtypes[name]:
-                    raise CheckpointError(f"{path}: tensor {name!r} came as {piece.dtype}, not {dtypes[name]}")
-                raw = piece.detach().cpu().contiguous().view(-1)
-                data = memoryview(raw.view(torch.uint8).numpy() if raw.numel() else b"")  # type: ignore[arg-type]
-                if start[name] + len(data) > end[name]:
-                    raise CheckpointError(f"{path}: tensor {name!r} got more values than its shape has")
-                file.seek(base + start[name])
-                file.write(data)
-                start[name] += len(data)
-                advance(len(data))
-        short = [name for name in start if start[name] != end[name]]
-        if short:
-            raise CheckpointError(f"{path}: tensor {short[0]!r} got fewer values than its shape has")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    digests = {name: hashlib.sha256() for name in start}
+    descriptor = create(path)
+    try:
+        with open(descriptor, "wb") as file:
+            _reserve(file.fileno(), base + offset)
+            file.write(len(text).to_bytes(8, "little") + text)
+            dtypes = {e.name: e.dtype for u in units for e in u.entries}
+            for unit in units:
+                for name, piece in unit.produce():
+                    if piece.dtype != dtypes[name]:
+                        raise CheckpointError(f"{path}: tensor {name!r} came as {piece.dtype}, not {dtypes[name]}")
+                    raw = piece.detach().cpu().contiguous().view(-1)
+                    data = memoryview(raw.view(torch.uint8).numpy() if raw.numel() else b"")  # type: ignore[arg-type]
+                    if start[name] + len(data) > end[name]:
+                        raise CheckpointError(f"{path}: tensor {name!r} got more values than its shape has")
+                    file.seek(base + start[name])
+                    file.write(data)
+                    if checksum:
+                        digests[name].update(data)
+                    start[name] += len(data)
+                    advance(len(data))
+            short = [name for name in start if start[name] != end[name]]
+            if short:
+                raise CheckpointError(f"{path}: tensor {short[0]!r} got fewer values than its shape has")
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return _combined(text, digests.values()) if checksum else ""
+
+
+def _combined(header: bytes, digests: Iterable[Any]) -> str:
+    whole = hashlib.sha256(header)
+    for digest in digests:
+        whole.update(digest.digest())
+    return whole.hexdigest()
+
+
+def shard_checksum(path: Path) -> str:
+    """SHA-256 over the header of a safetensors file that ``write_shard`` wrote and the SHA-256 of each tensor in it.
+
+    By tensors, since they are written side by side. "" for a file that is damaged where it says what it holds.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES))
+            digests = []
+            for name, tensor in json.loads(text).items():
+                if name == "__metadata__":
+                    continue
+                digest, (left, end) = hashlib.sha256(), tensor["data_offsets"]
+                file.seek(8 + len(text) + left)
+                while left < end and (data := file.read(min(end - left, 1 << 20))):
+                    digest.update(data)
+                    left += len(data)
+                digests.append(digest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+    return _combined(text, digests)
+
+
+def create(path: Path, mode: int = 0o666) -> int:
+    """A descriptor of a new file, never of one that is there and never through a link."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags, mode)
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -282,101 +327,38 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path, *, but: int | None = None) -> Iterator[None]:
+    """What fails in the block while ``path`` is written becomes a CheckpointError that names both.
+
+    ``but``: an errno whose OSError goes on as it is.
+    """
     try:
         yield
     except OSError as error:
+        if but is not None and error.errno == but:
+            raise
         reasons = {
             errno.ENOSPC: "the disk is full",
             errno.EDQUOT: "the disk quota is used up",
             errno.EACCES: "no permission to write",
+            errno.EPERM: "no permission to write",
             errno.EROFS: "the file system is read-only",
         }
+        # The file of the failure, where that is another one: a folder that is no folder, say.
+        named = error.filename if isinstance(error.filename, (str, os.PathLike)) else None
+        also = f" ({named})" if named is not None and Path(named) != path and error.errno not in reasons else ""
         raise CheckpointError(
-            f"{path} cannot be written: {reasons.get(error.errno or 0, error.strerror or str(error))}"
+            f"{path} cannot be written: {reasons.get(error.errno or 0, error.strerror or str(error))}{also}"
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file under a temporary name and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with _named_errors(path):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-def write_index(directory: Path, shards: Mapping[str, Sequence[Unit]]) -> None:
-    """The index of a sharded checkpoint; a single file needs none."""
+def index_of(shards: Mapping[str, Sequence[Unit]]) -> str | None:
+    """The text of a sharded checkpoint's index; None for a single file, which needs none."""
     if set(shards) == {WEIGHTS}:
-        return
+        return None
     names = {e.name: file for file, units in shards.items() for u in units for e in u.entries}
     total = sum(u.bytes for units in shards.values() for u in units)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-    write_text(directory / INDEX, json.dumps(index, indent=1) + "\n")
-
-
-def partial_of(directory: Path) -> Path:
-    """Where ``directory`` is made before it gets its name."""
-    return directory.with_name(directory.name + PARTIAL)
-
-
-def make_partial(directory: Path, *, fresh: bool) -> Path:
-    """DIR.partial beside DIR, empty if ``fresh``; CheckpointError if it cannot be written."""
-    directory = directory.absolute()
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; a directory is needed")
-    partial = partial_of(directory)
-    _recover(directory)
-    with _named_errors(partial):
-        if fresh and partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-    return partial
-
-
-def _recover(directory: Path) -> None:
-    """Finish what a crash between the two renames of ``install`` left: the replaced directory comes back."""
-    replaced = directory.with_name(directory.name + REPLACED)
-    if replaced.exists() and not directory.exists():
-        os.rename(replaced, directory)
-
-
-def install(directory: Path) -> None:
-    """Give DIR.partial the name DIR. An older DIR is kept until the new one is in place.
-
-    Files of the older one that are no weights and no configuration (a tokenizer, say) are carried over.
-    """
-    directory = directory.absolute()
-    partial, replaced = partial_of(directory), directory.with_name(directory.name + REPLACED)
-    with _named_errors(directory):
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        _sync(partial)
-        if directory.exists():
-            for old in directory.iterdir():
-                if not _is_model_file(old.name) and not (partial / old.name).exists():
-                    if old.is_dir():
-                        shutil.copytree(old, partial / old.name, symlinks=True)
-                    else:
-                        shutil.copy2(old, partial / old.name, follow_symlinks=False)
-            if replaced.exists():
-                shutil.rmtree(replaced)
-            os.rename(directory, replaced)
-        try:
-            os.rename(partial, directory)
-        except OSError:
-            _recover(directory)
-            raise
-        _sync(directory.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _is_model_file(name: str) -> bool:
-    return name in ("config.json", "generation_config.json") or is_weight_file(name) or name.endswith(".tmp")
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}, indent=1) + "\n"
 
 
 def is_weight_file(name: str) -> bool:
@@ -384,7 +366,10 @@ def is_weight_file(name: str) -> bool:
     return Path(name).suffix in (*PICKLED, ".safetensors") or name.endswith(".index.json")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a directory's names, on disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # no directory can be opened there
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

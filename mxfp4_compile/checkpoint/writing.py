@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,11 +28,7 @@ from .files import (
     CheckpointError,
     Entry,
     Unit,
-    install,
-    make_partial,
     shards_of,
-    write_index,
-    write_shard,
 )
 from .formats import (
     COMPRESSED_TENSORS,
@@ -45,6 +40,7 @@ from .formats import (
     gpt_oss_config,
     own_config,
 )
+from .output import CONFIG, Output
 from .requirements import require_transformers_5
 
 # Some experts of one parameter in canonical form: slice -> (packed [e, n, ceil(k/2)], scales [e, n, ceil(k/32)]).
@@ -90,10 +86,12 @@ def save(
     format: "mxfp4_compile" (a plain ``from_pretrained`` restores it, after ``import mxfp4_compile``), "gpt_oss"
     (blocks and scales as OpenAI published them; gpt-oss models only), "compressed_tensors"
     (mxfp4-pack-quantized, as vLLM reads it). The bits are the same in all. The directory appears complete or not
-    at all: it is made as DIR.partial and renamed; an older DIR stays until then.
+    at all: it is made as DIR.partial and renamed. In a DIR that exists, the weights, their index and the
+    configuration are replaced when the new ones are complete, and every other file stays as it is.
 
     Raises ValueError for an unknown format, CheckpointError (before anything is written) for a model the form
-    cannot express, and for a disk that is full or may not be written.
+    cannot express, for a directory that another run writes, for files in the way that are no checkpoint's, and for
+    a disk that is full or may not be written.
     """
     check_format(format)
     require_transformers_5("saving a checkpoint")
@@ -108,19 +106,16 @@ def save(
     units = [_tensor_unit(name, tensor) for name, tensor in {**state, **biases}.items()]
     for weight in weights:
         units += expert_units(weight, format, linears.get(weight.name, []))
-    target = Path(directory).absolute()
-    partial = make_partial(target, fresh=True)
-    try:
-        shards = shards_of(units, max_shard_bytes)
+    shards = shards_of(units, max_shard_bytes)
+    note = checkpoint_note(model, _scale_rule(sites), _merged(w.facts for w in weights))
+    with Output(directory) as out:
+        out.begin(None, [*shards, CONFIG], sum(unit.bytes for unit in units))
+        with out.staged() as folder:
+            write_config(model, folder, format, note, [n for n, t in state.items() if t.dim() == 2])
         for file, some in shards.items():
-            write_shard(partial / file, some)
-        write_index(partial, shards)
-        note = checkpoint_note(model, _scale_rule(sites), _merged(w.facts for w in weights))
-        write_config(model, partial, format, note, [n for n, t in state.items() if t.dim() == 2])
-        install(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            out.write_shard(file, some)
+        out.write_index(shards)
+        out.install()
 
 
 def _merged(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

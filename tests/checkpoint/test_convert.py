@@ -96,7 +96,7 @@ def _check_kills(tmp_path: Path, points: int, form: str) -> None:
         done = convert(saved("qwen3_moe"), target, max_shard_bytes=SHARD, format=form)
         resumed += done.resumed
         assert _listing(target) == want
-        assert not files.partial_of(target).exists()
+        assert not target.with_name(target.name + ".partial").exists()
     assert resumed  # finished files were not made again
 
 
@@ -135,7 +135,7 @@ def test_a_half_of_another_conversion_is_not_continued(tmp_path: Path) -> None:
         convert(saved("qwen3_moe"), tmp_path / "m", max_shard_bytes=SHARD, scale_rule="even")
     (tmp_path / "n.partial").mkdir()
     (tmp_path / "n.partial" / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="is no interrupted conversion"):
+    with pytest.raises(CheckpointError, match="is no interrupted run of ours"):
         convert(saved("qwen3_moe"), tmp_path / "n")
     assert (tmp_path / "n.partial" / "notes.txt").read_text() == "mine"
 
@@ -154,7 +154,7 @@ def test_a_full_disk_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", fallocate)
-        with pytest.raises(CheckpointError, match=r"m\.partial/model-.*cannot be written: the disk is full"):
+        with pytest.raises(CheckpointError, match=r"m\.partial/files/model-.*cannot be written: the disk is full"):
             convert(saved("qwen3_moe"), target, max_shard_bytes=SHARD)
     assert _listing(target) == before
     assert convert(saved("qwen3_moe"), target, max_shard_bytes=SHARD).resumed >= 1

@@ -22,12 +22,17 @@ def add_parser(commands: Commands, common: argparse.ArgumentParser, trust: argpa
         help="convert a checkpoint to MXFP4 experts, file by file; the same command resumes an interrupted one",
     )
     optimize.add_argument("model", metavar="MODEL", help="a directory or a hub id (bf16, fp16, fp32, or MXFP4)")
-    optimize.add_argument("--out", required=True, metavar="DIR", help="made as DIR.partial and renamed when complete")
+    optimize.add_argument("--out", required=True, metavar="DIR", help="made as DIR.partial, and there when complete")
     optimize.add_argument("--format", default=FORMATS[0], choices=FORMATS, help="default: %(default)s")
     optimize.add_argument("--scale-rule", default=DEFAULT_SCALE_RULE, choices=SCALE_RULES, help="default: %(default)s")
     optimize.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="modules to leave alone")
     optimize.add_argument("--no-strict", action="store_true", help="leave what has no match as it is")
     optimize.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s")
+    optimize.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write into a DIR that is neither empty nor an MXFP4 checkpoint; files of other names stay there",
+    )
     optimize.set_defaults(run=run)
 
 
@@ -48,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
             strict=not args.no_strict,
             max_shard_bytes=limit,
             trust_remote_code=args.trust_remote_code,
+            overwrite=args.overwrite,
             progress=progress,
         )
     if args.json:
@@ -64,4 +70,5 @@ def text(done: Converted) -> str:
         f"{resumed}, {done.seconds:.0f} s"
     )
     left = [f"- {site.names[0]}: {site.outcome}, stays as it was: {site.reason}" for site in done.report.sites]
-    return "\n".join([head, *left, *[f"note: {note}" for note in done.report.notes]])
+    notes = [*done.report.notes, *[f"{name} was there and was replaced" for name in done.replaced]]
+    return "\n".join([head, *left, *[f"note: {note}" for note in notes]])
