@@ -321,7 +321,7 @@ def test_optional_parts_are_the_extras() -> None:
     section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
     extras = {name: set(re.findall(r'"([^"]+)"', line)) for name, line in re.findall(r"^(\w+) = (.*)$", section, re.M)}
     known = {p.extra: {n + (f">={v}" if v else "") for n, v in p.packages} for p in OPTIONAL_PARTS}
-    for extra in extras.keys() - {"dev"}:
+    for extra in extras.keys() - DEVELOPERS:
         wanted = set(extras[extra])
         if "mxfp4_compile[hf]" in wanted:
             wanted = wanted - {"mxfp4_compile[hf]"} | extras["hf"]
@@ -330,4 +330,4 @@ def test_optional_parts_are_the_extras() -> None:
         for bound in bounds:
             assert any(w.startswith(bound.split("<")[0] + ">=") for w in wanted), bound
         assert known[extra] == wanted - bounds
-    assert known.keys() == extras.keys() - {"dev"}
+    assert known.keys() == extras.keys() - DEVELOPERS
