@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -172,35 +172,45 @@ class MoEParams:
         return self.activation(*self.split_gate(y))
 
 
+# The scalars of ``mxfp4::moe`` in the order of its signature: fields of Activation, then of MoEParams, each with
+# its declaration in the op's schema. A limit that is infinite is None there.
+_ACTIVATION_SCALARS = {
+    "kind": "str activation",
+    "gated": "bool gated",
+    "alpha": "float alpha",
+    "beta": "float beta",
+    "gate_limit": "float? gate_limit",
+    "up_limit": "float? up_limit",
+}
+_MOE_SCALARS = {
+    "gate_layout": "str gate_layout",
+    "activated_half": "int activated_half",
+    "weight_on_input": "bool weight_on_input",
+    "num_experts": "int num_experts",
+    "hidden": "int hidden",
+    "intermediate": "int intermediate",
+    "round_dtype": "ScalarType round_dtype",
+    "accum_dtype": "ScalarType accum_dtype",
+}
+MOE_SCALARS = ", ".join([*_ACTIVATION_SCALARS.values(), *_MOE_SCALARS.values()])
+"""The scalars as an op's schema declares them."""
+
+
+def moe_scalars(params: MoEParams) -> tuple[Any, ...]:
+    """The scalar arguments of ``mxfp4::moe`` for ``params``, in the order of ``MOE_SCALARS``."""
+    of_activation = [getattr(params.activation, name) for name in _ACTIVATION_SCALARS]
+    optional = [declared.startswith("float?") for declared in _ACTIVATION_SCALARS.values()]
+    finite = [None if o and v == math.inf else v for o, v in zip(optional, of_activation, strict=True)]
+    return (*finite, *[getattr(params, name) for name in _MOE_SCALARS])
+
+
 @lru_cache(maxsize=1024)
-def moe_params(
-    num_experts: int,
-    hidden: int,
-    intermediate: int,
-    kind: ActivationKind,
-    gated: bool,
-    alpha: float,
-    beta: float,
-    gate_limit: float,
-    up_limit: float,
-    gate_layout: GateLayout,
-    activated_half: int,
-    weight_on_input: bool,
-    round_dtype: torch.dtype,
-    accum_dtype: torch.dtype,
-) -> MoEParams:
+def moe_params(*scalars: Any) -> MoEParams:
     """The MoEParams of an op call's scalars; cached, since eager decoding asks once per layer and token."""
-    return MoEParams(
-        num_experts,
-        hidden,
-        intermediate,
-        Activation(kind, gated, alpha, beta, gate_limit, up_limit),
-        gate_layout,
-        activated_half,
-        weight_on_input,
-        round_dtype,
-        accum_dtype,
-    )
+    count = len(_ACTIVATION_SCALARS)
+    of_activation = zip(_ACTIVATION_SCALARS, scalars[:count], strict=True)
+    activation = Activation(**{name: math.inf if value is None else value for name, value in of_activation})
+    return MoEParams(activation=activation, **dict(zip(_MOE_SCALARS, scalars[count:], strict=True)))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import mx
-from ..spec import MoEParams, Role, moe_params
+from ..spec import MOE_SCALARS, MoEParams, Role, moe_params
+from ..spec import moe_scalars as moe_scalars  # of an op call, for those who write one
 from . import route as _route
 from .backend import BackendError
 from .registry import get_backend
@@ -21,23 +22,17 @@ from .registry import get_backend
 # needs_fixed_stride_order: Inductor may otherwise hand kernels a layout that eager never produces.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-_MOE_SCALARS = (
-    "str activation, bool gated, float alpha, float beta, float? gate_limit, float? up_limit, "
-    "str gate_layout, int activated_half, bool weight_on_input, int num_experts, int hidden, "
-    "int intermediate, ScalarType round_dtype, ScalarType accum_dtype"
-)
-
 _LIB = torch.library.Library("mxfp4", "DEF")
 _LIB.define("quantize(Tensor weight, str scale_rule) -> (Tensor, Tensor)", tags=_TAGS)
 _LIB.define("dequantize(Tensor packed, Tensor scales, int size, ScalarType dtype) -> Tensor", tags=_TAGS)
 _LIB.define(
-    f"prepare_moe(Tensor packed, Tensor scales, int k, str role, {_MOE_SCALARS}, str backend, str layout) -> Tensor[]",
+    f"prepare_moe(Tensor packed, Tensor scales, int k, str role, {MOE_SCALARS}, str backend, str layout) -> Tensor[]",
     tags=_TAGS,
 )
 _LIB.define("prepare_linear(Tensor packed, Tensor scales, int k, str backend, str layout) -> Tensor[]", tags=_TAGS)
 _LIB.define(
     "moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor? up_bias, "
-    f"Tensor? down_bias, {_MOE_SCALARS}, str backend, str layout) -> Tensor",
+    f"Tensor? down_bias, {MOE_SCALARS}, str backend, str layout) -> Tensor",
     tags=_TAGS,
 )
 _LIB.define(
@@ -47,7 +42,7 @@ _LIB.define(
 )
 _LIB.define(
     "moe_backward(Tensor grad, Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down, "
-    f"Tensor? up_bias, Tensor? down_bias, {_MOE_SCALARS}, str backend, str layout) -> (Tensor, Tensor)",
+    f"Tensor? up_bias, Tensor? down_bias, {MOE_SCALARS}, str backend, str layout) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIB.define(
@@ -58,48 +53,6 @@ _LIB.define(
 _LIB.define(
     "route(Tensor logits, int k, str before, str after, float eps, ScalarType dtype) -> (Tensor, Tensor)", tags=_TAGS
 )
-
-
-def moe_scalars(params: MoEParams) -> tuple[Any, ...]:
-    """The scalar arguments of ``mxfp4::moe`` for ``params``, in schema order."""
-    act = params.activation
-    return (
-        act.kind,
-        act.gated,
-        act.alpha,
-        act.beta,
-        None if act.gate_limit == float("inf") else act.gate_limit,
-        None if act.up_limit == float("inf") else act.up_limit,
-        params.gate_layout,
-        params.activated_half,
-        params.weight_on_input,
-        params.num_experts,
-        params.hidden,
-        params.intermediate,
-        params.round_dtype,
-        params.accum_dtype,
-    )
-
-
-def _params(scalars: tuple[Any, ...]) -> MoEParams:
-    kind, gated, alpha, beta, gate_limit, up_limit, layout, half, on_input, e, h, i, rnd, acc = scalars
-    inf = float("inf")
-    return moe_params(
-        e,
-        h,
-        i,
-        kind,
-        gated,
-        alpha,
-        beta,
-        inf if gate_limit is None else gate_limit,
-        inf if up_limit is None else up_limit,
-        layout,
-        half,
-        on_input,
-        rnd,
-        acc,
-    )
 
 
 def _quantize(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
@@ -128,9 +81,7 @@ def _fresh(tensors: list[Tensor], packed: Tensor, scales: Tensor) -> list[Tensor
 
 def _prepare_moe(packed: Tensor, scales: Tensor, k: int, role: Role, *rest: Any) -> list[Tensor]:
     *scalars, backend, layout = rest
-    tensors = get_backend(backend).prepare(
-        packed, scales, k=k, role=role, params=_params(tuple(scalars)), layout=layout
-    )
+    tensors = get_backend(backend).prepare(packed, scales, k=k, role=role, params=moe_params(*scalars), layout=layout)
     return _fresh(tensors, packed, scales)
 
 
@@ -150,7 +101,7 @@ def _moe(
     *rest: Any,
 ) -> Tensor:
     *scalars, backend, layout = rest
-    params = _params(tuple(scalars))
+    params = moe_params(*scalars)
     _check_moe(x, topk_ids, topk_weights, params)
     implementation = get_backend(backend)
     try:
@@ -227,7 +178,7 @@ def _moe_backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     *scalars, backend, layout = rest
-    params = _params(tuple(scalars))
+    params = moe_params(*scalars)
     implementation = get_backend(backend)
     try:
         return implementation.moe_backward(
