@@ -12,16 +12,18 @@ Contract: ``optimize``, ``load`` and ``from_pretrained`` all end with ``finish``
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from .circumstances import StateChange, constants_of, others_wait, plain_modes
 from .passes.build.module import MXFP4Experts, dtype_message, mxfp4_sites
-from .planning import OptimizeError
+from .planning import OptimizeError, Site
 from .report import Report
-from .runtime import attach, detach
+from .runtime import attach, detach, runtime_of
 
 GUARD = "mxfp4_guard"
 REPORT = "mxfp4_report"
@@ -34,6 +36,11 @@ def finish(model: nn.Module, report: Report, started: float) -> None:
     ``time.perf_counter``. A model of which nothing was rewritten gets the report alone.
     """
     report.seconds = time.perf_counter() - started
+    built = mxfp4_sites(model)
+    for i, site in enumerate(report.sites):
+        if site.rewritten and site.names[0] in built:
+            constants = constants_of(built[site.names[0]].original)
+            report.sites[i] = replace(site, constants=tuple(f"{k}={v!r}" for k, v in constants.items()))
     model.mxfp4_report = report  # type: ignore[assignment]
     if not report.rewritten:
         return
@@ -41,6 +48,21 @@ def finish(model: nn.Module, report: Report, started: float) -> None:
     attach(model, report.max_capture_size, report)
     if weights_loaded not in model._load_state_dict_post_hooks.values():
         model.register_load_state_dict_post_hook(weights_loaded)
+
+
+def note_state(model: nn.Module, report: Report, changes: list[StateChange], sites: list[Site]) -> None:
+    """Tell which attributes forwards set: those of rewritten modules are set no more, the others were put back."""
+    inside = {id(m) for site in sites for m in site.candidate.module.modules()}
+    lost = [str(c) for c in changes if id(model.get_submodule(c.module)) in inside]
+    others = [str(c) for c in changes if str(c) not in lost]
+    if lost:
+        report.notes.append(f"a forward sets {_some(lost)}: the rewritten experts do not, they compute and return only")
+    if others:
+        report.notes.append(f"a forward sets {_some(others)}: put back as before the forwards that optimize() runs")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def weights_loaded(model: nn.Module, incompatible_keys: Any) -> None:
@@ -112,6 +134,18 @@ def restore(model: nn.Module) -> Any:
     Weights keep the values MXFP4 gave them (the original ones are gone). Raises OptimizeError if the model
     is not optimized.
     """
+    runtime = runtime_of(model)
+    with ExitStack() as stack:
+        if runtime is not None:  # its generate runs on what is taken away here: before any other lock
+            if runtime.generating():
+                raise OptimizeError("restore() was called while this model's own generate() runs in the same thread")
+            stack.enter_context(runtime.lock)
+        stack.enter_context(others_wait(model))
+        stack.enter_context(plain_modes())
+        return _restore(model)
+
+
+def _restore(model: nn.Module) -> Any:
     if not mxfp4_sites(model):
         raise OptimizeError("this model is not optimized: there is nothing to restore")
     for module in list(model.modules()):

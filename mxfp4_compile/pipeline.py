@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from . import mx
+from .circumstances import exclusively, kept_state, others_wait, plain_modes
 from .installing import install_site, progress_bar, silenced_hooks, verify_structures
-from .lifecycle import finish
+from .lifecycle import finish, note_state
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.selection import requested_backend
 from .ops.target import DEFAULT_CAPTURE_SIZE, Request, check_request
@@ -71,31 +72,34 @@ def optimize(
     is untouched if it raises before the first site is installed; a site that fails verification later
     stays as it was, and the error lists which sites changed.
     """
+    with exclusively(), plain_modes():
+        requested = _check_arguments(model, backend, activation_dtype, max_capture_size, scale_rule)
+        if mxfp4_sites(model):
+            print("mxfp4_compile: this model is optimized already; nothing to do", file=sys.stderr)
+            return model
+        report = Report(scale_rule, activation_dtype, max_capture_size, verify, versions=versions_used())
+        with others_wait(model):
+            return _optimize(model, report, requested, skip, strict, example_inputs, progress)
+
+
+def _optimize(
+    model: nn.Module,
+    report: Report,
+    requested: str | None,
+    skip: Sequence[str],
+    strict: bool,
+    example_inputs: Any,
+    progress: bool | None,
+) -> Any:
     started = time.perf_counter()
-    requested = _check_arguments(model, backend, activation_dtype, max_capture_size, scale_rule)
-    if mxfp4_sites(model):
-        print("mxfp4_compile: this model is optimized already; nothing to do", file=sys.stderr)
-        return model
-    report = Report(scale_rule, activation_dtype, max_capture_size, verify, versions=versions_used())
-
-    candidates = find_candidates(model)
-    sites = apply_skip([Site(c) for c in candidates], skip, report)
-    check_model(model, [s.candidate for s in sites if not s.outcome])
-    terms = Request(activation_dtype=activation_dtype, max_capture_size=max_capture_size)  # type: ignore[arg-type]
-    with experts_implementation(model, "grouped_mm"):
-        match_all(model, sites, example_inputs, requested, terms)
-    skip_late(sites, skip, report)
-    check_model(model, [s.candidate for s in sites if s.candidate.kind == "block" and not s.outcome])
-    gc.collect()  # exported programs are cyclic garbage that keeps the captured modules' weights alive
-    check_matches(sites, report, strict)
-    todo = [s for s in sites if s.structure is not None]
-    for site in todo:
-        site.tied = weight_ids(site)
-    scan_finite(todo)
-
-    with progress_bar(todo, progress) as advance:
+    scale_rule, verify = report.scale_rule, report.verified
+    with kept_state(model) as changes:
+        sites = _plan(model, report, requested, skip, strict, example_inputs)
+        todo = [s for s in sites if s.structure is not None]
         if verify:
             verify_structures(todo, scale_rule, model)
+    note_state(model, report, changes, todo)
+    with progress_bar(todo, progress) as advance:
         report.notes += dict.fromkeys(n for s in todo if s.structure is not None for n in s.structure.choice.notes)
         prepared: dict[tuple[int, ...], MXFP4Experts] = {}
         waiting = Counter(s.candidate.weights for s in todo)  # blocks may share one list of experts
@@ -124,6 +128,27 @@ def optimize(
             report,
         )
     return model
+
+
+def _plan(
+    model: nn.Module, report: Report, requested: str | None, skip: Sequence[str], strict: bool, example_inputs: Any
+) -> list[Site]:
+    """Every MoE-looking module with its structure, or the reason why it has none; the weights are finite."""
+    sites = apply_skip([Site(c) for c in find_candidates(model)], skip, report)
+    check_model(model, [s.candidate for s in sites if not s.outcome])
+    activations: Any = report.activation_dtype
+    terms = Request(activation_dtype=activations, max_capture_size=report.max_capture_size)
+    with experts_implementation(model, "grouped_mm"):
+        match_all(model, sites, example_inputs, requested, terms)
+    skip_late(sites, skip, report)
+    check_model(model, [s.candidate for s in sites if s.candidate.kind == "block" and not s.outcome])
+    gc.collect()  # exported programs are cyclic garbage that keeps the captured modules' weights alive
+    check_matches(sites, report, strict)
+    todo = [s for s in sites if s.structure is not None]
+    for site in todo:
+        site.tied = weight_ids(site)
+    scan_finite(todo)
+    return sites
 
 
 def _check_arguments(

@@ -19,7 +19,8 @@ class SiteReport:
     experts' quantization. ``error``: relative error of the rewritten module against an fp32 run of the
     original on the same dequantized weights; ``original_error``: that of the original in its own dtype. Where
     activations are quantized for many tokens only: ``quantized_error``, that of calls with ``quantized_from`` tokens or
-    more, which ``error`` leaves out.
+    more, which ``error`` leaves out. ``constants``: plain attributes that the original's forward reads, with the values
+    that are part of the rewritten graph.
     """
 
     names: tuple[str, ...]
@@ -39,6 +40,7 @@ class SiteReport:
     quantized_from: int | None = None
     quantized_error: float | None = None
     warnings: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> bool:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import mx
+from ..circumstances import exclusive, kept_state
 from ..hf_models import class_of, empty_model, is_auto, read_config
 from ..ops.target import DEFAULT_CAPTURE_SIZE
 from ..passes.build.prep import groups_of
@@ -96,6 +97,7 @@ class Converted:
         }
 
 
+@exclusive
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -136,7 +138,8 @@ def convert(
         output.check_names(others, others)
         model, scheme, said = skeleton(origin, weights, model_class, trust_remote_code)
         report = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False, versions=versions_used())
-        sites = plan_sites(model, report, requested=None, skip=skip, strict=strict, example_inputs=example_inputs)
+        with kept_state(model):
+            sites = plan_sites(model, report, requested=None, skip=skip, strict=strict, example_inputs=example_inputs)
         ExpertSource(model, expert_parameters(sites), weights, scheme).leave_unquantized(sites)
         report.sites = [left_alone(s) for s in sites if s.structure is None]
         report.notes += [*output.notes, *left]

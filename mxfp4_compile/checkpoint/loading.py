@@ -30,9 +30,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import mx
+from ..circumstances import StateChange, exclusive, kept_state
 from ..hf_models import class_of, read_config
 from ..installing import install_site, progress_bar, verify_structures
-from ..lifecycle import finish
+from ..lifecycle import finish, note_state
 from ..ops.selection import requested_backend
 from ..ops.target import DEFAULT_CAPTURE_SIZE, Request, check_request
 from ..passes.build.module import MXFP4Experts
@@ -146,6 +147,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         self.held: dict[str, Any] = {}
         self.other_parameters: dict[str, Any] = {}
         self.model: nn.Module | None = None
+        self.state_changes: list[StateChange] = []
 
     # what transformers asks
 
@@ -175,6 +177,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         """Yes: the experts are one op that torch.compile keeps."""
         return True
 
+    @exclusive
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         files = kwargs.get("checkpoint_files")
@@ -197,16 +200,17 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         self.report.notes += notes
         with Weights(self.files) as weights:  # a bad file is found before any work
             self._refuse_names(weights)
-        self.sites = plan_sites(
-            model,
-            self.report,
-            requested=requested_backend(config.backend),
-            terms=self.terms,
-            skip=config.skip,
-            strict=config.strict,
-            example_inputs=config.example_inputs,
-            device_of=self.device_of,
-        )
+        with kept_state(model) as self.state_changes:
+            self.sites = plan_sites(
+                model,
+                self.report,
+                requested=requested_backend(config.backend),
+                terms=self.terms,
+                skip=config.skip,
+                strict=config.strict,
+                example_inputs=config.example_inputs,
+                device_of=self.device_of,
+            )
         with Weights(self.files) as weights:
             source = ExpertSource(model, expert_parameters(self.sites), weights, self.scheme)
             source.leave_unquantized(self.sites)
@@ -290,6 +294,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
+    @exclusive
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config, report = self.quantization_config, self.report
         for module in model.modules():
@@ -318,7 +323,8 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                 return _SiteReader(source, site, self.device_of(site.name))
 
             if config.verify:
-                verify_structures(todo, config.scale_rule, model, reader_of)
+                with kept_state(model):
+                    verify_structures(todo, config.scale_rule, model, reader_of)
             notes = [n for site in todo if site.structure is not None for n in site.structure.choice.notes]
             report.notes += dict.fromkeys(notes)
             prepared: dict[tuple[int, ...], MXFP4Experts] = {}
@@ -340,6 +346,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                 _take_errors(built, site.name, config.checkpoint.get("weight_errors") or {})
                 if self.place_of(site.name) != self.device_of(site.name):
                     offload(built, self.device_of(site.name))
+        note_state(model, report, self.state_changes, todo)
         finish(model, report, self.started)
         self.held.clear()
         self.sites.clear()
@@ -515,6 +522,7 @@ def offload(site: Any, device: torch.device) -> None:
 # without a configuration object
 
 
+@exclusive
 def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: Any) -> Any:
     """Load a model with MXFP4 experts: a bf16 checkpoint is quantized while it is read, an MXFP4 one kept as it is.
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import mx
+from ..circumstances import exclusively, plain_modes
 from ..installing import build_site, trial_of_backends
 from ..ops.backend import BackendError
 from ..ops.selection import BackendUnavailable, requested_backend
@@ -163,7 +164,7 @@ _structures: dict[Any, _Proven | str] = {}
 def _prove(region: Region, options: CompileOptions, requested: str | None) -> _Proven | str:
     """Match, prepare, rewrite and verify one region; the reason if it does not hold."""
     # Tracing must not see the compilation that is under way.
-    with torch._guards.tracing(None), torch.inference_mode(False), torch.no_grad():
+    with exclusively(), torch._guards.tracing(None), plain_modes(), torch.no_grad():
         try:
             structure = match_structure(region.module, region.pattern, requested)
             if isinstance(structure, NoMatch):

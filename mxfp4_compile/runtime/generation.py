@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..circumstances import exclusively
 from ..passes.build.module import mxfp4_sites
 from ..report import CaptureReport, PrefillReport, Report, RuntimeReport
 from .graphs import Recorder, brief, recorder_for
@@ -69,10 +70,14 @@ class Runtime:
         self.use_attention = True
         self.record_prompts = os.environ.get(RECORD_PROMPTS) == "1"
         self.recorder: Recorder | None = None
+        self._free()
         self._fresh()
 
-    def _fresh(self) -> None:
+    def _free(self) -> None:
         self.lock = threading.Lock()
+        self.owner: int | None = None  # the thread that holds the lock for a generate
+
+    def _fresh(self) -> None:
         self.steps: dict[Any, Any] = {}
         self.refused: dict[Any, str] = {}
         self.layers: dict[tuple[int, int], Any] = {}
@@ -88,7 +93,12 @@ class Runtime:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.recorder = None
+        self._free()
         self._fresh()
+
+    def generating(self) -> bool:
+        """Whether this thread is inside the model's generate."""
+        return self.owner == threading.get_ident()
 
     def drop(self) -> None:
         """Let go of every recorded step and its memory."""
@@ -161,7 +171,7 @@ class Runtime:
             return None
         made = self.prefills.get(kind)
         if made is None:
-            with torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
+            with exclusively(), torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
                 try:
                     made = Prefill(self.model, kind)
                 except Exception as failure:
@@ -192,7 +202,7 @@ class Runtime:
         if prefill is None:
             return None
         assert self.recorder is not None
-        with torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
+        with exclusively(), torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
             try:
                 made = RecordedPrompt(self.model, rows, length, self.recorder, prefill)
             except Exception as failure:
@@ -215,7 +225,7 @@ class Runtime:
 
         assert self.recorder is not None
         # Static tensors made in inference mode could not be written outside of it.
-        with torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
+        with exclusively(), torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
             self.arena = self.arena or Arena()
             try:
                 probe = _Probe(self.model, key.rows)
@@ -778,7 +788,7 @@ class Generate:
         if not runtime.lock.acquire(blocking=False):
             # Another thread decodes, or a user's callback calls generate: the static caches are taken.
             return function(runtime.model, *args, **kwargs)
-        lock = runtime.lock
+        runtime.owner = threading.get_ident()
         try:
             reason = runtime.refusal()
             if reason is not None:
@@ -786,7 +796,8 @@ class Generate:
                 return function(runtime.model, *args, **kwargs)
             return _Session(runtime).generate(function, args, kwargs)
         finally:
-            lock.release()
+            runtime.owner = None
+            runtime.lock.release()
 
 
 def attach(model: Any, max_capture_size: int, report: Report) -> None:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import mx
 from ..checkpoint.formats import OWN
+from ..circumstances import exclusively, kept_state, plain_modes
 from ..hf_models import load_plain, read_config
 from ..ops.target import DEFAULT_CAPTURE_SIZE
 from ..passes.build.module import mxfp4_sites
@@ -243,7 +244,7 @@ def _site_errors(model: nn.Module, scale_rule: str) -> Iterator[dict[str, list[f
     """While the unquantized model runs: site -> [squared error, squared norm] of its output under MXFP4 weights."""
     report = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False)
     sites = [Site(c) for c in find_candidates(model)]
-    with experts_implementation(model, "grouped_mm"):
+    with exclusively(), plain_modes(), kept_state(model), experts_implementation(model, "grouped_mm"):
         match_all(model, sites, None, None)
     check_matches(sites, report, strict=True)
     sums: dict[str, list[float]] = {}

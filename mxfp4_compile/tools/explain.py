@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from .. import installing, mx, planning
+from ..circumstances import exclusive, kept_state
 from ..inspection import readable
 from ..ops.registry import known_backends
 from ..ops.selection import requested_backend, requirements
@@ -102,6 +103,7 @@ class Explanation:
         return asdict(self)
 
 
+@exclusive
 def explain_model(
     model: nn.Module, name: str = "", example_inputs: Any = None, measure: bool = False
 ) -> Explanation:
@@ -113,7 +115,7 @@ def explain_model(
     """
     sites = [planning.Site(candidate) for candidate in find_candidates(model)]
     planning.check_model(model, [site.candidate for site in sites])
-    with experts_implementation(model, "grouped_mm"):
+    with kept_state(model), experts_implementation(model, "grouped_mm"):
         planning.match_all(model, sites, example_inputs, requested_backend("auto"))
     if not any(site.structure is not None or site.outcome == "unmatched" for site in sites):
         planning.check_matches(sites, Report("", "", 0, False), strict=True)  # raises: nothing was found

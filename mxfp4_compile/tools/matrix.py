@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import planning
+from ..circumstances import exclusively, kept_state, plain_modes
 from ..ops.backend import Requirement
 from ..ops.registry import failed_backends, known_backends
 from ..ops.selection import BackendUnavailable, candidates, choose, order_of, requested_backend, requirements
@@ -99,7 +100,7 @@ def here() -> Target:
 def _rows(model: nn.Module, example_inputs: Any, target: Target) -> list[Row]:
     sites = [planning.Site(candidate) for candidate in find_candidates(model)]
     planning.check_model(model, [site.candidate for site in sites])
-    with experts_implementation(model, "grouped_mm"):
+    with exclusively(), plain_modes(), kept_state(model), experts_implementation(model, "grouped_mm"):
         # Matching says what a site is, which does not depend on where it would run.
         planning.match_all(model, sites, example_inputs, None)
     groups: dict[Any, tuple[list[str], planning.Structure]] = {}

@@ -255,6 +255,10 @@ class PreparedWeights(nn.Module):
 
     def prepare_for(self, device: torch.device, choice: Choice) -> None:
         """Move the weights to ``device`` in the layout of another backend, through the canonical form."""
+        with torch.inference_mode(False):  # its tensors could not be written to later
+            self._prepare_for(device, choice)
+
+    def _prepare_for(self, device: torch.device, choice: Choice) -> None:
         old, new = get_backend(self.backend), get_backend(choice.backend)
         for projection in self.projections:
             experts, n, k = projection.shape
