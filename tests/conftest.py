@@ -1,4 +1,4 @@
-"""Fixtures shared by the suite."""
+"""Fixtures and options shared by the suite."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from cpu_report import CpuReport
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-report", action="store_true", help="print the CPU time of files and of slow tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--cpu-report"):
+        config.pluginmanager.register(CpuReport())
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from interpreter import interpret
 import mxfp4_compile
 from mxfp4_compile.spec import Activation, MoEParams
 
+# One process runs all cases, so one worker has all tests.
+pytestmark = pytest.mark.xdist_group("triton interpreter")
 BF16 = torch.bfloat16
 INF = math.inf
 ACTIVATIONS = {
@@ -300,12 +303,31 @@ LINEAR = {
 }
 
 
+# One case of each kind in the quick tier.
+QUICK = {
+    "silu-vector", "gpt_oss-scan", "plain_relu2-sorted", "interleaved1-scan", "sentinel-sorted", "on_input-vector",
+    "odd-scan", "bf16-sorted", "blocks2-3-2-short", "ahead2-1-pairs", "merge12", "fine9", "split2-2-200", "fp8-silu",
+    "fp8-layout-vector", "twiddled-vector", "t0",
+}  # fmt: skip
+
+
+def parameters(names: Iterable[str]) -> list[object]:
+    return [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in names]
+
+
 @pytest.fixture(scope="module")
-def results():
-    return json.loads(interpret(__file__).splitlines()[-1])
+def results(request: pytest.FixtureRequest) -> dict[str, object]:
+    """What this file prints when it runs, in one process, all the cases that this session asks for."""
+    mine = [i for i in request.session.items if i.path == request.path and "results" in i.fixturenames]
+    names = [i.callspec.params["name"] if hasattr(i, "callspec") else "optimize" for i in mine]
+    return json.loads(interpret(__file__, *names).splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", cases())
+def test_the_quick_tier_has_cases_of_these_names() -> None:
+    assert set(cases()) >= QUICK
+
+
+@pytest.mark.parametrize("name", parameters(cases()))
 def test_moe(results, name):
     assert isinstance(results[name], float), results[name]
     assert results[name] <= tolerance(cases()[name])
@@ -317,6 +339,7 @@ def test_grouped_linear(results, name):
     assert results[name] <= 1e-5
 
 
+@pytest.mark.slow
 def test_optimize_with_fp8(results):
     """Quantized activations change the logits, but not by much."""
     assert isinstance(results["optimize"], float), results["optimize"]
@@ -339,8 +362,6 @@ def main() -> None:
             out[name] = run()
         except Exception:
             out[name] = traceback.format_exc()[-1500:]
-            if only:
-                traceback.print_exc()
     print(json.dumps(out))
 
 
