@@ -14,6 +14,7 @@ from cpu_report import CpuReport
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cpu-report", action="store_true", help="print the CPU time of files and of slow tests")
+    parser.addoption("--record-outcomes", metavar="FILE", help="append what became of mutations (support/outcomes.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,22 +4,26 @@
 each time). An outcome that is in it need not be run again; any other one is. Another version of torch, or a matcher
 that does more, may change texts: the tests then run what has changed, and this writes the texts anew:
 
-    python -m pytest -m "slow or not slow" tests/passes/match/test_mutations.py --record-outcomes
+    rm -f found.txt
+    pytest -m slow tests/passes/match/test_mutations.py --record-outcomes=found.txt
+    python tests/support/outcomes.py found.txt
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from paths import SUPPORT
 from torch import fx
 
-from mxfp4_compile.passes.build.experts import projections_of
 from mxfp4_compile.passes.build.rewrite import RewriteError, rewrite
 from mxfp4_compile.passes.match.match import FusedMatch, NoMatch, SplitMatch
 from mxfp4_compile.passes.trace.capture import Captured
+from mxfp4_compile.passes.weights import projections_of
 
 FILE = SUPPORT / "outcomes.json"
 
@@ -29,27 +33,27 @@ def known() -> dict[str, str]:
     return dict(json.loads(FILE.read_text()))
 
 
-def write(texts: dict[str, str]) -> None:
-    FILE.write_text(json.dumps(texts, indent=0, sort_keys=True) + "\n")
-
-
 def outcome(captured: Captured, found: FusedMatch | SplitMatch | NoMatch) -> str:
     """No match, a refusal, or what is computed of which weights: a digest of the rewritten graph and of its slots."""
     if isinstance(found, NoMatch):
         return "no match"
-    spec = found.spec
-    projections = projections_of(spec)
+    counts = dict.fromkeys((p.slot for p in projections_of(found.spec)), 1)
     try:
-        graph = rewrite(captured, found, dict.fromkeys((p.slot for p in projections), 1), "reference", "canonical")
+        graph = rewrite(captured, found, counts, "reference", "canonical")
     except RewriteError:
         return "refused"
+    return _text(found, _computation(graph))
+
+
+def _text(found: FusedMatch | SplitMatch, computation: str) -> str:
     slots = [
-        (p.slot, p.role, tuple(p.shape), list(p.source.parameters), bool(p.source.transposed), list(p.source.bias or ()))
-        for p in projections
+        (p.slot, p.role, *p.shape, *p.source.parameters, p.source.transposed, *p.source.bias)
+        for p in projections_of(found.spec)
     ]
-    extra = (found.sentinels, float(found.scale), str(spec)) if isinstance(found, FusedMatch) else ()
-    text = f"{slots} {extra} {_computation(graph)}"
-    return f"{'fused' if extra else 'split'} {hashlib.sha1(text.encode()).hexdigest()[:16]}"
+    fused = isinstance(found, FusedMatch)
+    # A factor of the output goes into the weights: it is in no graph.
+    text = f"{slots} {(found.sentinels, float(found.scale)) if fused else ()} {computation}"
+    return f"{'fused' if fused else 'split'} {hashlib.sha1(text.encode()).hexdigest()[:16]}"
 
 
 def _computation(module: fx.GraphModule) -> str:
@@ -67,3 +71,13 @@ def _computation(module: fx.GraphModule) -> str:
     (output,) = (n for n in module.graph.nodes if n.op == "output")
     inputs = [n.target for n in module.graph.nodes if n.op == "placeholder"]
     return hashlib.sha1((forms[output] + str(inputs)).encode()).hexdigest()
+
+
+def main() -> None:
+    """Add the lines that a run of tests recorded."""
+    found = dict(line.split(": ") for line in Path(sys.argv[1]).read_text().splitlines())
+    FILE.write_text(json.dumps({**known(), **found}, indent=0, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,19 +3,26 @@
 Every mutated graph is matched and, if it matches, rewritten on MXFP4 weights; the result is compared with
 the eager run of the MUTATED graph on the dequantized weights. No match, a refusal, a split, or a fused op
 that computes the mutated function are all fine for a mutation that changes the meaning.
+
+The quick tier runs only what is not known: an outcome that was found right before (support/outcomes.py) is not run
+again. The slow tier runs every graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+from collections.abc import Callable
 
+import mutations
 import pytest
 import torch
 from mutations import (
     CALLS,
     CHANGING,
     PRESERVING,
+    QWEN,
     Mutation,
     call_inputs,
     distance,
@@ -25,6 +32,7 @@ from mutations import (
     run_rewritten,
     with_bias,
 )
+from outcomes import known, outcome
 
 from mxfp4_compile.passes.build.rewrite import RewriteError
 from mxfp4_compile.passes.match.match import FusedMatch, NoMatch, SplitMatch, match
@@ -76,33 +84,74 @@ def _mutated(mutation: Mutation) -> tuple[object, FusedMatch | SplitMatch | NoMa
     return captured, match(captured)
 
 
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[Mutation, str], None]:
+    """Write down an outcome that was found right, if the command line names a file."""
+    file = request.config.getoption("--record-outcomes")
+
+    def write(mutation: Mutation, text: str) -> None:
+        if file:
+            with open(file, "a") as lines:
+                lines.write(f"{mutation.id}: {text}\n")
+
+    return write
+
+
 def _parameters(catalogue: list[Mutation]) -> list[object]:
-    """The first graph of every mutation in the fast tier, its other families, forms and dtypes in the slow one."""
-    names, out = set(), []
-    for m in catalogue:
-        out.append(pytest.param(m, id=m.id, marks=[pytest.mark.slow] if m.name in names else []))
-        names.add(m.name)
-    return out
+    return [pytest.param(m, id=m.id, marks=[pytest.mark.slow]) for m in catalogue]
 
 
 @pytest.mark.parametrize("mutation", _parameters(CHANGING))
-def test_never_silently_wrong(mutation: Mutation) -> None:
+def test_never_silently_wrong(mutation: Mutation, record: Callable[[Mutation, str], None]) -> None:
     captured, found = _mutated(mutation)
     if not mutation.random:
         assert _changes(mutation, captured) > 1e-4, "this mutation changes nothing"
-    if isinstance(found, NoMatch):
-        return
-    with contextlib.suppress(RewriteError):  # a refusal, which optimize() reports as no match
-        _judge(mutation, captured, found)
+    if not isinstance(found, NoMatch):
+        with contextlib.suppress(RewriteError):  # a refusal, which optimize() reports as no match
+            _judge(mutation, captured, found)
+    record(mutation, outcome(captured, found))
 
 
 @pytest.mark.parametrize("mutation", _parameters(PRESERVING))
-def test_another_spelling_still_matches(mutation: Mutation) -> None:
+def test_another_spelling_still_matches(mutation: Mutation, record: Callable[[Mutation, str], None]) -> None:
     captured, found = _mutated(mutation)
     wide = mutation.source.dtype != torch.float32
     assert _changes(mutation, captured) <= (1e-9 if wide else 1e-5), "this mutation changes the function"
     assert isinstance(found, FusedMatch), getattr(found, "reason", None) or found.spec.reason
     _judge(mutation, captured, found)
+    record(mutation, outcome(captured, found))
+
+
+def _first_of_each_name() -> list[object]:
+    """The first graph of every mutation; those that take long, and all other families, forms and dtypes, are slow."""
+    firsts: dict[str, Mutation] = {}
+    for m in (*CHANGING, *PRESERVING):
+        firsts.setdefault(m.name, m)
+    return [pytest.param(m, id=m.id) for m in firsts.values() if m.family == QWEN]
+
+
+@pytest.mark.parametrize("mutation", _first_of_each_name())
+def test_outcomes_are_known_or_right(mutation: Mutation) -> None:
+    captured, found = _mutated(mutation)
+    if mutation in PRESERVING:
+        assert isinstance(found, FusedMatch), getattr(found, "reason", None) or found.spec.reason
+    if outcome(captured, found) != _known().get(mutation.id) and not isinstance(found, NoMatch):
+        with contextlib.suppress(RewriteError):
+            _judge(mutation, captured, found)
+
+
+@functools.cache
+def _known() -> dict[str, str]:
+    return known()
+
+
+def test_every_mutation_is_judged() -> None:
+    """Each is run by one of the two tests of the slow tier, and has its outcome on record."""
+    judged = [*_parameters(CHANGING), *_parameters(PRESERVING)]
+    assert {p.id for p in judged} == {m.id for m in (*CHANGING, *PRESERVING)} == set(_known())
+    for make in vars(mutations).values():  # what is written down is registered
+        if inspect.isfunction(make) and [*inspect.signature(make).parameters.values()][:1] == ["e"]:
+            assert make.__name__ in {m.name for m in (*CHANGING, *PRESERVING)}
 
 
 def test_the_catalogue_is_large() -> None:
