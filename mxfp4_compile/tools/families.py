@@ -246,18 +246,26 @@ def undecorated_families() -> list[str]:
     return sorted(name for name in _UNDECORATED if _modeling_file(name) is not None and name not in decorated)
 
 
-def listed_families() -> list[str]:
-    """Names, sorted, of the installed families whose experts are called one by one: those of transformers 4."""
+@functools.lru_cache(maxsize=1)
+def _scan_listed() -> tuple[str, ...]:
     models = _models_dir()
     if models is None:
-        return []
-    return sorted(
-        file.parent.name
-        for file in models.glob("*/modeling_*.py")
-        if file.stem == f"modeling_{file.parent.name}"
-        and file.parent.name not in (*decorated_families(), *undecorated_families())
-        and _LISTED.search(file.read_text(encoding="utf-8", errors="replace"))
+        return ()
+    others = {*decorated_families(), *undecorated_families()}
+    return tuple(
+        sorted(
+            file.parent.name
+            for file in models.glob("*/modeling_*.py")
+            if file.stem == f"modeling_{file.parent.name}"
+            and file.parent.name not in others
+            and _LISTED.search(file.read_text(encoding="utf-8", errors="replace"))
+        )
     )
+
+
+def listed_families() -> list[str]:
+    """Names, sorted, of the installed families whose experts are called one by one: those of transformers 4."""
+    return list(_scan_listed())
 
 
 def _check_family(family: str) -> None:

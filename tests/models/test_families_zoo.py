@@ -54,7 +54,11 @@ def test_tables_name_known_families() -> None:
     assert set(SPECIAL) | set(MODEL_CLASS) <= set(ALL)
 
 
-@pytest.mark.parametrize("family", ALL)
+# test_families.py builds and runs the other decorated ones in the quick tier, too.
+QUICK = {"gpt_oss", "mixtral", "deepseek_v4", "nemotron_h", "qwen3_omni_moe", *undecorated_families()}
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else [pytest.mark.slow]) for f in ALL])
 def test_builds_and_runs_fp32(family: str) -> None:
     state = torch.random.get_rng_state()
     model = tiny_model(family)

@@ -464,6 +464,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("a whole run of tuning")
 def test_the_fastest_right_candidate_wins(whole: dict[str, Any]) -> None:
     first, second = whole["result"]["points"]
     assert (first["tokens"], first["us"], first["shipped_us"]) == (1, 50.0, 100.0)
@@ -473,6 +475,8 @@ def test_the_fastest_right_candidate_wins(whole: dict[str, Any]) -> None:
     assert "fastest" in second["note"]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("a whole run of tuning")
 def test_wrong_and_failing_candidates_are_skipped_and_counted(whole: dict[str, Any]) -> None:
     counts = whole["result"]["candidates"]
     # Wrong: one leaves out rows, one changes from run to run. Failing: a size is missing.
@@ -481,16 +485,22 @@ def test_wrong_and_failing_candidates_are_skipped_and_counted(whole: dict[str, A
     assert "not finite" in reasons and "from run to run" in reasons and "constants" in reasons
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("a whole run of tuning")
 def test_the_result_is_kept_and_used(whole: dict[str, Any]) -> None:
     assert whole["used"] == {"1": True, "2": True, "3": False, "4": False}
     assert whole["files"] == 1
     assert whole["layer_error"] < 2e-2
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("a whole run of tuning")
 def test_a_range_ends_where_it_would_be_slower(whole: dict[str, Any]) -> None:
     assert whole["ranges"] == {"level": [1, 2], "slower": [1, 1]}
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("a whole run of tuning")
 def test_errors_of_a_run(whole: dict[str, Any]) -> None:
     assert "switches tuned data off" in whole["off"]
     assert "would be overwritten" in whole["foreign"] and whole["foreign_kept"]

@@ -22,10 +22,14 @@ def saved(family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
     return directory
 
 
+@functools.cache
+def _class(family: str) -> Any:
+    return type(tiny_model(family))
+
+
 def loaded(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The same model, loaded by transformers alone."""
-    cls: Any = type(tiny_model(family))
-    return cls.from_pretrained(saved(family, dtype), dtype=dtype).eval()
+    return _class(family).from_pretrained(saved(family, dtype), dtype=dtype).eval()
 
 
 def logits(model: nn.Module) -> Tensor:

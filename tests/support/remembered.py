@@ -1,0 +1,56 @@
+"""Traces and matches that are made once a process, for tests that are about something else.
+
+Two experts modules of one class, code, shapes, plain attributes and configuration, called alike, trace to one graph:
+`planning.structure_key` says so of the layers of a model, and this of tiny models made anew by one test after another.
+Only modules of transformers are remembered: a test's own may be changed in ways that no key shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from mxfp4_compile import planning
+from mxfp4_compile.passes.trace.capture import CallPattern, Captured
+
+_graphs: dict[Any, Captured] = {}
+_matches: dict[int, Any] = {}  # by the graph's id; _graphs keeps it alive
+_KEPT = 200
+
+
+def _key(module: nn.Module, pattern: CallPattern) -> Any:
+    config = getattr(module, "config", None)
+    said = None if config is None else (config.to_json_string(), getattr(config, "_experts_implementation", None))
+    structure = tuple(
+        (name, cls, tuple(a for a in plain if a[0] != "config"), tensors)
+        for name, cls, plain, tensors in planning.structure_key(module)
+    )
+    return structure, said, pattern
+
+
+@pytest.fixture
+def remembered_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace and match every experts module once a process."""
+    capture, match = planning.capture, planning.match
+
+    def remembered_capture(module: nn.Module, pattern: CallPattern) -> Captured:
+        if not type(module).__module__.startswith("transformers."):
+            return capture(module, pattern)
+        key = _key(module, pattern)
+        if key not in _graphs:
+            if len(_graphs) >= _KEPT:
+                _graphs.clear(), _matches.clear()
+            _graphs[key] = capture(module, pattern)
+        return _graphs[key]
+
+    def remembered_match(captured: Captured) -> Any:
+        if not any(captured is graph for graph in _graphs.values()):
+            return match(captured)
+        if id(captured) not in _matches:
+            _matches[id(captured)] = match(captured)
+        return _matches[id(captured)]
+
+    monkeypatch.setattr(planning, "capture", remembered_capture)
+    monkeypatch.setattr(planning, "match", remembered_match)
