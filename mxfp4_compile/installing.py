@@ -26,6 +26,7 @@ from .passes.find.discover import experts_implementation
 from .passes.find.foreign_hooks import carry_hooks, unhooked
 from .passes.match.match import FusedMatch
 from .passes.observe import observe
+from .passes.trace.guards import quietly
 from .passes.weights import Stack, projections_of, source_names, stack
 from .planning import OptimizeError, Site, Structure
 from .report import SiteReport
@@ -153,10 +154,16 @@ def _try_finer(
 def verify_site(built: MXFP4Experts, site: Site) -> Verification:
     """Verify one built site against the module it would replace."""
     assert site.structure is not None
-    with unhooked(site.candidate.module):
-        if is_loop(built) or routes_itself(built):
-            return verify_loop(built, site.candidate.module)
-        return verify(built, site.candidate.module, site.structure.found)
+    captured = site.structure.captured
+    try:
+        with unhooked(site.candidate.module), quietly():
+            if is_loop(built) or routes_itself(built):
+                return verify_loop(built, site.candidate.module, sides=captured.sides)
+            return verify(built, site.candidate.module, site.structure.found, sides=captured.sides)
+    except VerificationError as error:
+        if not captured.branches:
+            raise
+        raise VerificationError(f"{error}. The module branches on {captured.branches}") from error
 
 
 def install_site(

@@ -22,8 +22,9 @@ from .passes.find.foreign_hooks import adapter_on, offload_hook, unhooked
 from .passes.match.dense_routing import has_dense_products, variants
 from .passes.match.forms import loop
 from .passes.match.match import FusedMatch, NoMatch, SplitMatch, match
-from .passes.trace.capture import CallPattern, Captured, CaptureError, call_pattern, capture
+from .passes.trace.capture import CallPattern, Captured, CaptureError, call_pattern
 from .passes.trace.collapse import collapse
+from .passes.trace.export import capture
 from .passes.trace.unroll import holds_list, trace
 from .passes.weights import members, projections_of, source_names, stack
 from .report import Report, SiteReport
@@ -305,19 +306,27 @@ def _match_pattern(
 
 def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, FusedMatch | SplitMatch | NoMatch]:
     """Match the module as it traces or, where its experts are called in a loop, as its loop does."""
+    traced, captured, found = _traced_match(module, pattern)
+    return replace(captured, sides=traced.sides, branches=traced.branches), found
+
+
+def _traced_match(
+    module: nn.Module, pattern: CallPattern
+) -> tuple[Captured, Captured, FusedMatch | SplitMatch | NoMatch]:
+    """The trace, what became of it, and the match."""
     reason = ""
     if not holds_list(module):
         try:
             captured = capture(module, pattern)
             found = match(captured)
             if not isinstance(found, NoMatch) or found.dense:
-                return captured, found
+                return captured, captured, found
             reason = found.reason
         except CaptureError as error:
             reason = str(error)
     before = f"{reason}; as a loop over experts: " if reason else ""
     try:
-        captured = trace(module, pattern)
+        traced = captured = trace(module, pattern)
     except CaptureError as error:
         raise CaptureError(f"{before}{error}") from error
     dense = has_dense_products(captured)
@@ -326,7 +335,7 @@ def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, 
         captured = collapse(module, captured)
         found = match(captured)
         if isinstance(found, FusedMatch):
-            return captured, found
+            return traced, captured, found
         if isinstance(found, SplitMatch):
             split = found
         else:
@@ -338,14 +347,15 @@ def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, 
     for variant in islice(variants(captured), _MAX_VARIANTS):
         found = match(variant)
         if isinstance(found, FusedMatch):
-            return variant, found
+            return traced, variant, found
         refusals += [found.reason] if isinstance(found, NoMatch) else []
     if split is not None:
-        return captured, split
+        return traced, captured, split
     if not dense:
-        return captured, NoMatch(reason)
+        return traced, captured, NoMatch(reason)
     lacks = "no routing matrix with zeros for the experts that a token is not routed to was found"
-    return captured, NoMatch(f"dense: every expert is multiplied with every token; {(refusals or [lacks])[0]}", True)
+    reason = f"dense: every expert is multiplied with every token; {(refusals or [lacks])[0]}"
+    return traced, captured, NoMatch(reason, True)
 
 
 # A block has a routing matrix or two (a mask and the weights).

@@ -25,7 +25,8 @@ from mxfp4_compile.passes.find.discover import experts_implementation, find_cand
 from mxfp4_compile.passes.graph import graph_symbols
 from mxfp4_compile.passes.match.forms import ExpertGemm, find_gemms
 from mxfp4_compile.passes.match.match import FusedMatch, SplitMatch
-from mxfp4_compile.passes.trace.capture import Captured, call_pattern, capture
+from mxfp4_compile.passes.trace.capture import Captured, call_pattern
+from mxfp4_compile.passes.trace.export import capture
 from mxfp4_compile.passes.weights import projections_of
 from mxfp4_compile.tools.families import tiny_model
 

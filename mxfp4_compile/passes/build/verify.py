@@ -16,6 +16,7 @@ the first check share them (``check_weights``).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +101,12 @@ def check_weights(errors: Tensor, scale_rule: str, weights: Sequence[str]) -> li
     ]
 
 
-def verify(site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0) -> Verification:
+def verify(
+    site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0, sides: Sequence[tuple[int, ...]] = ()
+) -> Verification:
     """Compare ``site`` with ``original`` (weights present or not: they are replaced by dequantized ones).
 
+    ``sides``: (batch, length) whose products are numbers of tokens to compare them at besides.
     Raises VerificationError with both errors if they disagree.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -113,16 +117,17 @@ def verify(site: MXFP4Experts, original: nn.Module, found: Any, seed: int = 0) -
     cases = checked = 0
     dtype = site.plan.weight_dtype
     sums = Sums(site, dtype)
+    extra = [*dict.fromkeys([*([sums.extra] if sums.extra else []), *(math.prod(side) for side in sides)])]
     for start, stop in groups:
         narrow = slice(start, stop)
         try:
             outcome = _compare_group(
-                site, original, narrow, ids_at, by_expert, top_k, others, generator, dtype, sums.extra
+                site, original, narrow, ids_at, by_expert, top_k, others, generator, dtype, extra
             )
         except _NeedsAllExperts:
             everyone = slice(0, experts)
             outcome = _compare_group(
-                site, original, everyone, ids_at, by_expert, top_k, others, generator, dtype, sums.extra
+                site, original, everyone, ids_at, by_expert, top_k, others, generator, dtype, extra
             )
         for ours, theirs, truth in outcome:
             cases += 1
@@ -238,7 +243,7 @@ def _compare_group(
     others: int,
     generator: torch.Generator,
     dtype: torch.dtype,
-    extra: int,
+    extra: Sequence[int],
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     whole = narrow.stop - narrow.start == site.projections[0].shape[0]
     own = _with_weights(site, original, narrow, dtype)
@@ -297,7 +302,7 @@ def _with_weights(site: MXFP4Experts, original: nn.Module, narrow: slice, dtype:
     return module
 
 
-def _routings(experts: int, top_k: int, others: int, extra: int) -> Iterator[tuple[int, str]]:
+def _routings(experts: int, top_k: int, others: int, extra: Sequence[int]) -> Iterator[tuple[int, str]]:
     yield 1, "random"
     yield 13, "random"
     yield 7, "one"
@@ -305,8 +310,9 @@ def _routings(experts: int, top_k: int, others: int, extra: int) -> Iterator[tup
         yield 11, "skip last"
     if others:
         yield 17, "without weights"
-    if extra:
-        yield extra, "random"
+    for tokens in extra:
+        yield tokens, "random"
+        yield tokens, "one"
 
 
 def _inputs(

@@ -15,6 +15,7 @@ a list. Where the block multiplies packed weights itself, one block's dequantize
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,8 +40,13 @@ def routes_itself(site: MXFP4Experts) -> bool:
     return site.plan.params is not None and all(info.dtype.is_floating_point for info in site.plan.pattern.tensors)
 
 
-def verify_loop(site: MXFP4Experts, original: nn.Module, seed: int = 0) -> Verification:
-    """Compare ``site`` with ``original``; VerificationError with both errors if they disagree."""
+def verify_loop(
+    site: MXFP4Experts, original: nn.Module, seed: int = 0, sides: Sequence[tuple[int, ...]] = ()
+) -> Verification:
+    """Compare ``site`` with ``original``; VerificationError with both errors if they disagree.
+
+    ``sides``: (batch, length) at which to compare them besides, on different and on equal tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
     dtype = site.plan.weight_dtype
     experts = _Experts(site, original) if is_loop(site) else _Packed(site, original)
@@ -55,11 +61,13 @@ def verify_loop(site: MXFP4Experts, original: nn.Module, seed: int = 0) -> Verif
     cases = 0
     alike = ((2, 7), True)
     many = [((1, sums.extra), False)] if sums.extra else []
+    many += [((side[0], side[1]), equal) for side in sides for equal in (False, True)]
     with torch.no_grad():
         for sizes, equal in (
-            ((1, 1), False), ((1, 13), False), alike, ((3, 37), False), ((4, 64), False), *many, *[alike] * _ALIKE,
+            ((1, 1), False), ((1, 13), False), ((5, 1), False), alike, ((3, 37), False), ((4, 64), False), *many,
+            *[alike] * _ALIKE,
         ):  # fmt: skip
-            if cases >= 5 + len(many) and not never_absent:
+            if cases >= 6 + len(many) and not never_absent:
                 break
             experts.used.clear()
             leaves = _inputs(site, sizes, equal, generator, ids_at)

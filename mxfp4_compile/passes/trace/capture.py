@@ -1,24 +1,16 @@
-"""Capture: one module to a functional, undecomposed ATen graph with parameters known by name.
+"""What a capture is: how a module is called, and its graph with the meaning of the graph's inputs.
 
-Contract: the module is read, never changed; nothing is computed on its weights (export fakeifies them).
 What a call passed that is no tensor becomes part of the capture and is checked at every later call.
-
-1. replay the recorded call on the real module under ``torch.export`` with the dimensions that differed
-   between two recorded calls marked dynamic;
-2. ``run_decompositions({})``: in-place ops become functional, composite ones (silu, gelu) stay whole;
-3. sort the placeholders into parameters, buffers, constants and inputs.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch import Tensor, fx
 
 from ..calls import Call, TensorInfo
 
@@ -111,6 +103,8 @@ class Captured:
     elsewhere: tuple[fx.Node, ...] = ()  # [T, E, .] what stands for dense products where ids do not say: zeros
     sentinels: int = 0  # so many ids from E on, which are no experts, occur
     taken: frozenset[Any] = frozenset()  # sizes on which the code has branched, as if they were not zero
+    sides: tuple[tuple[int, ...], ...] = ()  # batch and length at which verification must run (``guards``)
+    branches: str = ""  # what the code branches on there, in words
 
     def node(self, name: str) -> fx.Node:
         """The node named ``name``."""
@@ -118,35 +112,6 @@ class Captured:
             if node.name == name:
                 return cast(fx.Node, node)
         raise KeyError(name)
-
-
-def capture(module: nn.Module, pattern: CallPattern) -> Captured:
-    """Trace ``module`` as ``pattern`` says it is called; CaptureError with the reason if it does not trace."""
-    example = [leaf.zeros() if isinstance(leaf, TensorInfo) else leaf for leaf in pattern.leaves]
-    args, kwargs = pattern.arrange(example)
-    error: Exception | None = None
-    # Sizes that were equal in both recorded calls are one size (the token count); if that does not hold for
-    # this module, let export find out the relations by itself.
-    for shapes in (named_dims(pattern), free_dims(pattern)):
-        arg_shapes, kwarg_shapes = pattern.arrange(shapes)
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                # A wrapper gives every module the signature forward(args, kwargs): HF's own wrappers have
-                # names in their signatures that the implementation behind them does not accept.
-                program = torch.export.export(
-                    _Caller(module),
-                    (args, kwargs),
-                    dynamic_shapes={"args": arg_shapes, "kwargs": kwarg_shapes},
-                    strict=False,
-                ).run_decompositions({})
-            break
-        except Exception as failure:
-            error = error or failure
-    else:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CaptureError(f"does not trace: {type(error).__name__}: {first_line[:300]}") from error
-    return _sort_placeholders(program, pattern)
 
 
 def named_dims(pattern: CallPattern) -> list[Any]:
@@ -172,51 +137,3 @@ def free_dims(pattern: CallPattern) -> list[Any]:
         else None
         for leaf, dyn in zip(pattern.leaves, pattern.dynamic, strict=True)
     ]
-
-
-class _Caller(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, args: Any, kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-
-def _sort_placeholders(program: torch.export.ExportedProgram, pattern: CallPattern) -> Captured:
-    signature = program.graph_signature
-    for out in signature.output_specs:
-        if out.kind != OutputKind.USER_OUTPUT:
-            raise CaptureError(f"the module changes its state ({out.kind.name.lower()} {out.target})")
-    output = program.call_spec.out_spec
-    if output is None or not output.is_leaf():
-        raise CaptureError("the module returns something else than one tensor")
-    captured = Captured(program.graph_module.graph, [], {}, {}, {}, pattern)
-    strip = len("module.")
-    dropped = []
-    for spec in signature.input_specs:
-        name = spec.arg.name
-        if spec.kind == InputKind.PARAMETER:
-            captured.parameters[name] = (spec.target or "")[strip:]
-        elif spec.kind == InputKind.BUFFER:
-            captured.buffers[name] = (spec.target or "")[strip:]
-        elif spec.kind == InputKind.CONSTANT_TENSOR:
-            captured.constants[name] = program.constants[spec.target or ""]
-        elif spec.kind == InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
-            captured.inputs.append(name)
-        elif spec.kind == InputKind.USER_INPUT:
-            dropped.append(name)  # a plain value: baked into the graph
-        else:
-            raise CaptureError(f"the module takes an input of kind {spec.kind.name.lower()}")
-    for node in list(captured.graph.nodes):
-        if node.op == "placeholder" and node.name in dropped:
-            if node.users:
-                raise CaptureError(f"the plain argument {node.name} is used symbolically")
-            captured.graph.erase_node(node)
-    for node in list(captured.graph.nodes):
-        # Export records each cast's assumption; the dtypes of a call are checked where the site is called.
-        if node.target == torch.ops.aten._assert_tensor_metadata.default:
-            captured.graph.erase_node(node)
-    if len(captured.inputs) != len(pattern.tensors):
-        raise CaptureError("the trace has another number of tensor inputs than the call")
-    return captured

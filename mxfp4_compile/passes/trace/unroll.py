@@ -28,6 +28,7 @@ from ..calls import TensorInfo
 from ..weights import equal_children
 from .capture import CallPattern, Captured, CaptureError, free_dims, named_dims
 from .collapse import collapse, expression
+from .guards import Sizes, Traced, quietly, settle
 
 aten = torch.ops.aten
 
@@ -404,12 +405,17 @@ class _Caller(nn.Module):
     expert's weights, which do not exist, the original fails with such ids, and the place counts as never hit.
     """
 
-    def __init__(self, module: nn.Module, without_last: bool) -> None:
+    def __init__(self, module: nn.Module, without_last: bool, sizes: Sizes) -> None:
         super().__init__()
-        self.module, self.without_last = module, without_last
+        self.module, self.without_last, self.sizes = module, without_last, sizes
 
     def forward(self, args: Any, kwargs: Any) -> Any:
-        with _AllInUse(self.without_last) as self.seen, _branches(self.seen):
+        with (
+            _AllInUse(self.without_last) as self.seen,
+            _branches(self.seen),
+            self.sizes,
+            self.sizes.functions(self.module),
+        ):
             return self.module(*args, **kwargs)
 
 
@@ -435,9 +441,9 @@ def _branches(seen: _AllInUse) -> Any:
 
 
 def _torchs_own(frame: Any) -> bool:
-    """Whether a frame is torch's, or this module's, which asks for itself."""
+    """Whether a frame is torch's, or of these modules, which ask for themselves."""
     name = str(frame.f_globals.get("__name__", ""))
-    return name == __name__ or name.partition(".")[0] in ("torch", "sympy")
+    return name in (__name__, Sizes.__module__) or name.partition(".")[0] in ("torch", "sympy")
 
 
 @contextmanager
@@ -465,6 +471,10 @@ def capture_loop(module: nn.Module, pattern: CallPattern) -> Captured:
 
 def trace(module: nn.Module, pattern: CallPattern) -> Captured:
     """Trace ``module`` as if every expert had tokens; CaptureError with the reason where it does not trace."""
+    return settle(lambda called, sizes: _traced(module, called, sizes), pattern)
+
+
+def _traced(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Traced:
     example = [leaf.zeros() if isinstance(leaf, TensorInfo) else leaf for leaf in pattern.leaves]
     args, kwargs = pattern.arrange(example)
     error: Exception | None = None
@@ -473,9 +483,10 @@ def trace(module: nn.Module, pattern: CallPattern) -> Captured:
     while waiting:
         arg_shapes, kwarg_shapes = pattern.arrange(waiting[0](pattern))
         try:
-            with torch.no_grad(), warnings.catch_warnings(), _without_hooks(module), _casts_of_nothing():
+            with torch.no_grad(), warnings.catch_warnings(), _without_hooks(module), _casts_of_nothing(), quietly():
                 warnings.simplefilter("ignore")
-                caller = _Caller(module, without_last)
+                sizes.forget()
+                caller = _Caller(module, without_last, sizes)
                 program = torch.export.export(
                     caller,
                     (args, kwargs),
@@ -485,7 +496,7 @@ def trace(module: nn.Module, pattern: CallPattern) -> Captured:
             captured = _sorted(program, pattern)
             _check_names(captured, caller.seen)
             captured.taken = frozenset(caller.seen.taken)
-            return captured
+            return Traced(captured, program, sizes)
         except CaptureError:
             raise
         except IndexError as failure:
