@@ -29,7 +29,7 @@ PACKAGES = ("torch", "triton", "transformers", "safetensors", "depyf")
 
 @dataclass(frozen=True)
 class OptionalPart:
-    """An extra of this package: what it is for, and the (package, least version or "") pairs it installs."""
+    """An extra of this package: what it is for, and the (package, bounds as "5.17" or "4.57,<5", or "") pairs it installs."""
 
     extra: str
     purpose: str
@@ -45,10 +45,11 @@ class OptionalPart:
         return f'pip install "mxfp4_compile[{self.extra}]"'
 
 
-_HF = (("transformers", "5.17"), ("safetensors", ""), ("tqdm", ""))
+_HF = (("transformers", "5.17"), ("accelerate", ""), ("safetensors", ""), ("tqdm", ""))
+_HF4 = (("transformers", "4.57,<5"), ("accelerate", ""), ("tqdm", ""))
 OPTIONAL_PARTS = (
     OptionalPart("hf", "Hugging Face models; the commands explain and demo", _HF),
-    OptionalPart("hf4", "models of transformers 4 in memory", (("transformers", "4.57,<5"), ("tqdm", ""))),
+    OptionalPart("hf4", "models of transformers 4 in memory", _HF4),
     OptionalPart("demo", "the command demo", _HF),
     OptionalPart("inspect", "readable dumps of what torch.compile made", (("depyf", "0.20"),)),
     OptionalPart("bench", "benchmarks and their plots", (*_HF, ("matplotlib", ""))),
@@ -58,7 +59,7 @@ OPTIONAL_PARTS = (
         (
             *_HF,
             *((name, "") for name in ("pytest", "pytest-xdist", "hypothesis", "numpy", "triton")),
-            *((name, "") for name in ("accelerate", "peft", "compressed-tensors", "matplotlib")),
+            *((name, "") for name in ("peft", "compressed-tensors", "matplotlib")),
         ),
     ),
 )
@@ -195,11 +196,13 @@ def _tuned_status(device: torch.device) -> TunedStatus:
     return TunedStatus(str(device), True, f"in use for {shapes}, from {path}", str(path))
 
 
-def _lack(package: str, least: str) -> str:
+def _lack(package: str, bounds: str) -> str:
     have = installed(package)
     if have is None:
         return package
-    return f"{package}>={least} (found {have})" if _numbers(have) < _numbers(least) else ""
+    least, _, below = bounds.partition(",<")
+    meets = _numbers(least) <= _numbers(have) and not (below and _numbers(have) >= _numbers(below))
+    return "" if meets else f"{package}>={bounds} (found {have})"
 
 
 def _cores() -> int:

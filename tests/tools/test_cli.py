@@ -309,10 +309,11 @@ def test_env_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_env_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    have = {"transformers": "5.2.1", "safetensors": "0.8.0", "tqdm": "4.0"}
+    have = {"transformers": "5.2.1", "accelerate": "1.0", "safetensors": "0.8.0", "tqdm": "4.0"}
     monkeypatch.setattr("mxfp4_compile.tools.environment.installed", have.get)
     parts = {p.extra: p.missing() for p in environment().optional}
     assert parts["hf"] == ("transformers>=5.17 (found 5.2.1)",)
+    assert parts["hf4"] == ("transformers>=4.57,<5 (found 5.2.1)",)
     assert parts["inspect"] == ("depyf",)
     assert 'missing depyf: pip install "mxfp4_compile[inspect]"' in run(capsys, "env")[1]
 
