@@ -29,7 +29,7 @@ PACKAGES = ("torch", "triton", "transformers", "safetensors", "depyf")
 
 @dataclass(frozen=True)
 class OptionalPart:
-    """An extra of this package: what it is for, and the (package, bounds as "5.17" or "4.57,<5", or "") pairs it installs."""
+    """An extra of this package: what it is for, and what it installs: (package, "", "5.17" or "4.57,<5")."""
 
     extra: str
     purpose: str
