@@ -78,6 +78,7 @@ def test_nothing_imports_through_the_links() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.smoke
 def test_imports_go_one_way() -> None:
     for path in modules():
         own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -91,6 +92,7 @@ def test_imports_go_one_way() -> None:
                 )
 
 
+@pytest.mark.smoke
 def test_importing_the_package_is_light() -> None:
     code = (
         "import sys, mxfp4_compile\n"
@@ -121,6 +123,7 @@ def test_no_test_lies_in_the_package() -> None:
     assert not list(PACKAGE.rglob("test_*.py"))
 
 
+@pytest.mark.smoke
 def test_tools_skip_the_links() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     for name in LINKS:

@@ -42,6 +42,7 @@ def test_same_object_same_class() -> None:
     assert model.get_submodule("model.layers.0.mlp.experts").num_experts == 8
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "muse_spark"])
 def test_logits_are_those_of_the_dequantized_model(family: str) -> None:
     model = optimized(family)

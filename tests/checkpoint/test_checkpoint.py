@@ -76,6 +76,7 @@ def _round_trip(family: str, directory: Path) -> list[str]:
     return forms
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_round_trip(family: str, tmp_path: Path) -> None:
     assert tuple(_round_trip(family, tmp_path)) == FORMS[family]

@@ -68,6 +68,7 @@ def _check(family: str, layers: int = 1) -> None:
     assert {name: p._version for name, p in model.named_parameters()} == before  # the model is not touched
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", QUICK)
 def test_equals_optimize(family: str) -> None:
     _check(family)

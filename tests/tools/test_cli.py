@@ -101,6 +101,7 @@ def canned(result: demo.DemoResult, monkeypatch: pytest.MonkeyPatch) -> demo.Dem
     return result
 
 
+@pytest.mark.smoke
 def test_demo_json(canned: demo.DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "demo", "--json")
     assert (code, err) == (0, "")
@@ -117,7 +118,8 @@ def test_demo_json(canned: demo.DemoResult, capsys: pytest.CaptureFixture[str]) 
     assert speeds["ratio"] == speeds["mxfp4"] / speeds["bf16"]
     assert data["report"]["scale_rule"] == mx.DEFAULT_SCALE_RULE
     assert [site["outcome"] for site in data["report"]["sites"]] == ["fused"] * 4
-    assert data["versions"]["torch"] == torch.__version__
+    # The distribution's version: a build's own part ("+cu130") is not in the one that pip knows.
+    assert data["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert data["hardware"]["cores"] >= 1
 
 
@@ -318,6 +320,7 @@ def test_env_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert 'missing depyf: pip install "mxfp4_compile[inspect]"' in run(capsys, "env")[1]
 
 
+@pytest.mark.smoke
 def test_optional_parts_are_the_extras() -> None:
     """OPTIONAL_PARTS says what pyproject.toml says, leaving out what developers alone need."""
     text = (REPO / "pyproject.toml").read_text(encoding="utf-8")

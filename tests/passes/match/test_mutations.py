@@ -145,6 +145,7 @@ def _known() -> dict[str, str]:
     return known()
 
 
+@pytest.mark.smoke
 def test_every_mutation_is_judged() -> None:
     """Each is run by one of the two tests of the slow tier, and has its outcome on record."""
     judged = [*_parameters(CHANGING), *_parameters(PRESERVING)]
