@@ -22,6 +22,7 @@ from .passes.find.foreign_hooks import adapter_on, offload_hook, unhooked
 from .passes.match.dense_routing import has_dense_products, variants
 from .passes.match.forms import loop
 from .passes.match.match import FusedMatch, NoMatch, SplitMatch, match
+from .passes.same import structure_key
 from .passes.trace.capture import CallPattern, Captured, CaptureError, call_pattern
 from .passes.trace.collapse import collapse
 from .passes.trace.export import capture
@@ -292,9 +293,9 @@ def _match_pattern(
     stand_in: StandIn,
 ) -> None:
     module = site.candidate.module
-    key = (structure_key(module), pattern)
-    if key not in known:
-        with unhooked(module):
+    with unhooked(module):
+        key = (structure_key(module), pattern)
+        if key not in known:
             known[key] = match_structure(stand_in(module, pattern), pattern, requested, terms)
     result = known[key]
     if isinstance(result, NoMatch):
@@ -380,28 +381,6 @@ def match_structure(
     request = replace(terms, params=params, shapes=shapes, biases=biases)
     choice = choose(params, device, requested, request)
     return Structure(pattern, captured, found, choice, retained, request, requested)
-
-
-def structure_key(module: nn.Module) -> Any:
-    """Two modules with equal keys trace to the same graph: class, code, parameters, plain attributes."""
-    parts: list[Any] = []
-    for name, child in module.named_modules():
-        plain: list[tuple[str, Any]] = []
-        for attribute, value in sorted(vars(child).items()):
-            if isinstance(value, (bool, int, float, str, type(None), torch.dtype, tuple)):
-                plain.append((attribute, repr(value)))
-            elif attribute not in _OWN_STATE:
-                plain.append((attribute, id(value) if attribute == "config" else repr(type(value))))
-        tensors = [
-            (n, tuple(t.shape), t.dtype, t.device, t.stride())
-            for n, t in (*child._parameters.items(), *child._buffers.items())
-            if t is not None
-        ]
-        parts.append((name, type(child), tuple(plain), tuple(tensors)))
-    return tuple(parts)
-
-
-_OWN_STATE = frozenset(vars(nn.Module()))
 
 
 def _shape_key(module: nn.Module) -> Any:

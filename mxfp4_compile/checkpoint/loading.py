@@ -41,8 +41,9 @@ from ..passes.build.prep import ExpertReader
 from ..passes.calls import TensorInfo
 from ..passes.find.discover import experts_implementation
 from ..passes.match.match import NoMatch
+from ..passes.same import structure_key
 from ..passes.weights import projections_of, source_names
-from ..planning import OptimizeError, Site, left_alone, match_structure, structure_key
+from ..planning import OptimizeError, Site, left_alone, match_structure
 from ..report import Report, versions_used
 from .files import CheckpointError, Weights, weight_files
 from .formats import OWN, Scheme, scheme_of

@@ -1,7 +1,7 @@
 """Traces and matches that are made once a process, for tests that are about something else.
 
 Two experts modules of one class, code, shapes, plain attributes and configuration, called alike, trace to one graph:
-`planning.structure_key` says so of the layers of a model, and this of tiny models made anew by one test after another.
+`same.structure_key` says so of the layers of a model, and this of tiny models made anew by one test after another.
 Only modules of transformers are remembered: a test's own may be changed in ways that no key shows.
 """
 
@@ -13,6 +13,7 @@ import pytest
 from torch import nn
 
 from mxfp4_compile import planning
+from mxfp4_compile.passes import same
 from mxfp4_compile.passes.trace.capture import CallPattern, Captured
 
 _graphs: dict[Any, Captured] = {}
@@ -25,7 +26,7 @@ def _key(module: nn.Module, pattern: CallPattern) -> Any:
     said = None if config is None else (config.to_json_string(), getattr(config, "_experts_implementation", None))
     structure = tuple(
         (name, cls, tuple(a for a in plain if a[0] != "config"), tensors)
-        for name, cls, plain, tensors in planning.structure_key(module)
+        for name, cls, plain, tensors in same.structure_key(module)
     )
     return structure, said, pattern
 
