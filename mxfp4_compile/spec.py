@@ -1,6 +1,6 @@
 """The vocabulary every room shares: what a mixture-of-experts site computes.
 
-A spec says everything semantic and nothing about kernels. Imports nothing of ours.
+A spec says everything semantic and nothing about kernels. Imports nothing of ours but the table of activations.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+from . import activations
+
 GateLayout = Literal["none", "halves", "interleaved"]
 Role = Literal["up", "down"]
 
-ACTIVATION_KINDS: tuple[ActivationKind, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ACTIVATION_KINDS = tuple(activations.FUNCTIONS)
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Activation:
         gated:      h = f(min(g, gate_limit)) * (clamp(u, -up_limit, up_limit) + beta)
         not gated:  h = f(min(g, gate_limit))
 
-    where ``f`` is ``g * sigmoid(alpha * g)`` (silu), the exact gelu, its tanh form, relu, or relu
-    squared. ``alpha`` only enters silu. gpt-oss is silu, alpha 1.702, beta 1, both limits 7.
+    where ``f`` is the function of ``kind`` in ``activations.FUNCTIONS``. ``alpha`` only enters silu. gpt-oss is silu,
+    alpha 1.702, beta 1, both limits 7.
     """
 
-    kind: ActivationKind
+    kind: str
     gated: bool = True
     alpha: float = 1.0
     beta: float = 0.0
@@ -44,19 +45,7 @@ class Activation:
         """Evaluate in the dtype of ``gate`` (any float); ``up`` has the same shape, or is None if not gated."""
         if math.isfinite(self.gate_limit):
             gate = gate.clamp(max=self.gate_limit)
-        if self.kind == "silu":
-            # F.silu is one fused pass where alpha allows it.
-            out = torch.nn.functional.silu(gate) if self.alpha == 1.0 else gate * torch.sigmoid(gate * self.alpha)
-        elif self.kind == "gelu":
-            out = torch.nn.functional.gelu(gate)
-        elif self.kind == "gelu_tanh":
-            out = torch.nn.functional.gelu(gate, approximate="tanh")
-        elif self.kind == "relu":
-            out = gate.relu()
-        elif self.kind == "relu2":
-            out = gate.relu().square()
-        else:
-            raise ValueError(f"unknown activation kind {self.kind!r}; known: {', '.join(ACTIVATION_KINDS)}")
+        out = activations.function(self.kind).value(gate, self.alpha)
         if not self.gated:
             return out
         if up is None:
@@ -73,22 +62,7 @@ class Activation:
         A clamp passes the gradient up to and at its limit, as torch's does.
         """
         g = gate.clamp(max=self.gate_limit) if math.isfinite(self.gate_limit) else gate
-        if self.kind == "silu":
-            s = torch.sigmoid(g * self.alpha)
-            f, df = g * s, s * (1 + self.alpha * g * (1 - s))
-        elif self.kind == "gelu":
-            cdf = 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
-            f, df = g * cdf, cdf + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
-        elif self.kind == "gelu_tanh":
-            c, cubic = math.sqrt(2 / math.pi), 0.044715
-            t = torch.tanh(c * (g + cubic * g**3))
-            f, df = 0.5 * g * (1 + t), 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * c * (1 + 3 * cubic * g * g)
-        elif self.kind == "relu":
-            f, df = g.relu(), (g > 0).to(g.dtype)
-        elif self.kind == "relu2":
-            f, df = g.relu().square(), 2 * g.relu()
-        else:
-            raise ValueError(f"unknown activation kind {self.kind!r}; known: {', '.join(ACTIVATION_KINDS)}")
+        f, df = activations.function(self.kind).derivative(g, self.alpha)
         if math.isfinite(self.gate_limit):
             df = df * (gate <= self.gate_limit)
         if not self.gated:
@@ -208,9 +182,9 @@ def moe_scalars(params: MoEParams) -> tuple[Any, ...]:
 def moe_params(*scalars: Any) -> MoEParams:
     """The MoEParams of an op call's scalars; cached, since eager decoding asks once per layer and token."""
     count = len(_ACTIVATION_SCALARS)
-    of_activation = zip(_ACTIVATION_SCALARS, scalars[:count], strict=True)
-    activation = Activation(**{name: math.inf if value is None else value for name, value in of_activation})
-    return MoEParams(activation=activation, **dict(zip(_MOE_SCALARS, scalars[count:], strict=True)))
+    given = dict(zip(_ACTIVATION_SCALARS, scalars[:count], strict=True))
+    of_activation: dict[str, Any] = {name: math.inf if value is None else value for name, value in given.items()}
+    return MoEParams(activation=Activation(**of_activation), **dict(zip(_MOE_SCALARS, scalars[count:], strict=True)))
 
 
 @dataclass(frozen=True)

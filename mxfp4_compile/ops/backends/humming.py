@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_last
 
+from ...activations import function
 from ...spec import Activation, MoEParams, Role
 from ..backend import Backend, Requirement, check_activation_dtype, check_parallel
 from ..library import find
@@ -293,13 +294,7 @@ def expression(activation: Activation) -> str:
     act = activation
     # Not fminf: NaN must pass through.
     a = "a" if math.isinf(act.gate_limit) else f"(a > {act.gate_limit!r}f ? {act.gate_limit!r}f : a)"
-    out = {
-        "silu": f"({a} / (1.0f + __expf(-{act.alpha!r}f * {a})))",
-        "gelu": f"(0.5f * {a} * (1.0f + erff({a} * 0.7071067811865476f)))",
-        "gelu_tanh": f"({a} / (1.0f + __expf(-1.5957691216057308f * {a} * (1.0f + 0.044715f * {a} * {a}))))",
-        "relu": f"({a} < 0.0f ? 0.0f : {a})",
-        "relu2": f"({a} < 0.0f ? 0.0f : {a} * {a})",
-    }[act.kind]
+    out = function(act.kind).cpp.format(a=a, alpha=repr(act.alpha))
     if not act.gated:
         return out
     limit = f"{act.up_limit!r}f"
