@@ -31,6 +31,7 @@ def python(code: str, *argv: str) -> None:
     subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, check=True, env=environment)
 
 
+@pytest.mark.smoke
 def test_the_package_and_the_parser_import_no_torch() -> None:
     """Of the processes of a whole command line only one that runs a command pays for torch."""
     python(

@@ -24,6 +24,7 @@ def page(name: str) -> str:
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.smoke
 def test_readme_is_short_and_its_commands_stay() -> None:
     assert len(README.splitlines()) <= 90
     for command in ('pip install -e ".[demo]" && mxfp4-compile demo', 'pip install -e ".[test]" && pytest'):
@@ -57,6 +58,7 @@ def test_what_a_page_names_exists(path: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.smoke
 def test_the_map_has_every_room() -> None:
     text = page("architecture.md")
     package = ROOT / "mxfp4_compile"

@@ -62,6 +62,7 @@ def graph() -> dict[str, set[str]]:
     return {module: set(imports(path, known)) - {module, "mxfp4_compile"} for module, path in known.items()}
 
 
+@pytest.mark.smoke
 def test_between_rooms(graph: dict[str, set[str]]) -> None:
     for module, others in graph.items():
         assert room(module) in ROOMS, f"{module}: give its room a place, here and in docs/architecture.md"
