@@ -24,7 +24,7 @@ from .passes.build.verify import Verification, VerificationError, check_weights,
 from .passes.build.verify_block import is_loop, routes_itself, verify_loop
 from .passes.find.discover import experts_implementation
 from .passes.find.foreign_hooks import carry_hooks, unhooked
-from .passes.match.match import FusedMatch
+from .passes.match import FusedMatch
 from .passes.observe import observe
 from .passes.trace.guards import quietly
 from .passes.weights import Stack, projections_of, source_names, stack

@@ -19,9 +19,9 @@ from .ops.target import PLAIN, Request
 from .passes.build.rewrite import RewriteError, retained_names
 from .passes.find.discover import Candidate, record_calls
 from .passes.find.foreign_hooks import adapter_on, offload_hook, unhooked
+from .passes.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.match.dense_routing import has_dense_products, variants
 from .passes.match.forms import loop
-from .passes.match.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.same import structure_key
 from .passes.trace.capture import CallPattern, Captured, CaptureError, call_pattern
 from .passes.trace.collapse import collapse

@@ -14,7 +14,7 @@ from mxfp4_compile import OptimizeError, installing, planning
 from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.passes.build.verify import VerificationError
 from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
-from mxfp4_compile.passes.match.match import FusedMatch, match
+from mxfp4_compile.passes.match import FusedMatch, match
 from mxfp4_compile.passes.trace.capture import call_pattern
 from mxfp4_compile.passes.trace.export import capture
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model

@@ -40,7 +40,7 @@ from ..passes.build.module import MXFP4Experts
 from ..passes.build.prep import ExpertReader
 from ..passes.calls import TensorInfo
 from ..passes.find.discover import experts_implementation
-from ..passes.match.match import NoMatch
+from ..passes.match import NoMatch
 from ..passes.same import structure_key
 from ..passes.weights import projections_of, source_names
 from ..planning import OptimizeError, Site, left_alone, match_structure

@@ -32,7 +32,7 @@ from ..passes.build.prep import prep_program, prepare_bias, run_prep
 from ..passes.build.rewrite import RewriteError, rewrite
 from ..passes.build.verify import Verification, VerificationError, check_weights, reported
 from ..passes.find.discover import Candidate
-from ..passes.match.match import FusedMatch, NoMatch
+from ..passes.match import FusedMatch, NoMatch
 from ..passes.observe import observe
 from ..passes.weights import projections_of, source_names
 from ..planning import OptimizeError, Site, Structure, match_structure

@@ -19,7 +19,7 @@ from ..passes.build.prep import prep_program
 from ..passes.build.rewrite import RewriteError, rewrite
 from ..passes.build.verify import VerificationError
 from ..passes.find.discover import experts_implementation, find_candidates
-from ..passes.match.match import FusedMatch
+from ..passes.match import FusedMatch
 from ..passes.weights import Projection, projections_of, stack
 from ..planning import Site, Structure
 from ..report import Report

@@ -12,7 +12,7 @@ import mxfp4_compile
 from mxfp4_compile.passes.build.module import MXFP4Experts, mxfp4_sites
 from mxfp4_compile.passes.build.rewrite import count_ops
 from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
-from mxfp4_compile.passes.match.match import FusedMatch, match
+from mxfp4_compile.passes.match import FusedMatch, match
 from mxfp4_compile.passes.trace.capture import call_pattern
 from mxfp4_compile.passes.trace.export import capture
 from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model

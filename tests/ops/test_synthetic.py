@@ -11,7 +11,7 @@ from torch import nn
 from mxfp4_compile.ops.backends import cpu, reference
 from mxfp4_compile.ops.synthetic import LayerShape, Prepared, call, prepare, random_inputs, random_layer
 from mxfp4_compile.passes.find.discover import find_candidates
-from mxfp4_compile.passes.match.match import FusedMatch
+from mxfp4_compile.passes.match import FusedMatch
 from mxfp4_compile.planning import Site, match_all
 from mxfp4_compile.tools import demo
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model

@@ -23,8 +23,8 @@ from mxfp4_compile.ops.registry import get_backend
 from mxfp4_compile.passes.build.rewrite import rewrite
 from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
 from mxfp4_compile.passes.graph import graph_symbols
+from mxfp4_compile.passes.match import FusedMatch, SplitMatch
 from mxfp4_compile.passes.match.forms import ExpertGemm, find_gemms
-from mxfp4_compile.passes.match.match import FusedMatch, SplitMatch
 from mxfp4_compile.passes.trace.capture import Captured, call_pattern
 from mxfp4_compile.passes.trace.export import capture
 from mxfp4_compile.passes.weights import projections_of

@@ -21,7 +21,7 @@ from paths import SUPPORT
 from torch import fx
 
 from mxfp4_compile.passes.build.rewrite import RewriteError, rewrite
-from mxfp4_compile.passes.match.match import FusedMatch, NoMatch, SplitMatch
+from mxfp4_compile.passes.match import FusedMatch, NoMatch, SplitMatch
 from mxfp4_compile.passes.trace.capture import Captured
 from mxfp4_compile.passes.weights import projections_of
 

@@ -29,7 +29,7 @@ from ...ops import schema
 from ...ops.registry import get_backend
 from ..calls import TensorInfo
 from ..evaluate import random_ids
-from ..match.match import FusedMatch
+from ..match import FusedMatch
 from ..weights import members, stack
 from .module import MXFP4Experts
 from .state import BLUEPRINT

@@ -17,52 +17,48 @@ nothing in the region can tell those apart. So, in the parts that choose experts
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..graph import ARITHMETIC, BY_ROW, COMPARES, COUNTS, CUTS, FRESH, LINEAR, PICKS, SIZES, op_name, reads_no_values
-from ..trace.capture import Captured
+from .chain import Chain
 
 _POSITION, _ID = "position", "id"
 _WHOLE = 1 << 31
 
 
-def check_structure(
-    captured: Captured,
-    gemms: Iterable[fx.Node],
-    weights: Iterable[str],
-    cuts: tuple[fx.Node, ...],
-    regions: tuple[set[fx.Node], set[fx.Node], set[fx.Node], set[fx.Node]],
-    top_k: int,
-    experts: int,
-) -> str | None:
-    """Apply the rules. ``cuts``: tokens, ids, weights, and what else is given.
+@dataclass(frozen=True)
+class Regions:
+    """The nodes that choose experts, make the up GEMMs' rows, activate, and sum."""
 
-    ``regions``: choice of experts, rows, activation, sum.
-    """
-    return _Check(captured, set(gemms), set(weights), cuts, regions, top_k, experts).run()
+    choice: set[fx.Node]
+    rows: set[fx.Node]
+    middle: set[fx.Node]
+    tail: set[fx.Node]
+
+
+def check_structure(
+    chain: Chain, products: set[fx.Node], cuts: tuple[fx.Node, ...], regions: Regions, top_k: int
+) -> str | None:
+    """Apply the rules. ``cuts``: tokens, ids, weights, and what else is given; ``products`` are given, too."""
+    return _Check(chain, products, cuts, regions, top_k).run()
 
 
 class _Check:
     def __init__(
-        self,
-        captured: Captured,
-        gemms: set[fx.Node],
-        weights: set[str],
-        cuts: tuple[fx.Node, ...],
-        regions: tuple[set[fx.Node], set[fx.Node], set[fx.Node], set[fx.Node]],
-        top_k: int,
-        experts: int,
+        self, chain: Chain, products: set[fx.Node], cuts: tuple[fx.Node, ...], regions: Regions, top_k: int
     ) -> None:
-        self.captured, self.gemms, self.weights, self.cuts, self.top_k = captured, gemms, weights, set(cuts), top_k
-        self.experts = experts
-        self.ids = cuts[1]
-        self.choice, self.rows, self.middle, self.tail = (r - self.cuts - gemms for r in regions)
+        self.captured, self.weights, self.experts = chain.captured, chain.weights, chain.experts
+        self.cuts, self.ids, self.top_k = set(cuts), cuts[1], top_k
+        given = self.cuts | products
+        self.choice, self.rows = regions.choice - given, regions.rows - given
+        self.middle, self.tail = regions.middle - given, regions.tail - given
         self.region = self.choice | self.rows | self.middle | self.tail
         self.taint: dict[fx.Node, set[str]] = {self.ids: {_ID}}
-        self.live = {*cuts, *gemms}
+        self.live = set(given)
 
     def run(self) -> str | None:
         for node in self.captured.graph.nodes:

@@ -35,7 +35,7 @@ from mutations import (
 from outcomes import known, outcome
 
 from mxfp4_compile.passes.build.rewrite import RewriteError
-from mxfp4_compile.passes.match.match import FusedMatch, NoMatch, SplitMatch, match
+from mxfp4_compile.passes.match import FusedMatch, NoMatch, SplitMatch, match
 
 # fp32: both sides sum the same products in another order.
 FP32 = 1e-5

@@ -33,7 +33,7 @@ from mxfp4_compile import OptimizeError, planning
 from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.passes.build.rewrite import count_ops
 from mxfp4_compile.passes.calls import describe
-from mxfp4_compile.passes.match.match import FusedMatch, match
+from mxfp4_compile.passes.match import FusedMatch, match
 from mxfp4_compile.passes.trace.capture import call_pattern
 from mxfp4_compile.passes.trace.unroll import capture_loop
 
