@@ -90,8 +90,8 @@ def _weights(prober: Prober, head: Head, output: fx.Node) -> Iterator[fx.Node]:
     region = ancestors([output], stop=[chain.down.node])
     by_expert = lambda n: of_all_experts(chain, head, n)
     for node in sorted(filter(is_float, region), key=lambda n: (by_expert(n), -chain.order[n])):
-        same_shape = node.meta["val"].shape == head.ids.meta["val"].shape
-        if prober.sizes.decide(node) and (same_shape or by_expert(node)):
+        # Only sizes that follow from the tokens' can be compared: those that the routing knows are not known here.
+        if prober.sizes.decide(node) and (node.meta["val"].shape == head.ids.meta["val"].shape or by_expert(node)):
             yield node
 
 
