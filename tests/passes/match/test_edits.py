@@ -15,7 +15,8 @@ from mxfp4_compile.passes.build.rewrite import rewrite
 from mxfp4_compile.passes.calls import describe
 from mxfp4_compile.passes.match import FusedMatch, match
 from mxfp4_compile.passes.match.edits import Edits, InputSize
-from mxfp4_compile.passes.trace.capture import Captured, call_pattern, capture
+from mxfp4_compile.passes.trace.capture import Captured, call_pattern
+from mxfp4_compile.passes.trace.export import capture
 from mxfp4_compile.passes.trace.unroll import capture_loop
 
 E, H, MI, K = 4, 64, 32, 2
