@@ -20,7 +20,8 @@ def class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
     """The class a configuration names: transformers' own, or an Auto class that finds it (in the model's own code)."""
     import transformers
 
-    architecture = (getattr(config, "architectures", None) or [""])[0]
+    architectures = getattr(config, "architectures", None) or [""]
+    architecture = architectures[0] if isinstance(architectures, list) and isinstance(architectures[0], str) else ""
     if trust_remote_code:
         own = {n: c for n, c in (getattr(config, "auto_map", None) or {}).items() if n.startswith("AutoModel")}
         named = [n for n, c in own.items() if isinstance(c, str) and c.rpartition(".")[2] == architecture]
@@ -34,10 +35,13 @@ def class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_plain(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> nn.Module:
-    """A model as transformers loads it, in the dtype of its checkpoint, on the CPU."""
+    """A model as transformers loads it, in the dtype of its checkpoint, on the CPU.
+
+    Whether code that comes with it runs is said by ``trust_remote_code``; nobody is asked.
+    """
     cls = class_of(read_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
     loaded = cls.from_pretrained(
-        str(path), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code or None
+        str(path), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
     )
     return cast(nn.Module, loaded.eval())
 

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import mx
@@ -34,6 +33,7 @@ from ..passes.weights import projections_of
 from ..planning import Site, left_alone
 from ..report import Report, versions_used
 from ..spec import MoESpec, SplitSpec
+from .claims import check_numbers, check_parameters, most_common_float, read_config_file, sober
 from .files import (
     DEFAULT_SHARD_BYTES,
     CheckpointError,
@@ -45,7 +45,7 @@ from .files import (
     shards_of,
     weight_files,
 )
-from .formats import NOTE, OWN, Scheme, check_format, scheme_of
+from .formats import NOTE, OWN, Scheme, check_format, facts_of_file, scheme_of
 from .output import (
     CONFIG,
     GENERATION,
@@ -138,8 +138,11 @@ def convert(
         output.check_names(others, others)
         model, scheme, said = skeleton(origin, weights, model_class, trust_remote_code)
         report = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False, versions=versions_used())
+        left_before = [*skip, *said["skip"]]
         with kept_state(model):
-            sites = plan_sites(model, report, requested=None, skip=skip, strict=strict, example_inputs=example_inputs)
+            sites = plan_sites(
+                model, report, requested=None, skip=left_before, strict=strict, example_inputs=example_inputs
+            )
         ExpertSource(model, expert_parameters(sites), weights, scheme).leave_unquantized(sites)
         report.sites = [left_alone(s) for s in sites if s.structure is None]
         report.notes += [*output.notes, *left]
@@ -204,30 +207,27 @@ def skeleton(
     origin: Path, weights: Weights, cls: Any = None, trust_remote_code: bool = False
 ) -> tuple[Any, Scheme | None, dict[str, Any]]:
     """The model of a directory on the meta device, its MXFP4 scheme if it has one, and what it says about itself."""
-    config = read_config(origin, trust_remote_code=trust_remote_code)
+    where = origin / CONFIG
+    check_numbers(read_config_file(origin), weights, where)
+    with sober(weights, where, "transformers cannot read it"):
+        config = read_config(origin, trust_remote_code=trust_remote_code)
     declared = getattr(config, "quantization_config", None)
-    scheme, _ = scheme_of(declared, str(origin / "config.json"))
+    scheme, _ = scheme_of(declared, str(where))
     said: dict[str, Any] = {}
     if declared is not None:
         declared = declared if isinstance(declared, dict) else declared.to_dict()
         said = declared if declared.get("quant_method") == OWN else (getattr(config, NOTE, None) or {})
         del config.quantization_config
-    dtype = getattr(config, "dtype", None) or _most_common_float(weights)
+    said = facts_of_file(said)
+    dtype = getattr(config, "dtype", None) or most_common_float(weights)
     cls = cls or class_of(config, trust_remote_code=trust_remote_code)
     if is_auto(cls) and not trust_remote_code:
         hint = "; --trust-remote-code runs the code beside it" if getattr(config, "auto_map", None) else ""
-        raise CheckpointError(
-            f"{origin / 'config.json'} names {config.architectures}, which this transformers does not have{hint}"
-        )
-    return empty_model(config, cls, dtype=dtype, trust_remote_code=trust_remote_code), scheme, said
-
-
-def _most_common_float(weights: Weights) -> torch.dtype:
-    sizes: dict[torch.dtype, int] = {}
-    for stored in weights.tensors.values():
-        if stored.dtype in ("BF16", "F16", "F32"):
-            sizes[stored.torch_dtype] = sizes.get(stored.torch_dtype, 0) + stored.bytes
-    return max(sizes, key=lambda d: sizes[d]) if sizes else torch.bfloat16
+        raise CheckpointError(f"{where} names {config.architectures}, which this transformers does not have{hint}")
+    with sober(weights, where, "no model can be made of it"):
+        model = empty_model(config, cls, dtype=dtype, trust_remote_code=trust_remote_code)
+    said["skip"] = check_parameters(model, weights, scheme).left(model, said.get("skip", ()))
+    return model, scheme, said
 
 
 def _layout(

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..text import printable
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -47,7 +49,13 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or written; the message names the file and the tensor."""
+    """A checkpoint that cannot be read or written; the message names the file and the tensor.
+
+    What no terminal should be sent (names may hold escape sequences) is escaped in it.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 # reading
@@ -148,20 +156,20 @@ def weight_files(directory: Path) -> list[Path]:
 
     Raises CheckpointError for a missing shard, a broken index, or pickled weights only.
     """
+    if (directory / WEIGHTS).is_file():  # also beside an index, as transformers does
+        return [directory / WEIGHTS]
     index = directory / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{index} is no safetensors index: {error}") from error
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or "\0" in name:
                 raise CheckpointError(f"{index} names {name!r}, which is no file of this directory")
             if not (directory / name).is_file():
                 raise CheckpointError(f"{directory / name} is missing, though {INDEX} names it")
         return [directory / name for name in names]
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
     pickled = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLED)
     if pickled:
         raise CheckpointError(

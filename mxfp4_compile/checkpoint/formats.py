@@ -66,7 +66,16 @@ def scheme_of(quantization: Any, where: str) -> tuple[Scheme | None, list[str]]:
     """
     if quantization is None:
         return None, []
+    if not isinstance(quantization, Mapping) and not hasattr(quantization, "to_dict"):
+        raise CheckpointError(f"{where}: quantization_config is a {type(quantization).__name__}, not an object")
     data: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    try:
+        return _scheme_of(data, where)
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{where}: quantization_config is not understood: {error}") from error
+
+
+def _scheme_of(data: Mapping[str, Any], where: str) -> tuple[Scheme | None, list[str]]:
     method = str(getattr(data.get("quant_method"), "value", data.get("quant_method")))
     if method == OWN:
         if data.get("format_version", 1) != 1:
@@ -98,13 +107,13 @@ def _check_compressed_tensors(data: Mapping[str, Any], where: str) -> list[str]:
         weights = group.get("weights") or {}
         if (weights.get("num_bits"), weights.get("type"), weights.get("group_size")) != (4, "float", mx.BLOCK):
             raise CheckpointError(
-                f"{where}: {name} has {weights.get('num_bits')}-bit {weights.get('type')} weights in groups of "
+                f"{where}: {name!r} has {weights.get('num_bits')}-bit {weights.get('type')} weights in groups of "
                 f"{weights.get('group_size')}; MXFP4 is 4-bit float in groups of {mx.BLOCK}"
             )
         if weights.get("symmetric") is False:
-            raise CheckpointError(f"{where}: {name} has zero points, which MXFP4 does not")
+            raise CheckpointError(f"{where}: {name!r} has zero points, which MXFP4 does not")
         if group.get("input_activations"):
-            notes.append(f"{name} asks for quantized activations; they stay in the model's dtype here")
+            notes.append(f"{name!r} asks for quantized activations; they stay in the model's dtype here")
     return notes
 
 
@@ -116,16 +125,44 @@ def _check_quark(data: Mapping[str, Any], where: str) -> list[str]:
         if not weight:
             continue
         if isinstance(weight, list):
-            raise CheckpointError(f"{where}: {name} quantizes weights in several stages, which is no plain MXFP4")
+            raise CheckpointError(f"{where}: {name!r} quantizes weights in several stages, which is no plain MXFP4")
         found = (weight.get("dtype"), weight.get("group_size"), weight.get("scale_format"))
         if found != ("fp4", mx.BLOCK, "e8m0"):
-            raise CheckpointError(f"{where}: {name} has weights {found}; MXFP4 is ('fp4', {mx.BLOCK}, 'e8m0')")
+            raise CheckpointError(f"{where}: {name!r} has weights {found}; MXFP4 is ('fp4', {mx.BLOCK}, 'e8m0')")
         if layer.get("input_tensors"):
-            notes.append(f"{name} asks for quantized activations; they stay in the model's dtype here")
+            notes.append(f"{name!r} asks for quantized activations; they stay in the model's dtype here")
     return notes
 
 
 # What config.json says
+
+
+def facts_of_file(said: Any) -> dict[str, Any]:
+    """What is believed of a note in a file: its scale rule, versions and errors of weights, as far as they are such.
+
+    Nothing else: how a model is verified and on what it runs is not for a file to say. ``skip``: what it says was left
+    alone, to be held against its tensors.
+    """
+    if not isinstance(said, Mapping):
+        return {}
+    facts: dict[str, Any] = {}
+    rule = said.get("scale_rule")
+    if isinstance(rule, str) and rule in mx.SCALE_RULES:
+        facts["scale_rule"] = rule
+    versions = said.get("versions")
+    if isinstance(versions, Mapping):
+        facts["versions"] = {str(k): v for k, v in versions.items() if isinstance(v, str)}
+    errors = said.get("weight_errors")
+    if isinstance(errors, Mapping):
+        facts["weight_errors"] = {str(name): dict(e) for name, e in errors.items() if _is_error(e)}
+    skip = said.get("skip")
+    if isinstance(skip, (list, tuple)):
+        facts["skip"] = [name for name in skip if isinstance(name, str)]
+    return facts
+
+
+def _is_error(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(type(v) in (int, float) and abs(v) < 1e30 for v in value.values())
 
 
 def own_config(note: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ device where they run; the bf16 model never exists.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -45,11 +46,13 @@ from ..passes.same import structure_key
 from ..passes.weights import projections_of, source_names
 from ..planning import OptimizeError, Site, left_alone, match_structure
 from ..report import Report, versions_used
+from .claims import check_numbers, check_parameters, read_config_file, sober
 from .files import CheckpointError, Weights, weight_files
-from .formats import OWN, Scheme, scheme_of
+from .formats import OWN, Scheme, facts_of_file, scheme_of
+from .names import Names
 from .plan import ExpertParameter, expert_parameters, plan_sites, planned, stand_in
 from .requirements import require_transformers_5
-from .sources import ExpertSource, Names
+from .sources import ExpertSource
 
 _PLACEHOLDER = "mxfp4_bytes"
 
@@ -97,7 +100,16 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.example_inputs = example_inputs
         self.progress = progress
         self.source = source
+        self.met = False  # whether a model was made that it is for
         self.checkpoint = {k: v for k, v in checkpoint.items() if k != "quant_method"}
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The configuration in a checkpoint's config.json: of what stands there only ``facts_of_file`` are taken."""
+        scheme_of(config_dict, "config.json")
+        facts = {name: value for name, value in facts_of_file(config_dict).items() if name != "skip"}
+        config = cls(**facts, source=dict(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json keeps: the method, the scale rule, what was skipped, and the checkpoint's own facts."""
@@ -199,15 +211,22 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             versions=versions_used(),
         )
         self.report.notes += notes
+        config.met = True
         with Weights(self.files) as weights:  # a bad file is found before any work
-            self._refuse_names(weights)
+            if not weights.tensors:
+                raise CheckpointError(f"{self.files[0]} holds no tensors")
+            other = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
+            held = check_parameters(model, weights, self.scheme, new_head=other)
+        self.report.notes += [f"{name} is not in the checkpoint: it is new, with random values" for name in held.new]
+        said = declared if self.scheme is not None and self.scheme.format == OWN else getattr(model.config, OWN, None)
+        left = held.left(model, facts_of_file(said).get("skip", ()))
         with kept_state(model) as self.state_changes:
             self.sites = plan_sites(
                 model,
                 self.report,
                 requested=requested_backend(config.backend),
                 terms=self.terms,
-                skip=config.skip,
+                skip=[*config.skip, *left],
                 strict=config.strict,
                 example_inputs=config.example_inputs,
                 device_of=self.device_of,
@@ -225,10 +244,6 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         """What every site asks of its backend."""
         activations: Any = self.quantization_config.activation_dtype
         return Request(activation_dtype=activations, max_capture_size=self.quantization_config.max_capture_size)
-
-    def _refuse_names(self, weights: Weights) -> None:
-        if not weights.tensors:
-            raise CheckpointError(f"{self.files[0]} holds no tensors")
 
     def _hold(self, model: Any) -> None:
         """Take the expert parameters out of the skeleton; transformers loads what is left."""
@@ -548,26 +563,35 @@ def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: An
         for n in ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code")
         if n in options
     }
-    config: Any = options.pop("config", None) or read_config(path, **hub)
+    options.setdefault("trust_remote_code", False)  # left out, transformers would ask on the terminal
+    here = Path(path) if Path(path).is_dir() and not {"subfolder", "variant", "gguf_file"} & options.keys() else None
+    with contextlib.ExitStack() as stack:
+        if here is not None:  # a bad file is named here; transformers' own errors do not name it
+            raw = read_config_file(here)
+            with Weights(weight_files(here)) as weights:
+                check_numbers(raw, weights, here / "config.json")
+            stack.enter_context(sober(weights, here / "config.json", "transformers cannot read it"))
+        config: Any = options.pop("config", None) or read_config(path, **hub)
     holder = config
     declared = getattr(config, "quantization_config", None)
     if declared is None:
         holder = config.get_text_config(decoder=True)
         declared = getattr(holder, "quantization_config", None)
-    checkpoint: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if declared is not None:
-        declared = declared if isinstance(declared, Mapping) else declared.to_dict()
+        declared = declared if isinstance(declared, Mapping) or not hasattr(declared, "to_dict") else declared.to_dict()
         scheme_of(declared, f"{path}/config.json")
         del holder.quantization_config
-        said = declared if declared.get("quant_method") == OWN else (getattr(config, OWN, None) or {})
-        checkpoint = {k: said[k] for k in ("versions", "weight_errors") if k in said}
-        own.setdefault("scale_rule", said.get("scale_rule", mx.DEFAULT_SCALE_RULE))
-        own.setdefault("skip", said.get("skip", ()))
-    if Path(path).is_dir() and not {"subfolder", "variant", "gguf_file"} & options.keys():
-        with Weights(weight_files(Path(path))):
-            pass  # a bad file is named here; transformers' own errors do not name it
+        facts = facts_of_file(declared if declared.get("quant_method") == OWN else getattr(config, OWN, None))
+        facts.pop("skip", None)
+        own.setdefault("scale_rule", facts.pop("scale_rule", mx.DEFAULT_SCALE_RULE))
     if model_class is None:
-        model_class = class_of(config, trust_remote_code=bool(options.get("trust_remote_code")))
+        model_class = class_of(config, trust_remote_code=bool(options["trust_remote_code"]))
     options.setdefault("dtype", "auto")
-    quantization = Mxfp4CompileConfig(**own, source=declared, **checkpoint)
-    return model_class.from_pretrained(path, config=config, quantization_config=quantization, **options)
+    quantization = Mxfp4CompileConfig(**own, source=declared, **facts)
+    try:
+        return model_class.from_pretrained(path, config=config, quantization_config=quantization, **options)
+    except (AttributeError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        if quantization.met:  # the model was made: what fails then is no matter of the configuration
+            raise
+        raise CheckpointError(f"{path}/config.json: no model can be made of it: {error}") from error

@@ -20,6 +20,7 @@ from ..passes.weights import projections_of
 from ..planning import Site
 from .files import CheckpointError, Weights
 from .formats import GPT_OSS, Scheme
+from .names import Names, Recipe, literal, recipe_of
 from .plan import ExpertParameter
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -40,30 +41,6 @@ class Part:
     def quantized(self) -> bool:
         """Whether the checkpoint holds the parameter in MXFP4."""
         return "codes" in self.names or "scales" in self.names
-
-
-class Names:
-    """transformers' renaming of one model's checkpoint tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        mapping: list[Any] = list(get_model_conversion_mapping(model))
-        self.renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        self.converters = [m for m in mapping if isinstance(m, WeightConverter)]
-        self.by_pattern = {p: c for c in self.converters for p in c.source_patterns}
-        self.state = {**dict(model.named_parameters()), **model.state_dict()}
-        self.prefix = getattr(model, "base_model_prefix", "")
-
-    def rename(self, key: str) -> tuple[str, str | None]:
-        """(name in the model, source pattern of the converter that matched or None)."""
-        from transformers.core_model_loading import rename_source_key
-
-        renamed, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
-        if renamed not in self.state and key in self.state:
-            renamed, pattern = rename_source_key(key, [], [], self.prefix, self.state)
-        return renamed, pattern
 
 
 class ExpertSource:
@@ -126,7 +103,7 @@ class ExpertSource:
         for name, part in list(self.parts.items()):
             targets = getattr(part.converter, "target_patterns", [])
             for other in targets[1:]:
-                twin = name.replace(_literal(targets[0]), _literal(other))
+                twin = name.replace(literal(targets[0]), literal(other))
                 if twin in self.shapes:
                     self.parts.setdefault(twin, part)
 
@@ -185,7 +162,7 @@ class ExpertSource:
     def values(self, name: str, experts: slice) -> Tensor:
         """Experts of a parameter in its own layout and dtype, [e, ...]; on the CPU."""
         part, shape = self.parts[name], self.shapes[name]
-        recipe = _recipe(part.converter)
+        recipe = recipe_of(part.converter)
         if part.converter is None:
             out = self._read(name, part.names["values"][""], experts)
         elif recipe is None:
@@ -211,7 +188,7 @@ class ExpertSource:
         return out.view(experts.stop - experts.start, rows, *stored[1:])
 
     def _assemble(
-        self, names: Mapping[str, list[str]], recipe: _Recipe, experts: slice, shape: tuple[int, ...], count: int
+        self, names: Mapping[str, list[str]], recipe: Recipe, experts: slice, shape: tuple[int, ...], count: int
     ) -> Tensor:
         parts = []
         for pattern in recipe.patterns:
@@ -226,7 +203,7 @@ class ExpertSource:
             raise CheckpointError(f"{', '.join(names)}: {len(parts)} tensors for one parameter")
         return parts[0].contiguous()
 
-    def _stack(self, keys: Sequence[str], recipe: _Recipe, experts: slice, count: int) -> Tensor:
+    def _stack(self, keys: Sequence[str], recipe: Recipe, experts: slice, count: int) -> Tensor:
         if not recipe.merge:
             (key,) = keys
             return self.weights.read(key, experts)
@@ -290,7 +267,7 @@ class ExpertSource:
         if part.converter is None:
             pieces = [self._read(name, names[""], experts)]
         else:
-            recipe = _recipe(part.converter)
+            recipe = recipe_of(part.converter)
             if recipe is None:
                 raise CheckpointError(f"{self._first(part, role)}: {name} is made by a conversion MXFP4 cannot follow")
             # Codes always lie [N, K/2]: transpositions are of the float parameter, concatenations along N.
@@ -319,49 +296,8 @@ class _Reader:
         return self.weights.read(self.key)
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """A converter that works expert by expert: stack or not, then steps ("cat" | "transpose" | "fit", dims)."""
-
-    patterns: tuple[str, ...]
-    merge: bool
-    steps: tuple[tuple[str, tuple[int, ...]], ...]
-
-    def check_rows(self, name: str) -> None:
-        """CheckpointError if tensors are concatenated along K, where codes share bytes and scales."""
-        rows = 1
-        for kind, numbers in self.steps:
-            if kind == "transpose":
-                rows = 3 - rows
-            elif kind == "cat" and numbers[0] % 3 != rows:
-                raise CheckpointError(f"{name} is concatenated along K, which MXFP4 codes cannot be")
-
-
-def _recipe(converter: Any) -> _Recipe | None:
-    """The expert-wise form of a converter of transformers, or None if it is not known to have one."""
-    if converter is None or len(converter.target_patterns) != 1:
-        return None
-    merge = False
-    steps: list[tuple[str, tuple[int, ...]]] = []
-    for index, operation in enumerate(converter.operations):
-        kind = type(operation).__name__
-        if kind == "MergeModulelist" and index == 0 and operation.dim == 0:
-            merge = True
-        elif kind == "Concatenate" and operation.dim % 3 in (1, 2):
-            steps.append(("cat", (operation.dim % 3,)))
-        elif kind == "Transpose" and {operation.dim0 % 3, operation.dim1 % 3} == {1, 2}:
-            steps.append(("fit" if operation.check_dims else "transpose", (1, 2)))
-        else:
-            return None
-    return _Recipe(tuple(converter.source_patterns), merge, tuple(steps))
-
-
 def _cat(parts: Sequence[Tensor], dim: int, names: Iterable[str]) -> Tensor:
     try:
         return torch.cat(list(parts), dim)
     except RuntimeError as error:
         raise CheckpointError(f"the tensors of {', '.join(names)} do not fit together: {error}") from error
-
-
-def _literal(pattern: str) -> str:
-    return pattern.replace("\\", "")

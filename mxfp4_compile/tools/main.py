@@ -1,6 +1,7 @@
 """The command line: ``mxfp4-compile demo | explain | optimize | compare | backends | bench | tune | env``.
 
-Exit codes: 0 done; 1 failed, with one line on stderr (``--traceback`` shows where); 2 wrong usage.
+Exit codes: 0 done; 1 failed, with one line on stderr (``--traceback`` shows where); 2 wrong usage; 130 and 143
+interrupted (Ctrl-C, SIGTERM), with one line too.
 Each command is a file of ``commands/``; torch and transformers are imported when one runs.
 """
 
@@ -8,10 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .. import __version__
+from ..text import printable
 from .commands import backends, bench, compare, demo, env, explain, optimize, tune
 from .commands.output import PROGRAM
 
@@ -25,19 +30,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; wrong usage raises SystemExit(2), as argparse does."""
     args = build_parser().parse_args(argv)
     try:
-        code: int = args.run(args)
+        with _sigterm_interrupts():
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        what, code = ("terminated", 143) if isinstance(stop, _Terminated) else ("interrupted", 130)
+        hint = getattr(args, "interrupted", "")
+        print(f"\n{PROGRAM}: {what}" + (f"; {hint}" if hint else ""), file=sys.stderr)
+        return code
     except Exception as error:  # whatever failed: one line, unless more was asked for
         if args.traceback:
             raise
-        print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {printable(_one_line(error))}", file=sys.stderr)
         return 1
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that what is half written is put away, where this is possible."""
+
+    def terminated(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from mxfp4_compile.checkpoint import output
 from mxfp4_compile.checkpoint.convert import convert, other_files
 from mxfp4_compile.checkpoint.files import WEIGHTS, Entry, Unit, shards_of
 from mxfp4_compile.checkpoint.output import CONFIG, Output
+from mxfp4_compile.tools.main import main
 
 SHARD = 30_000
 CONFIGURATION = json.dumps({"model_type": "tiny", "quantization_config": {"quant_method": "mxfp4_compile"}})
@@ -497,3 +499,32 @@ def test_a_snapshot_of_the_hubs_cache(tmp_path: Path) -> None:
     assert list(found) == ["tokenizer.json"] and left == [
         "vocab.json is a link that leads out of the source, and is not copied"
     ]
+
+
+# signals
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signals_leave_what_can_be_continued(
+    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, sent = Output.write_shard, []
+
+    def signalled(self: Output, file: str, *args: Any) -> Any:
+        if sent:
+            os.kill(os.getpid(), getattr(signal, name))
+        sent.append(file)
+        return real(self, file, *args)
+
+    monkeypatch.setattr(Output, "write_shard", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    command = ["optimize", str(saved("qwen3_moe")), "--out", str(tmp_path / "m"), "--max-shard-size", "60KB", "--json"]
+    assert main(command) == code
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].endswith("; the same command goes on with the files that are finished") and len(error) == 1
+    assert not (tmp_path / "m").exists() and signal.getsignal(signal.SIGTERM) is before
+    sent.clear()
+    monkeypatch.setattr(Output, "write_shard", real)
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["resumed"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ...text import printable
 from .models import load, tiny
 from .output import print_json
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found.to_dict())
     else:
-        print(text(found))
+        print(printable(text(found)))
     return 0
 
 

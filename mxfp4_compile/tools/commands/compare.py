@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...text import printable
 from ..choices import DEFAULT_SCALE_RULE, SCALE_RULES
 from .models import directory
 from .output import print_json
@@ -59,5 +60,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result.to_dict())
     else:
-        print(result)
+        print(printable(str(result)))
     return 0

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...text import printable
 from .models import load, tiny
 from .output import PROGRAM, print_json
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(explanation.to_dict())
     else:
-        print(text(explanation))
+        print(printable(text(explanation)))
     return 0
 
 

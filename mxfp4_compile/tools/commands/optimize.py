@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from ...text import printable
 from ..choices import DEFAULT_SCALE_RULE, FORMATS, SCALE_RULES
 from .models import directory
 from .output import print_json
@@ -33,7 +34,7 @@ def add_parser(commands: Commands, common: argparse.ArgumentParser, trust: argpa
         action="store_true",
         help="write into a DIR that is neither empty nor an MXFP4 checkpoint; files of other names stay there",
     )
-    optimize.set_defaults(run=run)
+    optimize.set_defaults(run=run, interrupted="the same command goes on with the files that are finished")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(done.to_dict())
     else:
-        print(text(done))
+        print(printable(text(done)))
     return 0
 
 
