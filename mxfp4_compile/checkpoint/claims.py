@@ -22,7 +22,7 @@ from torch.nn.modules import module as module_hooks
 
 from .files import CheckpointError, Stored, Weights
 from .formats import COMPRESSED_TENSORS, Scheme
-from .names import Names, converted_by_expert, literal
+from .names import Names, converted_by_expert, literal, recipe_of
 
 ADAPTER = "adapter_config.json"
 _COUNT = re.compile(r"(^|_)(layers?|experts|blocks|heads|depth)$")
@@ -137,6 +137,8 @@ def check_parameters(model: nn.Module, weights: Weights, scheme: Scheme | None, 
     exact: dict[str, bool] = {}
     shared: set[str] = set()
     quantized: set[str] = set()
+    keys: dict[str, dict[tuple[str | None, str], list[str]]] = {}
+    experts: dict[str, int] = {}
     for key, stored in weights.tensors.items():
         split = _split(scheme, stored)
         role, base = split or ("values", key)
@@ -155,6 +157,10 @@ def check_parameters(model: nn.Module, weights: Weights, scheme: Scheme | None, 
             )
         numbers = math.prod(stored.shape) * {"values": 1, "codes": 2, "scales": 0}[role]
         held[name] = held.get(name, 0) + numbers
+        keys.setdefault(name, {}).setdefault((pattern, role), []).append(key)
+        recipe = recipe_of(converter)
+        if recipe is not None and recipe.merge and role == "values":
+            experts[name] = naming.state[name].shape[0]
         exact[name] = exact.get(name, True) and role == "values" and converted_by_expert(converter)
     if scheme is not None and not quantized:
         raise CheckpointError(
@@ -162,12 +168,16 @@ def check_parameters(model: nn.Module, weights: Weights, scheme: Scheme | None, 
             "tensor is; remove its quantization_config if they are not quantized"
         )
     for name, numbers in held.items():
-        wanted = naming.state[name].numel()
+        wanted, shape = naming.state[name].numel(), list(naming.state[name].shape)
+        for found in keys[name].values():
+            if len(found) != experts.get(name, len(found)):
+                raise CheckpointError(
+                    f"{weights[found[0]]} is one of {len(found)} experts; the model has {experts[name]}"
+                )
         if name not in shared and (wanted != numbers if exact[name] else wanted > 2 * max(numbers, 1)):
-            shape = list(naming.state[name].shape)
+            first = next(iter(keys[name].values()))[0]
             raise CheckpointError(
-                f"{weights.files[0].parent}: {name} {shape} has {wanted} values by config.json, and the files hold "
-                f"{numbers}"
+                f"{weights[first]}: by config.json {name} {shape} has {wanted} values, and the files hold {numbers}"
             )
     return Held(quantized, _missing(model, naming, weights, {*held, *shared}, new_head))
 

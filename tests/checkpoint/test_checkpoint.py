@@ -484,7 +484,7 @@ def test_truncated_corrupt_and_pickled_files(tmp_path: Path) -> None:
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "only mxfp4-pack-quantized"),
         (
             {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}},
-            "global_quant_config has weights",
+            "'global_quant_config' has weights",
         ),
     ],
 )
