@@ -1,12 +1,15 @@
 """Make a planned site's module: prepare its weights, verify it against the module it replaces, put it in its place.
 
-Contract: nothing is released before ``install_site``, which does it site by site.
+Contract: nothing is released before ``install_site``, which does it site by site. Where the weights are in memory,
+``try_sites`` has built and verified every site by then and dropped it again; the same weights are prepared anew, which
+must give the same bytes. (All sites' prepared weights beside the originals would be a quarter more memory.)
 """
 
 from __future__ import annotations
 
 import copy
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,14 +31,21 @@ from .passes.match import FusedMatch
 from .passes.observe import observe
 from .passes.trace.guards import quietly
 from .passes.weights import Stack, projections_of, source_names, stack
-from .planning import OptimizeError, Site, Structure
+from .planning import OptimizeError, Site, Structure, Trial
 from .report import SiteReport
 
 
 def build_site(
-    site: Site, scale_rule: str, advance: Callable[[int], None], reader: ExpertReader | None = None
+    site: Site,
+    scale_rule: str,
+    advance: Callable[[int], None],
+    reader: ExpertReader | None = None,
+    measure: bool = True,
 ) -> tuple[MXFP4Experts, torch.Tensor, list[str]]:
-    """Quantize and prepare a site's weights; the module that would take its place, errors, warnings."""
+    """Quantize and prepare a site's weights; the module that would take its place, errors, warnings.
+
+    ``measure``: compute the errors; there are none and no warnings otherwise.
+    """
     structure = site.structure
     assert structure is not None
     module, choice, spec = site.candidate.module, structure.choice, structure.found.spec
@@ -52,7 +62,7 @@ def build_site(
             program = codes_program(projection, params, choice.backend, choice.layout)
         else:
             program = prep_program(projection, params, scale_rule, choice.backend, choice.layout)
-        prepared = run_prep(program, projection, module, advance, reader)
+        prepared = run_prep(program, projection, module, advance, reader, measure)
         weights[projection.slot] = prepared.tensors
         bias = prepare_bias(projection, module, params, choice.backend, choice.layout, reader)
         if bias is not None:
@@ -79,21 +89,65 @@ def verify_structures(
     model: nn.Module,
     reader_of: Callable[[Site], ExpertReader | None] = lambda _: None,
 ) -> None:
-    """Build and verify one site of each structure, and drop it again: nothing is released yet."""
+    """Build and verify one site of each structure, and drop it again: nothing is released yet.
+
+    For weights that are still in files: the others are verified when they are read.
+    """
     for site in sites:
         structure = site.structure
         assert structure is not None
         if structure.verified:
             continue
         try:
-            result = trial_of_backends(site, scale_rule, model, reader_of(site))
-            if result.error > _FINER_ABOVE * result.original_error and _can_round_finer(structure):
-                _try_finer(site, scale_rule, model, result, reader_of(site))
+            _try_site(site, scale_rule, model, lambda _: None, reader_of(site))
         except (VerificationError, RewriteError) as error:
             raise OptimizeError(
                 f"{site.name} was matched but failed verification: {error}. Nothing was changed."
             ) from error
-        structure.verified = True
+
+
+def try_sites(sites: list[Site], scale_rule: str, model: nn.Module, advance: Callable[[int], None]) -> None:
+    """Build and verify every site and drop it again: each gets its ``trial``, or the outcome "failed" and the reason.
+
+    OptimizeError where the backend that was asked for by name fails, or the last one.
+    """
+    of_structure: dict[int, list[Site]] = {}
+    for site in sites:
+        of_structure.setdefault(id(site.structure), []).append(site)
+    for own in of_structure.values():
+        structure, waiting, done = own[0].structure, deque(own), list[Site]()
+        assert structure is not None
+        while waiting:
+            site, choice = waiting.popleft(), structure.choice
+            try:
+                site.trial = _try_site(site, scale_rule, model, advance, None)
+            except OptimizeError:
+                raise
+            except Exception as error:
+                own_words = isinstance(error, (VerificationError, RewriteError))
+                site.reason = str(error) if own_words else f"{type(error).__name__}: {error}"
+                site.outcome = "failed"
+            if structure.choice is not choice:
+                waiting.extendleft(reversed(done))  # another backend serves them now
+                done.clear()
+            done.append(site)
+    for site in sites:
+        if site.outcome == "failed":
+            site.structure = None
+
+
+def _try_site(
+    site: Site, scale_rule: str, model: nn.Module, advance: Callable[[int], None], reader: ExpertReader | None
+) -> Trial:
+    """Try one site; the first of its structure decides how finely the stages round."""
+    structure = site.structure
+    assert structure is not None
+    trial = _try_backends(site, scale_rule, model, advance, reader)
+    if not structure.verified and trial.verification.error > _FINER_ABOVE * trial.verification.original_error:
+        if _can_round_finer(structure):
+            trial = _try_finer(site, scale_rule, model, trial, reader)
+    structure.verified = True
+    return trial
 
 
 def trial_of_backends(site: Site, scale_rule: str, model: nn.Module, reader: ExpertReader | None) -> Verification:
@@ -101,12 +155,18 @@ def trial_of_backends(site: Site, scale_rule: str, model: nn.Module, reader: Exp
 
     OptimizeError, naming the site, where the one asked for fails, or the last.
     """
+    return _try_backends(site, scale_rule, model, lambda _: None, reader).verification
+
+
+def _try_backends(
+    site: Site, scale_rule: str, model: nn.Module, advance: Callable[[int], None], reader: ExpertReader | None
+) -> Trial:
     structure = site.structure
     assert structure is not None
     failed: dict[str, str] = {}
     while True:
         try:
-            return _trial(site, scale_rule, model, reader)
+            return _trial(site, scale_rule, model, advance, reader)
         except BackendError as error:
             message = f"{site.name}: {error}. Nothing was changed."
             if structure.requested is not None:
@@ -126,19 +186,30 @@ def trial_of_backends(site: Site, scale_rule: str, model: nn.Module, reader: Exp
 _FINER_ABOVE = 1.25
 
 
-def _trial(site: Site, scale_rule: str, model: nn.Module, reader: ExpertReader | None) -> Verification:
-    built, _, _ = build_site(site, scale_rule, lambda _: None, reader)
+def _trial(
+    site: Site, scale_rule: str, model: nn.Module, advance: Callable[[int], None], reader: ExpertReader | None
+) -> Trial:
+    built, errors, warnings = build_site(site, scale_rule, advance, reader)
     with experts_implementation(model, "eager"):
-        return verify_site(built, site)
+        verification = verify_site(built, site)
+    return Trial(verification, errors, tuple(warnings), built.weight_errors, _sums(built))
+
+
+def _sums(built: MXFP4Experts) -> tuple[int, ...]:
+    """The sum of the bytes of each prepared tensor, eight at a time."""
+    sums = []
+    for name in built._tensor_names:
+        flat = getattr(built, name).contiguous().view(-1).view(torch.uint8)
+        whole = flat.numel() // 8 * 8
+        sums.append(int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum()))
+    return tuple(sums)
 
 
 def _can_round_finer(structure: Structure) -> bool:
     return isinstance(structure.found, FusedMatch) and structure.found.spec.params.round_dtype.itemsize < 4
 
 
-def _try_finer(
-    site: Site, scale_rule: str, model: nn.Module, before: Verification, reader: ExpertReader | None
-) -> None:
+def _try_finer(site: Site, scale_rule: str, model: nn.Module, before: Trial, reader: ExpertReader | None) -> Trial:
     """Keep the stages in fp32 for sites whose original does, if that brings the site closer to it."""
     structure = site.structure
     assert structure is not None and isinstance(structure.found, FusedMatch)
@@ -146,9 +217,12 @@ def _try_finer(
     params = replace(spec.params, round_dtype=torch.float32, accum_dtype=torch.float32)
     structure.found = replace(coarse, spec=replace(spec, params=params))
     structure.graphs.clear()
-    if _trial(site, scale_rule, model, reader).error >= before.error:
-        structure.found = coarse
-        structure.graphs.clear()
+    trial = _trial(site, scale_rule, model, lambda _: None, reader)
+    if trial.verification.error < before.verification.error:
+        return trial
+    structure.found = coarse
+    structure.graphs.clear()
+    return before
 
 
 def verify_site(built: MXFP4Experts, site: Site) -> Verification:
@@ -179,7 +253,8 @@ def install_site(
 ) -> SiteReport:
     """Put the rewritten module in a site's place; ``reader``: where its weights are, if not in the module.
 
-    ``last``: no other site is still to be made from the same weights, which are released then.
+    ``check``: verify it before, if it was not tried. ``last``: no other site is still to be made from the same weights,
+    which are released then.
     """
     structure = site.structure
     assert structure is not None
@@ -203,11 +278,16 @@ def install_site(
         ),
         bytes_before=before,
     )
-    verification = None
+    trial = site.trial
+    verification = None if trial is None else trial.verification
     try:
-        built, errors, warnings = build_site(site, scale_rule, advance, reader)
+        built, errors, warnings = build_site(site, scale_rule, advance, reader, trial is None)
+        if trial is not None:
+            if _sums(built) != trial.sums:
+                raise VerificationError("its weights, prepared once more, came out other than those that were verified")
+            errors, warnings, built.weight_errors = trial.errors, list(trial.warnings), trial.by_name
         _share_tensors(built, prepared.setdefault(site.tied, built))
-        if check:
+        if check and trial is None:
             with experts_implementation(model, "eager"):
                 verification = verify_site(built, site)
     except (VerificationError, BackendError) as error:
@@ -262,9 +342,9 @@ def _share_tensors(built: MXFP4Experts, first: MXFP4Experts) -> None:
 
 
 @contextmanager
-def progress_bar(sites: list[Site], wanted: bool | None) -> Iterator[Callable[[int], None]]:
-    """A bar over the bytes of the sites' weights, with the time left; None: on a terminal, for long work."""
-    total = sum(p.numel() * p.element_size() for s in sites for p in _weights_of(s))
+def progress_bar(sites: list[Site], wanted: bool | None, times: int = 1) -> Iterator[Callable[[int], None]]:
+    """A bar over the bytes of the sites' weights, read so many times; None: on a terminal, for long work."""
+    total = times * sum(p.numel() * p.element_size() for s in sites for p in _weights_of(s))
     if wanted is None:
         # Short work needs no bar: a gigabyte takes seconds.
         wanted = sys.stderr.isatty() and total > 1 << 28

@@ -1,8 +1,8 @@
 """optimize(), readable top to bottom.
 
 Order: everything that can fail for reasons of the model (discover, capture, match, plan, the scan for
-NaN and Inf, verification of each distinct structure) is finished for ALL sites before the first weight
-is released. Until then a failure leaves the model untouched.
+NaN and Inf, verification of every site) is finished for ALL sites before the first weight is released.
+Until then a failure leaves the model untouched.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from . import mx
 from .circumstances import exclusively, kept_state, others_wait, plain_modes
-from .installing import install_site, progress_bar, silenced_hooks, verify_structures
+from .installing import install_site, progress_bar, silenced_hooks, try_sites
 from .lifecycle import finish, note_state
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.selection import requested_backend
@@ -69,8 +70,8 @@ def optimize(
     will not do. progress: None shows a bar on a terminal only.
 
     Raises TypeError or ValueError for bad arguments, OptimizeError (with ``.report``) otherwise. The model
-    is untouched if it raises before the first site is installed; a site that fails verification later
-    stays as it was, and the error lists which sites changed.
+    is untouched then: every site is tried against its original before the first is installed. What cannot be undone,
+    memory that runs out half-way, is an OptimizeError that lists which sites changed.
     """
     with exclusively(), plain_modes():
         requested = _check_arguments(model, backend, activation_dtype, max_capture_size, scale_rule)
@@ -93,16 +94,19 @@ def _optimize(
 ) -> Any:
     started = time.perf_counter()
     scale_rule, verify = report.scale_rule, report.verified
-    with kept_state(model) as changes:
-        sites = _plan(model, report, requested, skip, strict, example_inputs)
+    with ExitStack() as stack:
+        with kept_state(model) as changes:
+            sites = _plan(model, report, requested, skip, strict, example_inputs)
+            planned = [s for s in sites if s.structure is not None]
+            advance = stack.enter_context(progress_bar(planned, progress, 2 if verify else 1))
+            if verify:
+                try_sites(planned, scale_rule, model, advance)
+                _check_trials(sites, report, strict)
         todo = [s for s in sites if s.structure is not None]
-        if verify:
-            verify_structures(todo, scale_rule, model)
-    note_state(model, report, changes, todo)
-    with progress_bar(todo, progress) as advance:
+        note_state(model, report, changes, todo)
         report.notes += dict.fromkeys(n for s in todo if s.structure is not None for n in s.structure.choice.notes)
         prepared: dict[tuple[int, ...], MXFP4Experts] = {}
-        waiting = Counter(s.candidate.weights for s in todo)  # blocks may share one list of experts
+        waiting = Counter(s.candidate.weights for s in planned)  # blocks may share one list of experts
         try:
             for site in sites:
                 if site.structure is None:
@@ -112,22 +116,42 @@ def _optimize(
                     waiting[site.candidate.weights] -= 1
                     last = not waiting[site.candidate.weights]
                     report.sites.append(install_site(model, site, scale_rule, verify, advance, prepared, last=last))
-        except BaseException:
+        except BaseException as error:
             # Memory that runs out half-way: what was changed so far is told and guarded.
             if report.rewritten:
                 finish(model, report, started)
-            raise
+            if not isinstance(error, Exception):
+                raise
+            names = [s.name for s in todo]
+            raise OptimizeError(_half_way(f"{type(error).__name__}: {error}", names, report), report) from error
     finish(model, report, started)
     failures = [s for s in report.sites if s.outcome == "failed"]
     if failures and strict:
-        changed = [n for s in report.rewritten for n in s.names]
-        raise OptimizeError(
-            "these sites failed verification and stay in their original precision: "
-            + "; ".join(f"{s.names[0]} ({s.reason})" for s in failures)
-            + f". Changed to MXFP4: {', '.join(changed) or 'none'}. The model remains usable.",
-            report,
-        )
+        words = "; ".join(f"{s.names[0]} ({s.reason})" for s in failures)
+        raise OptimizeError(_half_way(words, [s.name for s in todo], report), report)
     return model
+
+
+def _check_trials(sites: list[Site], report: Report, strict: bool) -> None:
+    """Under ``strict``: OptimizeError for sites that failed when they were tried."""
+    failed = [s for s in sites if s.outcome == "failed"]
+    if not failed or not strict:
+        return
+    report.sites = [left_alone(s) for s in sites if s.outcome]
+    told = "; ".join(f"{s.name} was matched but failed verification: {s.reason}" for s in failed[:4])
+    more = f"; and {len(failed) - 4} more" if len(failed) > 4 else ""
+    hint = "strict=False leaves them in their original precision; skip=[...] names them."
+    raise OptimizeError(f"{told}{more}. Nothing was changed. {hint}", report)
+
+
+def _half_way(reason: str, sites: list[str], report: Report) -> str:
+    """The message of an error that came when sites were changed already."""
+    changed = [n for s in report.rewritten for n in s.names]
+    left = [n for n in sites if n not in changed]
+    return (
+        f"{reason}. Changed to MXFP4 before that, which cannot be undone: {', '.join(changed) or 'none'}. In their "
+        f"original precision: {', '.join(left) or 'none'}. The model remains usable."
+    )
 
 
 def _plan(

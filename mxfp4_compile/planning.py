@@ -17,6 +17,7 @@ from torch import nn
 from .ops.selection import Choice, choose
 from .ops.target import PLAIN, Request
 from .passes.build.rewrite import RewriteError, retained_names
+from .passes.build.verify import Verification
 from .passes.find.discover import Candidate, record_calls
 from .passes.find.foreign_hooks import adapter_on, offload_hook, unhooked
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
@@ -56,11 +57,27 @@ class Structure:
     verified: bool = False
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What building and verifying a site has shown, of which nothing else was kept.
+
+    ``errors``: of each expert's weights, all projections one after the other; ``by_name``: their mean and maximum by
+    parameter. ``sums``: of the bytes of each prepared tensor, which the same weights must give again.
+    """
+
+    verification: Verification
+    errors: torch.Tensor
+    warnings: tuple[str, ...]
+    by_name: dict[str, dict[str, float]]
+    sums: tuple[int, ...]
+
+
 @dataclass
 class Site:
     """A candidate with its structure, or the reason why it has none.
 
-    ``tied``: ids of its weights; sites with the same weights share their prepared ones.
+    ``tied``: ids of its weights; sites with the same weights share their prepared ones. ``trial``: what trying it has
+    shown, if it was tried.
     """
 
     candidate: Candidate
@@ -68,6 +85,7 @@ class Site:
     tied: tuple[int, ...] = ()
     outcome: str = ""
     reason: str = ""
+    trial: Trial | None = None
 
     @property
     def name(self) -> str:
@@ -374,6 +392,8 @@ def match_structure(
         retained = retained_names(captured, found)
     except (CaptureError, RewriteError) as error:
         return NoMatch(str(error))
+    except Exception as error:  # whatever it is, it concerns this module alone
+        return NoMatch(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}")
     params = found.spec.params if isinstance(found, FusedMatch) else None
     device = next(module.parameters()).device
     projections = projections_of(found.spec)

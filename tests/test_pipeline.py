@@ -349,10 +349,11 @@ def test_a_wrong_layout_never_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(make(), "relative squared error of .* no right layout")
 
 
-def test_a_site_that_disagrees_later_stays_and_the_rest_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def middle_disagrees(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A model of three layers whose second fails verification."""
     model = make(layers=3)
-    right = installing.verify_site
-    middle = model.experts[1]
+    right, middle = installing.verify_site, model.experts[1]
 
     def verify(built, site):
         if site.candidate.module is middle:
@@ -360,33 +361,93 @@ def test_a_site_that_disagrees_later_stays_and_the_rest_changes(monkeypatch: pyt
         return right(built, site)
 
     monkeypatch.setattr(installing, "verify_site", verify)
-    state = {k: v.clone() for k, v in middle.state_dict().items()}
-    with pytest.raises(OptimizeError, match=r"experts.1 \(made to fail\)\. Changed to MXFP4: experts.0, experts.2"):
-        mxfp4_compile.optimize(model, example_inputs=tokens())
-    assert model.experts[1] is middle
-    assert all(torch.equal(middle.state_dict()[k], v) for k, v in state.items())
-    assert [s.outcome for s in model.mxfp4_report.sites] == ["fused", "failed", "fused"]
+    return model
+
+
+def test_every_site_is_tried_before_the_first_is_installed(middle_disagrees: nn.Module) -> None:
+    modules = list(middle_disagrees.modules())
+    state = {k: v.clone() for k, v in middle_disagrees.state_dict().items()}
+    with pytest.raises(OptimizeError, match=r"^experts.1 was .* made to fail. Nothing was changed.") as raised:
+        mxfp4_compile.optimize(middle_disagrees, example_inputs=tokens())
+    assert [(s.names, s.outcome) for s in raised.value.report.sites] == [(("experts.1",), "failed")]
+    assert list(middle_disagrees.modules()) == modules and not hasattr(middle_disagrees, "mxfp4_report")
+    after = middle_disagrees.state_dict()
+    assert after.keys() == state.keys() and all(torch.equal(after[k], v) for k, v in state.items())
+
+
+def test_without_strict_a_site_that_disagrees_stays_and_the_rest_changes(middle_disagrees: nn.Module) -> None:
+    middle = middle_disagrees.experts[1]
+    mxfp4_compile.optimize(middle_disagrees, example_inputs=tokens(), strict=False)
+    assert middle_disagrees.experts[1] is middle and all(p.device.type != "meta" for p in middle.parameters())
+    sites = middle_disagrees.mxfp4_report.sites
+    assert [(s.outcome, s.reason) for s in sites] == [("fused", ""), ("failed", "made to fail"), ("fused", "")]
     with torch.no_grad():
-        assert torch.isfinite(model(**tokens())).all()
+        assert torch.isfinite(middle_disagrees(**tokens())).all()
 
 
-def test_running_out_of_memory_half_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_running_out_of_memory_is_told(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The first time a site is prepared nothing was changed yet; the second time, others were."""
     model = make(layers=3)
-    right, last = installing.run_prep, model.experts[2]
+    right, last, seen = installing.run_prep, model.experts[2], []
 
     def run_prep(program, projection, original, *rest):
-        if original is last:
+        seen.append(projection.slot if original is last else "")
+        if seen.count("up") == times:
             raise MemoryError("made to fail")
         return right(program, projection, original, *rest)
 
     monkeypatch.setattr(installing, "run_prep", run_prep)
-    with pytest.raises(MemoryError):
+    with pytest.raises(OptimizeError, match="MemoryError: made to fail") as raised:
         mxfp4_compile.optimize(model, example_inputs=tokens())
+    with torch.no_grad():
+        assert torch.isfinite(model(**tokens())).all()
+    if times == 1:
+        assert "Nothing was changed" in str(raised.value) and not hasattr(model, "mxfp4_report")
+        return
+    assert "cannot be undone: experts.0, experts.1. In their original precision: experts.2." in str(raised.value)
     assert [s.names[0] for s in model.mxfp4_report.rewritten] == ["experts.0", "experts.1"]
     with pytest.raises(TypeError, match="restore"):
         model.float()
-    with torch.no_grad():
-        assert torch.isfinite(model(**tokens())).all()
+
+
+def test_what_was_verified_is_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights prepared once more must come out as those that were verified."""
+    model = make(layers=2)
+    right, calls = installing.run_prep, []
+
+    def run_prep(*args):
+        made = right(*args)
+        calls.append(args[1].slot)
+        if len(calls) == 7:  # two sites were tried, the second is being installed
+            made.tensors[0].view(-1)[0] += 1
+        return made
+
+    monkeypatch.setattr(installing, "run_prep", run_prep)
+    with pytest.raises(OptimizeError, match=r"experts.1 .*prepared once more, came out other"):
+        mxfp4_compile.optimize(model, example_inputs=tokens())
+    assert [s.outcome for s in model.mxfp4_report.sites] == ["fused", "failed"]
+
+
+def test_a_backend_that_fails_at_a_later_site_gives_way_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mxfp4_compile.ops.backend import BackendError
+
+    model = make(layers=2)
+    right, tried = installing.build_site, []
+
+    def build(site, *args):
+        tried.append((site.name, site.structure.choice.backend))
+        if tried[-1] == ("experts.1", tried[0][1]):
+            raise BackendError("made to fail")
+        return right(site, *args)
+
+    monkeypatch.setattr(installing, "build_site", build)
+    mxfp4_compile.optimize(model, example_inputs=tokens())
+    first, second = tried[0][1], tried[-1][1]
+    assert first != second and tried[:4] == [
+        ("experts.0", first), ("experts.1", first), ("experts.1", second), ("experts.0", second)
+    ]  # fmt: skip
+    assert {s.backend for s in model.mxfp4_report.sites} == {second}
 
 
 def test_unusual_weights_are_reported() -> None:

@@ -129,10 +129,12 @@ def run_prep(
     original: nn.Module,
     progress: Callable[[int], None] | None = None,
     reader: ExpertReader | None = None,
+    measure: bool = True,
 ) -> PreparedProjection:
     """Run ``program`` over all experts; peak extra memory is one group of experts.
 
     ``original`` gives shapes and dtypes (it may be on the meta device), ``reader`` the values, by default its own.
+    ``measure``: compute the errors, too.
     A ``program`` of ``codes_program`` is for a reader that has every parameter as codes; its result has no errors.
     """
     reader = ModuleReader(original) if reader is None else reader
@@ -154,7 +156,8 @@ def run_prep(
                 slices = [reader.values(name, some) for name in names]
                 packed, scales, prepared = program(*slices)
                 weight = [s.transpose(1, 2) if projection.source.transposed else s for s in slices]
-                errors.append(_errors(weight, packed, scales))
+                if measure:
+                    errors.append(_errors(weight, packed, scales))
         if not outputs:
             outputs = [t.new_empty((experts, *t.shape[1:])) for t in prepared]
         for target, source in zip(outputs, prepared, strict=True):
