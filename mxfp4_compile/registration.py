@@ -139,8 +139,10 @@ class _Loader(importlib.abc.Loader):
             if first:
                 waiting.add(self.trigger)
             raise
-        if first:
+        if first and self.trigger in sys.modules:
             self.finder.serve(self.trigger)
+        elif first:  # a module of ours that does not need torch
+            waiting.add(self.trigger)
         if not waiting and self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
 

@@ -60,6 +60,8 @@ def test_ours_first_then_torch_then_dynamo() -> None:
         "importlib.metadata.entry_points = lambda **k: entry_points(group='none')\n"  # as in a checkout on sys.path
         "import mxfp4_compile\n"
         "assert importlib.util.find_spec('torch') and 'torch' not in sys.modules\n"
+        "from mxfp4_compile import Report\n"
+        "assert Report('mse', 'bf16', 0, True).to_json() and 'torch' not in sys.modules\n"
         "from mxfp4_compile import mx\n"
         "import torch\n"
         "assert torch.ops.mxfp4.moe.default is not None and 'torch._dynamo' not in sys.modules\n"
