@@ -49,7 +49,7 @@ def optimize(
     activation_dtype: str = "bf16",
     max_capture_size: int = DEFAULT_CAPTURE_SIZE,
     scale_rule: str = mx.DEFAULT_SCALE_RULE,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     strict: bool = True,
     verify: bool = True,
     example_inputs: Any = None,
@@ -64,8 +64,9 @@ def optimize(
     backend: "auto", or a name that must then serve every site. activation_dtype: "bf16" (the model's own
     dtype), "fp8" (e4m3 for many tokens, native kernels on sm_89 and newer; the report says from how many on, and the
     error there) or "mxfp8" (backends that quantize activations only). max_capture_size: largest batch that
-    ``generate`` decodes with CUDA graphs, 0 for none. scale_rule: one of mx.SCALE_RULES. skip: module-name patterns
-    (fnmatch) to leave alone. strict: raise when nothing is found or something MoE-looking has no match.
+    ``generate`` decodes with CUDA graphs, 0 for none. scale_rule: one of mx.SCALE_RULES. skip: a module-name pattern
+    (fnmatch) or several; experts that it names, or that lie below or around what it names, are left alone. strict:
+    raise when nothing is found, something MoE-looking has no match, or a pattern of ``skip`` names nothing.
     verify: check each site numerically. example_inputs: dict or tuple for one forward, where token ids alone
     will not do. progress: None shows a bar on a terminal only.
 
@@ -87,7 +88,7 @@ def _optimize(
     model: nn.Module,
     report: Report,
     requested: str | None,
-    skip: Sequence[str],
+    skip: str | Sequence[str],
     strict: bool,
     example_inputs: Any,
     progress: bool | None,
@@ -155,10 +156,10 @@ def _half_way(reason: str, sites: list[str], report: Report) -> str:
 
 
 def _plan(
-    model: nn.Module, report: Report, requested: str | None, skip: Sequence[str], strict: bool, example_inputs: Any
+    model: nn.Module, report: Report, requested: str | None, skip: str | Sequence[str], strict: bool, example_inputs: Any
 ) -> list[Site]:
     """Every MoE-looking module with its structure, or the reason why it has none; the weights are finite."""
-    sites = apply_skip([Site(c) for c in find_candidates(model)], skip, report)
+    sites = apply_skip(model, [Site(c) for c in find_candidates(model)], skip, report, strict)
     check_model(model, [s.candidate for s in sites if not s.outcome])
     activations: Any = report.activation_dtype
     terms = Request(activation_dtype=activations, max_capture_size=report.max_capture_size)

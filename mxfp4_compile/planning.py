@@ -5,7 +5,6 @@ Contract: the model is read and run, never changed; every site gets its structur
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -30,6 +29,7 @@ from .passes.trace.export import capture
 from .passes.trace.unroll import holds_list, trace
 from .passes.weights import members, projections_of, source_names, stack
 from .report import Report, SiteReport
+from .skipping import as_patterns, protects, unknown_patterns
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -171,28 +171,34 @@ def _is_dtensor(parameter: torch.Tensor) -> bool:
     return type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor"
 
 
-def apply_skip(sites: list[Site], skip: Sequence[str], report: Report) -> list[Site]:
-    """Mark the sites that ``skip`` names; a pattern that names none is noted."""
-    for pattern in skip:
-        hit = [s for s in sites if any(fnmatch.fnmatch(n, pattern) for n in s.candidate.names)]
-        if not hit:
-            report.notes.append(_names_none(pattern))
-        for site in hit:
-            site.outcome, site.reason = "skipped", f"skip={pattern!r}"
+def apply_skip(
+    model: nn.Module, sites: list[Site], skip: str | Sequence[str], report: Report, strict: bool
+) -> list[Site]:
+    """Mark the sites that ``skip`` protects. A pattern that names nothing is an OptimizeError, or noted if not strict."""
+    patterns = as_patterns(skip)
+    unknown = unknown_patterns(model, patterns)
+    if unknown and strict:
+        raise OptimizeError("; ".join(unknown) + ". Nothing was changed.", report)
+    report.notes += unknown
+    for site in sites:
+        for pattern in patterns:
+            if protects(pattern, site.candidate):
+                site.outcome, site.reason = "skipped", f"skip={pattern!r}"
     return sites
 
 
-def skip_late(sites: list[Site], skip: Sequence[str], report: Report) -> None:
-    """As ``apply_skip``, for the sites that only a forward showed."""
-    for pattern in skip:
+def skip_late(sites: list[Site], skip: str | Sequence[str], report: Report) -> None:
+    """As ``apply_skip``, for what only a forward showed; a pattern that names modules, but no site, is noted."""
+    for pattern in as_patterns(skip):
         for site in sites:
-            if site.candidate.kind == "block" and any(fnmatch.fnmatch(n, pattern) for n in site.candidate.names):
+            found = site.structure.found if site.structure is not None else None
+            sources = source_names(projections_of(found.spec)) if found is not None else ()
+            if site.outcome != "skipped" and protects(pattern, site.candidate, sources):
                 site.structure, site.outcome, site.reason = None, "skipped", f"skip={pattern!r}"
-                report.notes[:] = [n for n in report.notes if n != _names_none(pattern)]
-
-
-def _names_none(pattern: str) -> str:
-    return f"skip pattern {pattern!r} names no MoE-looking module"
+        skipped = [s for s in sites if s.outcome == "skipped"]
+        named = any(s.reason == f"skip={pattern!r}" or protects(pattern, s.candidate) for s in skipped)
+        if not named and not any(repr(pattern) in note for note in report.notes):
+            report.notes.append(f"skip pattern {pattern!r} names no MoE-looking module")
 
 
 # discover, capture, match, plan

@@ -32,6 +32,7 @@ from ..passes.build.prep import groups_of
 from ..passes.weights import projections_of
 from ..planning import Site, left_alone
 from ..report import Report, versions_used
+from ..skipping import as_patterns
 from ..spec import MoESpec, SplitSpec
 from .claims import check_numbers, check_parameters, most_common_float, read_config_file, sober
 from .files import (
@@ -104,7 +105,7 @@ def convert(
     *,
     format: str = OWN,
     scale_rule: str = mx.DEFAULT_SCALE_RULE,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     strict: bool = True,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     model_class: Any = None,
@@ -127,6 +128,7 @@ def convert(
     check_format(format)
     require_transformers_5("converting a checkpoint")
     mx.check_scale_rule(scale_rule)
+    skip = as_patterns(skip)
     origin = Path(source).absolute()
     if not (origin / CONFIG).is_file():
         raise CheckpointError(f"{origin} holds no config.json: not a model directory")

@@ -47,6 +47,7 @@ from ..passes.weights import projections_of, source_names
 from ..planning import OptimizeError, Site, left_alone, match_structure
 from ..report import Report, versions_used
 from .claims import check_numbers, check_parameters, read_config_file, sober
+from ..skipping import as_patterns
 from .files import CheckpointError, Weights, weight_files
 from .formats import OWN, Scheme, facts_of_file, scheme_of
 from .names import Names
@@ -76,7 +77,7 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         backend: str = "auto",
         scale_rule: str = mx.DEFAULT_SCALE_RULE,
-        skip: Sequence[str] = (),
+        skip: str | Sequence[str] = (),
         strict: bool = True,
         verify: bool = True,
         activation_dtype: str = "bf16",
@@ -94,7 +95,7 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = _Method.OWN
         self.backend = backend
         self.scale_rule = scale_rule
-        self.skip = list(skip)
+        self.skip = list(as_patterns(skip))
         self.strict = strict
         self.verify = verify
         self.example_inputs = example_inputs

@@ -36,7 +36,7 @@ def plan_sites(
     *,
     requested: str | None,
     terms: Request = _PLAIN,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     strict: bool = True,
     example_inputs: Any = None,
     device_of: DeviceOf = lambda _: torch.device("cpu"),
@@ -83,14 +83,14 @@ def _plan(
     report: Report,
     requested: str | None,
     terms: Request,
-    skip: Sequence[str],
+    skip: str | Sequence[str],
     strict: bool,
     example_inputs: Any,
     device_of: DeviceOf,
 ) -> list[Site]:
     tie_experts(model)
     candidates = find_candidates(model)
-    sites = apply_skip([Site(c) for c in candidates], skip, report)
+    sites = apply_skip(model, [Site(c) for c in candidates], skip, report, strict)
     check_model(model, [s.candidate for s in sites if not s.outcome], loaded=False)
 
     def record(model: nn.Module, candidates: list[Candidate], inputs: Any) -> None:

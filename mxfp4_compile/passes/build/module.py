@@ -5,7 +5,8 @@
     call's tensors, retained state of the original, prepared weights  -->  rewritten graph  -->  the original's result
 
 Contract: called in any other way than the captured one, or with other dtypes, it raises TypeError: both are part of the
-rewritten graph. ``.to(device)`` prepares the weights again and rewrites the ops for that device's backend.
+rewritten graph. Under autocast, which hands on other dtypes than the ones without it, they are cast. ``.to(device)``
+prepares the weights again and rewrites the ops for that device's backend.
 """
 
 from __future__ import annotations
@@ -76,8 +77,35 @@ class MXFP4Experts(PreparedWeights):
                 f"and keywords {sorted(kwargs)}"
             )
         leaves = [*args, *[kwargs[name] for name in pattern.keywords]]
+        if torch.is_autocast_enabled(self.device.type):
+            return self._under_autocast(leaves)
+        return self._run(leaves)
+
+    def _under_autocast(self, leaves: list[Any]) -> Any:
+        """The captured graph in the dtypes it was captured in; what has the tokens' dtype there has the caller's here."""
+        floating = [
+            (leaf, expected)
+            for leaf, expected in zip(leaves, self.plan.pattern.leaves, strict=True)
+            if isinstance(expected, TensorInfo) and expected.dtype.is_floating_point and leaf.is_floating_point()
+        ]
+        captured = {id(leaf): leaf.to(expected.dtype) for leaf, expected in floating}
+        with torch.autocast(self.device.type, enabled=False):
+            result = self._run([captured.get(id(leaf), leaf) for leaf in leaves])
+        if not floating:
+            return result
+        tokens, expected = floating[0]
+        given, had = tokens.dtype, expected.dtype
+        if given == had:
+            return result
+        if isinstance(result, Tensor):
+            return result.to(given) if result.dtype == had else result
+        parts, spec = torch.utils._pytree.tree_flatten(result)
+        parts = [r.to(given) if isinstance(r, Tensor) and r.dtype == had else r for r in parts]
+        return torch.utils._pytree.tree_unflatten(parts, spec)
+
+    def _run(self, leaves: list[Any]) -> Any:
         inputs = []
-        for leaf, expected in zip(leaves, pattern.leaves, strict=True):
+        for leaf, expected in zip(leaves, self.plan.pattern.leaves, strict=True):
             if isinstance(expected, TensorInfo):
                 if leaf.dtype != expected.dtype:
                     raise TypeError(
