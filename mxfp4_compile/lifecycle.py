@@ -12,6 +12,8 @@ Contract: ``optimize``, ``load`` and ``from_pretrained`` all end with ``finish``
 from __future__ import annotations
 
 import time
+import types
+import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -27,6 +29,7 @@ from .runtime import attach, detach, runtime_of
 
 GUARD = "mxfp4_guard"
 REPORT = "mxfp4_report"
+SWITCH = "set_experts_implementation"
 
 
 def finish(model: nn.Module, report: Report, started: float) -> None:
@@ -40,11 +43,14 @@ def finish(model: nn.Module, report: Report, started: float) -> None:
     for i, site in enumerate(report.sites):
         if site.rewritten and site.names[0] in built:
             constants = constants_of(built[site.names[0]].original)
+            built[site.names[0]].constants = frozenset(constants)
             report.sites[i] = replace(site, constants=tuple(f"{k}={v!r}" for k, v in constants.items()))
     model.mxfp4_report = report  # type: ignore[assignment]
     if not report.rewritten:
         return
     put_guard(model)
+    if isinstance(getattr(type(model), SWITCH, None), types.FunctionType):
+        model.__dict__[SWITCH] = ExpertsSwitch(model)
     attach(model, report.max_capture_size, report)
     if weights_loaded not in model._load_state_dict_post_hooks.values():
         model.register_load_state_dict_post_hook(weights_loaded)
@@ -79,6 +85,22 @@ def weights_loaded(model: nn.Module, incompatible_keys: Any) -> None:
         report.notes += [note] if note not in report.notes else []
 
 
+class ExpertsSwitch:
+    """What stands in for ``model.set_experts_implementation``: rewritten experts have no implementations."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, implementation: Any) -> None:
+        """Reaches the experts that were left alone, if there are some; the configuration stays true for the others."""
+        report: Report = self.model.mxfp4_report
+        left = [s for s in report.sites if not s.rewritten]
+        what = f"mxfp4_compile: {SWITCH}({implementation!r}) changes nothing about the rewritten experts"
+        warnings.warn(f"{what}: backend {report.rewritten[0].backend} serves them", stacklevel=2)
+        if left:
+            getattr(type(self.model), SWITCH)(self.model, implementation)
+
+
 # the guard
 
 
@@ -92,6 +114,7 @@ class DtypeGuard(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.trainable = trainable
+        self.training = False
         _install_router_pass(self)
 
     def __setstate__(self, state: Any) -> None:  # copies and pickles of the model have the pass as well
@@ -102,6 +125,14 @@ class DtypeGuard(nn.Module):
         moved = fn(torch.zeros(1, dtype=self.dtype))
         if moved.dtype != self.dtype:
             raise TypeError(dtype_message(self.dtype, moved.dtype))
+        return self
+
+    def train(self, mode: bool = True) -> DtypeGuard:
+        """Training mode changes nothing in rewritten experts: said, as dropout or noise in them would be missed."""
+        if mode and not self.training:
+            text = "mxfp4_compile: experts were rewritten in eval mode; train() changes only what is around them"
+            warnings.warn(text, stacklevel=2)
+        self.training = mode
         return self
 
     def forward(self) -> None:
@@ -166,6 +197,7 @@ def _restore(model: nn.Module) -> Any:
     if quantizer is not None:  # the model was loaded with ours
         quantizer.remove_quantization_config(model)
     detach(model)
+    model.__dict__.pop(SWITCH, None)
     for key, hook in list(model._load_state_dict_post_hooks.items()):
         if hook is weights_loaded:
             del model._load_state_dict_post_hooks[key]

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from . import mx
-from .circumstances import exclusively, kept_state, others_wait, plain_modes
+from .circumstances import StateChange, exclusively, kept_state, others_wait, plain_modes
 from .installing import install_site, progress_bar, silenced_hooks, try_sites
 from .lifecycle import finish, note_state
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.selection import requested_backend
 from .ops.target import DEFAULT_CAPTURE_SIZE, Request, check_request
 from .passes.build.module import MXFP4Experts, mxfp4_sites
-from .passes.find.discover import experts_implementation, find_candidates
+from .passes.find.discover import Candidate, find_candidates, record_calls, traceable_experts
 from .planning import (
     OptimizeError,
     Site,
@@ -96,15 +96,16 @@ def _optimize(
     started = time.perf_counter()
     scale_rule, verify = report.scale_rule, report.verified
     with ExitStack() as stack:
+        seen: list[StateChange] = []
         with kept_state(model) as changes:
-            sites = _plan(model, report, requested, skip, strict, example_inputs)
+            sites = _plan(model, report, requested, skip, strict, example_inputs, seen)
             planned = [s for s in sites if s.structure is not None]
             advance = stack.enter_context(progress_bar(planned, progress, 2 if verify else 1))
             if verify:
                 try_sites(planned, scale_rule, model, advance)
                 _check_trials(sites, report, strict)
         todo = [s for s in sites if s.structure is not None]
-        note_state(model, report, changes, todo)
+        note_state(model, report, list(dict.fromkeys([*seen, *changes])), todo)
         report.notes += dict.fromkeys(n for s in todo if s.structure is not None for n in s.structure.choice.notes)
         prepared: dict[tuple[int, ...], MXFP4Experts] = {}
         waiting = Counter(s.candidate.weights for s in planned)  # blocks may share one list of experts
@@ -156,15 +157,30 @@ def _half_way(reason: str, sites: list[str], report: Report) -> str:
 
 
 def _plan(
-    model: nn.Module, report: Report, requested: str | None, skip: str | Sequence[str], strict: bool, example_inputs: Any
+    model: nn.Module,
+    report: Report,
+    requested: str | None,
+    skip: str | Sequence[str],
+    strict: bool,
+    example_inputs: Any,
+    changes: list[StateChange],
 ) -> list[Site]:
-    """Every MoE-looking module with its structure, or the reason why it has none; the weights are finite."""
+    """Every MoE-looking module with its structure, or the reason why it has none; the weights are finite.
+
+    ``changes``: gets what the forwards set, which is put back before anything is captured.
+    """
+
+    def record(model: nn.Module, candidates: list[Candidate], inputs: Any) -> None:
+        with kept_state(model) as seen:
+            record_calls(model, candidates, inputs)
+        changes.extend(seen)
+
     sites = apply_skip(model, [Site(c) for c in find_candidates(model)], skip, report, strict)
     check_model(model, [s.candidate for s in sites if not s.outcome])
     activations: Any = report.activation_dtype
     terms = Request(activation_dtype=activations, max_capture_size=report.max_capture_size)
-    with experts_implementation(model, "grouped_mm"):
-        match_all(model, sites, example_inputs, requested, terms)
+    with traceable_experts(model):
+        match_all(model, sites, example_inputs, requested, terms, record=record)
     skip_late(sites, skip, report)
     check_model(model, [s.candidate for s in sites if s.candidate.kind == "block" and not s.outcome])
     gc.collect()  # exported programs are cyclic garbage that keeps the captured modules' weights alive

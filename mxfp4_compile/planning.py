@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .circumstances import kept_state
 from .ops.selection import Choice, choose
 from .ops.target import PLAIN, Request
 from .passes.build.rewrite import RewriteError, retained_names
@@ -174,7 +175,7 @@ def _is_dtensor(parameter: torch.Tensor) -> bool:
 def apply_skip(
     model: nn.Module, sites: list[Site], skip: str | Sequence[str], report: Report, strict: bool
 ) -> list[Site]:
-    """Mark the sites that ``skip`` protects. A pattern that names nothing is an OptimizeError, or noted if not strict."""
+    """Mark the sites that ``skip`` protects; a pattern that names nothing is an OptimizeError if strict, else noted."""
     patterns = as_patterns(skip)
     unknown = unknown_patterns(model, patterns)
     if unknown and strict:
@@ -196,7 +197,7 @@ def skip_late(sites: list[Site], skip: str | Sequence[str], report: Report) -> N
             if site.outcome != "skipped" and protects(pattern, site.candidate, sources):
                 site.structure, site.outcome, site.reason = None, "skipped", f"skip={pattern!r}"
         skipped = [s for s in sites if s.outcome == "skipped"]
-        named = any(s.reason == f"skip={pattern!r}" or protects(pattern, s.candidate) for s in skipped)
+        named = any(s.reason == f"skip={pattern!r}" or protects(pattern, s.candidate, ()) for s in skipped)
         if not named and not any(repr(pattern) in note for note in report.notes):
             report.notes.append(f"skip pattern {pattern!r} names no MoE-looking module")
 
@@ -342,7 +343,8 @@ def _traced_match(
     reason = ""
     if not holds_list(module):
         try:
-            captured = capture(module, pattern)
+            with kept_state(module):  # no traced value stays in an attribute
+                captured = capture(module, pattern)
             found = match(captured)
             if not isinstance(found, NoMatch) or found.dense:
                 return captured, captured, found
@@ -351,7 +353,8 @@ def _traced_match(
             reason = str(error)
     before = f"{reason}; as a loop over experts: " if reason else ""
     try:
-        traced = captured = trace(module, pattern)
+        with kept_state(module):  # no traced value stays in an attribute
+            traced = captured = trace(module, pattern)
     except CaptureError as error:
         raise CaptureError(f"{before}{error}") from error
     dense = has_dense_products(captured)

@@ -1,4 +1,4 @@
-"""What ``skip`` leaves alone: patterns against a site's names, the modules around it and the experts' weights inside it.
+"""What ``skip`` leaves alone: patterns against a site's names, the modules around it and the weights inside it.
 
 Contract: a pattern (fnmatch) protects a site if it names the site, a module above it, or a module or parameter inside
 it that holds experts' weights. One that names nothing in the model is an error under ``strict``, before anything else.
@@ -38,16 +38,19 @@ def unknown_patterns(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     return out
 
 
-def protects(pattern: str, candidate: Candidate, sources: Sequence[str] = ()) -> bool:
-    """Whether a pattern leaves a candidate alone; ``sources``: its experts' parameters, once they are known."""
+def protects(pattern: str, candidate: Candidate, sources: Sequence[str] | None = None) -> bool:
+    """Whether a pattern leaves a candidate alone.
+
+    ``sources``: its experts' parameters as far as they are known, None before a forward has shown what a list is.
+    """
     return any(fnmatch.fnmatch(name, pattern) for name in _names(candidate, sources))
 
 
-def _names(candidate: Candidate, sources: Sequence[str]) -> Iterator[str]:
-    inside = set(_inside(candidate))
-    for source in sources:
+def _names(candidate: Candidate, sources: Sequence[str] | None) -> Iterator[str]:
+    inside = set() if candidate.listed is not None and sources is None else set(_inside(candidate))
+    for source in sources or ():
         for member in members(candidate.module, source):
-            inside |= {part for part in _above(member)}
+            inside |= set(_above(member))
     for name in candidate.names:
         yield from _above(name)
         yield from (f"{name}.{part}" for part in inside)

@@ -40,14 +40,14 @@ from ..ops.target import DEFAULT_CAPTURE_SIZE, Request, check_request
 from ..passes.build.module import MXFP4Experts
 from ..passes.build.prep import ExpertReader
 from ..passes.calls import TensorInfo
-from ..passes.find.discover import experts_implementation
+from ..passes.find.discover import traceable_experts
 from ..passes.match import NoMatch
 from ..passes.same import structure_key
 from ..passes.weights import projections_of, source_names
 from ..planning import OptimizeError, Site, left_alone, match_structure
 from ..report import Report, versions_used
-from .claims import check_numbers, check_parameters, read_config_file, sober
 from ..skipping import as_patterns
+from .claims import check_numbers, check_parameters, read_config_file, sober
 from .files import CheckpointError, Weights, weight_files
 from .formats import OWN, Scheme, facts_of_file, scheme_of
 from .names import Names
@@ -402,7 +402,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             key = (structure_key(site.candidate.module), pattern)
             if key not in known:
                 module = stand_in(site.candidate.module, pattern)
-                with experts_implementation(model, "grouped_mm"):
+                with traceable_experts(model):
                     requested = requested_backend(self.quantization_config.backend)
                     known[key] = match_structure(module, pattern, requested, self.terms)
             if isinstance(known[key], NoMatch):

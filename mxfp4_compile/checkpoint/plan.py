@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from ..ops.target import Request
 from ..passes.calls import Call, TensorInfo
-from ..passes.find.discover import Candidate, DiscoveryError, experts_implementation, find_candidates, forward_runs
+from ..passes.find.discover import (
+    Candidate,
+    DiscoveryError,
+    find_candidates,
+    forward_runs,
+    traceable_experts,
+)
 from ..passes.find.discover import record_calls as record_real_calls
 from ..passes.trace.capture import CallPattern
 from ..passes.weights import members, projections_of, source_names, stack
@@ -101,7 +107,7 @@ def _plan(
                 if one is not None:
                     one.calls[:] = [_moved(call, device) for call in one.calls]
 
-    with experts_implementation(model, "grouped_mm"):
+    with traceable_experts(model):
         match_all(model, sites, example_inputs, requested, terms, record=record, stand_in=stand_in)
     skip_late(sites, skip, report)
     gc.collect()  # exported programs are cyclic garbage that keeps the stand-ins' weights alive

@@ -27,7 +27,7 @@ from ..circumstances import exclusively, kept_state, plain_modes
 from ..hf_models import load_plain, read_config
 from ..ops.target import DEFAULT_CAPTURE_SIZE
 from ..passes.build.module import mxfp4_sites
-from ..passes.find.discover import experts_implementation, find_candidates
+from ..passes.find.discover import find_candidates, traceable_experts
 from ..passes.weights import members, projections_of, stack, unstack
 from ..pipeline import optimize
 from ..planning import Site, check_matches, match_all
@@ -244,7 +244,7 @@ def _site_errors(model: nn.Module, scale_rule: str) -> Iterator[dict[str, list[f
     """While the unquantized model runs: site -> [squared error, squared norm] of its output under MXFP4 weights."""
     report = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False)
     sites = [Site(c) for c in find_candidates(model)]
-    with exclusively(), plain_modes(), kept_state(model), experts_implementation(model, "grouped_mm"):
+    with exclusively(), plain_modes(), kept_state(model), traceable_experts(model):
         match_all(model, sites, None, None)
     check_matches(sites, report, strict=True)
     sums: dict[str, list[float]] = {}

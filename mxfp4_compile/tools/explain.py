@@ -18,7 +18,7 @@ from ..ops.target import Target
 from ..passes.build.prep import prep_program
 from ..passes.build.rewrite import RewriteError, rewrite
 from ..passes.build.verify import VerificationError
-from ..passes.find.discover import experts_implementation, find_candidates
+from ..passes.find.discover import experts_implementation, find_candidates, traceable_experts
 from ..passes.match import FusedMatch
 from ..passes.weights import Projection, projections_of, stack
 from ..planning import Site, Structure
@@ -115,7 +115,7 @@ def explain_model(
     """
     sites = [planning.Site(candidate) for candidate in find_candidates(model)]
     planning.check_model(model, [site.candidate for site in sites])
-    with kept_state(model), experts_implementation(model, "grouped_mm"):
+    with kept_state(model), traceable_experts(model):
         planning.match_all(model, sites, example_inputs, requested_backend("auto"))
     if not any(site.structure is not None or site.outcome == "unmatched" for site in sites):
         planning.check_matches(sites, Report("", "", 0, False), strict=True)  # raises: nothing was found

@@ -18,7 +18,7 @@ from ..ops.backend import Requirement
 from ..ops.registry import failed_backends, known_backends
 from ..ops.selection import BackendUnavailable, candidates, choose, order_of, requested_backend, requirements
 from ..ops.target import Request, Target
-from ..passes.find.discover import experts_implementation, find_candidates
+from ..passes.find.discover import find_candidates, traceable_experts
 from ..report import Report
 
 
@@ -100,7 +100,7 @@ def here() -> Target:
 def _rows(model: nn.Module, example_inputs: Any, target: Target) -> list[Row]:
     sites = [planning.Site(candidate) for candidate in find_candidates(model)]
     planning.check_model(model, [site.candidate for site in sites])
-    with exclusively(), plain_modes(), kept_state(model), experts_implementation(model, "grouped_mm"):
+    with exclusively(), plain_modes(), kept_state(model), traceable_experts(model):
         # Matching says what a site is, which does not depend on where it would run.
         planning.match_all(model, sites, example_inputs, None)
     groups: dict[Any, tuple[list[str], planning.Structure]] = {}

@@ -33,6 +33,8 @@ class MXFP4Experts(PreparedWeights):
     """
 
     rewritten: fx.GraphModule
+    constants: frozenset[str] = frozenset()
+    """Plain attributes that the original's forward read: part of the graph, so that they cannot be set any more."""
 
     def __init__(
         self,
@@ -66,6 +68,14 @@ class MXFP4Experts(PreparedWeights):
         self.set_tensors(weights, biases)
         self.rewritten = graph
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.constants and self.__dict__.get(name) != value:
+            raise AttributeError(
+                f"{name}={self.__dict__.get(name)!r} is part of the rewritten graph: setting it to {value!r} would "
+                "change nothing. Call mxfp4_compile.restore(model) first, set it, and optimize again"
+            )
+        super().__setattr__(name, value)
+
     # forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +92,7 @@ class MXFP4Experts(PreparedWeights):
         return self._run(leaves)
 
     def _under_autocast(self, leaves: list[Any]) -> Any:
-        """The captured graph in the dtypes it was captured in; what has the tokens' dtype there has the caller's here."""
+        """The graph in the dtypes it was captured in; what has the tokens' dtype there has the caller's here."""
         floating = [
             (leaf, expected)
             for leaf, expected in zip(leaves, self.plan.pattern.leaves, strict=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,7 +191,7 @@ def _judge(squared: Tensor, dtype: torch.dtype, what: str, slack: float) -> tupl
     else:
         error, original_error = float(squared[0]) ** 0.5 / norm, float(squared[1]) ** 0.5 / norm
     limit = RATIO * original_error + SLACK[dtype] + slack
-    if not error <= limit:  # NaN fails
+    if not error <= limit or not math.isfinite(error):  # NaN fails, and so does an original that gives Inf
         raise VerificationError(
             f"{what}: relative error {error:.3g} against an fp32 run of the original, which itself is at "
             f"{original_error:.3g} in {dtype}; at most {limit:.3g} is allowed"
@@ -248,6 +248,7 @@ def _compare_group(
     whole = narrow.stop - narrow.start == site.projections[0].shape[0]
     own = _with_weights(site, original, narrow, dtype)
     exact = _with_weights(site, original, narrow, torch.float32 if dtype.itemsize < 8 else dtype)
+    tokens_at = tokens_of(site, ids_at) - {by_expert}
     out = []
     with torch.no_grad():
         for tokens, pattern in _routings(narrow.stop - narrow.start, top_k, others, extra):
@@ -258,20 +259,53 @@ def _compare_group(
                 drawn = torch.randint(others, real.shape, generator=generator).to(inputs[ids_at])
                 last = site.projections[0].shape[0]
                 inputs[ids_at] = torch.where(real, inputs[ids_at], last + drawn)
-            shifted = list(inputs)
-            shifted[ids_at] = torch.where(real, inputs[ids_at] + narrow.start, inputs[ids_at])
-            if by_expert is not None:
-                shifted[by_expert] = inputs[by_expert].roll(narrow.start, 1)
             try:
-                theirs = _call(own, site, inputs)
+                theirs, inputs = within_range(lambda tensors: _call(own, site, tensors), inputs, tokens_at)
                 truth = _call(exact, site, [t.float() if t.is_floating_point() else t for t in inputs])
             except Exception as error:
                 if not whole:
                     raise _NeedsAllExperts from error
                 raise VerificationError(f"the original module does not run on verification inputs: {error}") from error
+            shifted = list(inputs)
+            shifted[ids_at] = torch.where(real, inputs[ids_at] + narrow.start, inputs[ids_at])
+            if by_expert is not None:
+                shifted[by_expert] = inputs[by_expert].roll(narrow.start, 1)
             ours = _call(site, site, shifted)
             out.append((ours.cpu(), theirs.cpu(), truth.cpu().double()))
     return out
+
+
+def tokens_of(site: MXFP4Experts, ids_at: int | None) -> set[int | None]:
+    """Which of a call's tensors are tokens: floating, and not one weight for each expert id."""
+    infos = site.plan.pattern.tensors
+    ids = None if ids_at is None else infos[ids_at].shape
+    return {
+        i
+        for i, info in enumerate(infos)
+        if info.dtype.is_floating_point and not (ids is not None and len(info.shape) == 2 and info.shape[1] == ids[-1])
+    }
+
+
+def within_range(
+    call: Callable[[list[Tensor]], Any], tensors: list[Tensor], tokens_at: Collection[int | None]
+) -> tuple[Any, list[Tensor]]:
+    """What the original returns, and for which tensors: its tokens are shrunk by powers of 4 until nothing overflows.
+
+    A model that was scaled to fit its dtype (fp16) overflows on tokens of usual size without being wrong. If tokens of
+    any size overflow, the result is that of the original ones.
+    """
+    first = result = call(tensors)
+    shrunk = tensors
+    for step in range(_SHRINKS):
+        if all(bool(t.isfinite().all()) for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)):
+            return result, shrunk
+        shrunk = [t * 4.0 ** -(step + 1) if i in tokens_at else t for i, t in enumerate(tensors)]
+        result = call(shrunk)
+    return first, tensors
+
+
+# Down to 2^-24 of the usual size: the range of fp16.
+_SHRINKS = 12
 
 
 def _with_weights(site: MXFP4Experts, original: nn.Module, narrow: slice, dtype: torch.dtype) -> nn.Module:

@@ -27,7 +27,7 @@ from ..calls import TensorInfo
 from ..evaluate import random_ids
 from ..weights import listed, members
 from .module import MXFP4Experts
-from .verify import Sums, Verification, VerificationError
+from .verify import Sums, Verification, VerificationError, tokens_of, within_range
 
 
 def is_loop(site: MXFP4Experts) -> bool:
@@ -71,9 +71,20 @@ def verify_loop(
                 break
             experts.used.clear()
             leaves = _inputs(site, sizes, equal, generator, ids_at)
-            args, kwargs = site.plan.pattern.arrange(leaves)
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+            def placed(tensors: list[Tensor], leaves: list[Any] = leaves, places: list[int] = places) -> list[Any]:
+                given = dict(zip(places, tensors, strict=True))
+                return [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+            def call(tensors: list[Tensor]) -> Any:
+                args, kwargs = site.plan.pattern.arrange(placed(tensors))
+                return eager(*args, **kwargs)
+
             try:
-                theirs = eager(*args, **kwargs)
+                theirs, tensors = within_range(call, [leaves[i] for i in places], tokens_of(site, ids_at))
+                leaves = placed(tensors)
+                args, kwargs = site.plan.pattern.arrange(leaves)
             except Exception as error:
                 raise VerificationError(f"the original block does not run on verification inputs: {error}") from error
             if exact is None:

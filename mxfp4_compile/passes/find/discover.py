@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -188,6 +188,16 @@ def experts_implementation(model: nn.Module, name: str) -> Iterator[None]:
             setattr(config, attribute, old[key])
 
 
+def traceable_experts(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block transformers' experts trace: by "grouped_mm", which wants rows of a multiple of 16 bytes.
+
+    Where some rows are of another size, by "batched_mm".
+    """
+    packed = (p for module in model.modules() for p in packed_parameters(module).values())
+    fits = all(size * p.element_size() % 16 == 0 for p in packed for size in p.shape[1:])
+    return experts_implementation(model, "grouped_mm" if fits else "batched_mm")
+
+
 def record_calls(
     model: nn.Module, candidates: list[Candidate], example_inputs: Any = None, runs: list[Any] | None = None
 ) -> None:
@@ -221,7 +231,7 @@ def record_calls(
         handles += use.hooks()
     watch.start()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), experts_implementation(model, "grouped_mm"):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), traceable_experts(model):
             for inputs in forward_runs(model, example_inputs) if runs is None else runs:
                 before = {id(c): len(c.calls) for c in recorded}
                 seen = [(s, len(s.calls)) for s in watch.recorded()]
