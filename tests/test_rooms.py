@@ -13,7 +13,8 @@ PACKAGE = ROOT / "mxfp4_compile"
 
 # From the bottom up. A module may import modules of its own room and of those before it.
 ROOMS = (
-    "registration", "__init__", "activations", "spec", "mx", "timing", "circumstances", "hf_models", "report", "ops",
+    "registration", "__init__", "text", "activations", "spec", "mx", "timing",
+    "circumstances", "hf_models", "report", "ops",
     "passes", "passes.trace", "passes.find", "passes.match", "passes.build",
     "planning", "installing", "runtime", "dynamo", "lifecycle", "pipeline", "checkpoint", "inspection", "tools",
     "__main__",
