@@ -137,7 +137,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "beam, sample, several": {"num_beams": 4, "do_sample": True, "num_return_sequences": 2, "eos_token_id": 10},
     "several": {"do_sample": True, "num_return_sequences": 3},
     "one token": {"max_new_tokens": 1},
-    "time": {"max_time": 60.0},
+    "time": {"max_time": 3600.0},
 }
 
 
