@@ -105,8 +105,7 @@ def test_a_cache_by_an_unknown_name_is_told(trained: nn.Module, monkeypatch: pyt
     assert any(f"'{CACHE}', which is not known here" in note for note in trained.mxfp4_report.runtime.notes)
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.smoke), 8])
 def test_greedy_200_tokens(trained: nn.Module, batch: int) -> None:
     expected, got, recorder = both(trained, prompts(batch), max_new_tokens=200)
     assert torch.equal(got, expected)

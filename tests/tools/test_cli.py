@@ -102,6 +102,7 @@ def canned(result: demo.DemoResult, monkeypatch: pytest.MonkeyPatch) -> demo.Dem
 
 
 @pytest.mark.smoke
+@pytest.mark.xdist_group("demo")
 def test_demo_json(canned: demo.DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "demo", "--json")
     assert (code, err) == (0, "")
@@ -123,6 +124,7 @@ def test_demo_json(canned: demo.DemoResult, capsys: pytest.CaptureFixture[str]) 
     assert data["hardware"]["cores"] >= 1
 
 
+@pytest.mark.xdist_group("demo")
 def test_demo_perplexities(result: demo.DemoResult) -> None:
     bf16 = result.perplexity["bf16"]
     assert 1 < bf16 < 10, "a trained model; 256 would be chance"
@@ -131,6 +133,7 @@ def test_demo_perplexities(result: demo.DemoResult) -> None:
         assert abs(result.change(rule)) < 0.1
 
 
+@pytest.mark.xdist_group("demo")
 def test_demo_text(canned: demo.DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "demo")
     assert code == 0
@@ -145,6 +148,7 @@ def test_demo_text(canned: demo.DemoResult, capsys: pytest.CaptureFixture[str]) 
     assert canned.samples["mxfp4"].splitlines()[0] in out
 
 
+@pytest.mark.xdist_group("demo")
 def test_demo_notes_explain_a_notable_loss(result: demo.DemoResult) -> None:
     worse = demo.DemoResult(**{**vars(result), "perplexity": {**result.perplexity, "floor": 99.0}})
     assert "under floor" in worse.notes[0]
