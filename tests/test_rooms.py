@@ -16,8 +16,8 @@ ROOMS = (
     "registration", "__init__", "text", "activations", "spec", "mx", "timing",
     "circumstances", "hf_models", "report", "ops",
     "passes", "passes.trace", "passes.find", "passes.match", "passes.build",
-    "planning", "installing", "runtime", "dynamo", "lifecycle", "pipeline", "checkpoint", "inspection", "tools",
-    "__main__",
+    "skipping", "planning", "installing", "runtime", "dynamo", "lifecycle", "pipeline", "checkpoint", "inspection",
+    "tools", "__main__",
 )  # fmt: skip
 # Circles that are known, to be taken out.
 KNOWN_CIRCLES = [{"mxfp4_compile.ops.backends.triton.select", "mxfp4_compile.ops.backends.triton.tuned"}]
@@ -65,8 +65,9 @@ def graph() -> dict[str, set[str]]:
 
 @pytest.mark.smoke
 def test_between_rooms(graph: dict[str, set[str]]) -> None:
-    for module, others in graph.items():
+    for module in graph:
         assert room(module) in ROOMS, f"{module}: give its room a place, here and in docs/architecture.md"
+    for module, others in graph.items():
         for other in others:
             assert ROOMS.index(room(other)) <= ROOMS.index(room(module)), f"{module} imports {other}"
 
