@@ -1,5 +1,11 @@
 """The prep program of a projection: an FX graph from original parameters to prepared weights.
 
+::
+
+    slices [e, ...] of the source parameters  -->  [e, N, K]  --quantize-->  packed, scales  --prepare-->  tensors of
+    (several are joined along N)                                                                        the backend
+
+Contract: the original is read, never changed, and nothing of it is kept.
 Its inputs are slices [e, ...] of the source parameters, its output is (packed, scales, prepared tensors).
 It runs a few experts at a time, so that temporary memory stays small whatever the site's size.
 """
@@ -103,7 +109,7 @@ class ModuleReader:
 
     module: nn.Module
 
-    def quantized(self, name: str) -> bool:
+    def quantized(self, name: str) -> bool:  # noqa: ARG002
         """Never: a module holds values."""
         return False
 
@@ -111,7 +117,7 @@ class ModuleReader:
         """A view of some experts."""
         return stack(self.module, name)[experts]
 
-    def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:
+    def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Not there."""
         raise RuntimeError(f"{name} is not in MXFP4")
 

@@ -1,5 +1,12 @@
 """Verify: the original module on dequantized weights against the rewritten one, by running both.
 
+::
+
+    tokens, ids, weights --+--> original on dequantized weights of a few experts, in its dtype --> theirs
+                           +--> the same in fp32                                               --> truth
+                           +--> rewritten module                                               --> ours
+    |ours - truth| <= RATIO * |theirs - truth| + a little                 or VerificationError
+
 Contract: neither module is changed; memory beyond the site's prepared weights is a few experts.
 
 1. Take a few experts at a time: a copy of the ORIGINAL module gets their dequantized weights (its other

@@ -1,5 +1,11 @@
 """Verify a site that holds its router and calls its experts in a loop: the whole block, eager against rewritten.
 
+::
+
+    hidden states --+--> original block, its experts on dequantized weights   --> theirs
+                    +--> rewritten graph, the op done by experts in fp32      --> truth
+                    +--> rewritten block                                      --> ours
+
 Contract: as in ``verify``; no more than one expert's dequantized weights exist at a time where experts are modules of
 a list. Where the block multiplies packed weights itself, one block's dequantized weights exist while it is verified.
 

@@ -1,5 +1,9 @@
 """Recognize an activation by running it.
 
+::
+
+    up output [S, N]  --region-->  down input [S, I]      -->  Activation, its halves' arrangement; or a reason
+
 Given a region R: [S, N] -> [S, I] (fp64) and the constants that occur in its graph, find the Activation
 and the arrangement of its halves for which R equals it on every probe, or say that there is none. The
 spelling of the region (decomposed, reordered, with extra casts) plays no part.

@@ -1,5 +1,11 @@
 """Routing matrices: a graph that routes by a matrix [T, E] put in terms of expert ids [T, K] and weights [T, K].
 
+::
+
+    matrix [T, E], zero but at K places of a row      ids [T, K], weights [T, K]  -->  the matrix again
+        |                                                 |
+    X [E, T, K]  --bmm W-->  Y [E, T, N]         -->  rows X[id, t] [T * K, K]  --expert_products-->  among zeros
+
 Contract: the captured graph is not changed; each variant is a copy that computes the same, so that ``match`` can say
 what it is. A routing matrix is one that holds zero everywhere but at K known places of a row, which follows from the
 graph alone (``_Places``): ``one_hot``, or a ``scatter`` into a constant, and pointwise ops that keep the zeros.
@@ -10,7 +16,7 @@ graph alone (``_Places``): ``one_hot``, or a ``scatter`` into a constant, and po
 3. Dense products ``bmm(X [E, T, K], W)`` of every token with every expert become ``expert_products`` on the rows
    X[id, t] alone, put back among zeros. That is the same if X is zero elsewhere, which ``match`` proves by running it
    (``Captured.dense``): a zero row gives a zero row, since the products have no bias. It is also the same if the
-   output does not depend on what stands there (``Captured.elsewhere``), since a zero of the matrix is its factor.
+   output does not depend on what stands there (``Captured.dont_care``), since a zero of the matrix is its factor.
 """
 
 from __future__ import annotations
@@ -115,7 +121,7 @@ def _of(node: fx.Node, value: Tensor, found: dict[fx.Node, _Places]) -> _Places 
         return _Places(old.index, old.columns, 0.0, old.zero_one and name == "mul" and masked)
     given = torch.tensor(old.background, dtype=torch.float64)
     try:
-        args = fx.node.map_arg(node.args, lambda n: given)
+        args = fx.node.map_arg(node.args, lambda _: given)
         result = target(*args, **node.kwargs)
     except Exception:
         return None
@@ -161,16 +167,16 @@ def _distinct(index: fx.Node) -> bool:
     return len(source.args) < 3 or source.args[2] in (-1, dims - 1)
 
 
-def _dense(node: fx.Node, captured: Captured) -> tuple[fx.Node, fx.Node, str, bool] | None:
-    """(rows [E, T, K], weights' placeholder, name, stored [E, K, N]) of a product of all tokens with all experts."""
+def _dense(node: fx.Node, captured: Captured) -> tuple[fx.Node, fx.Node, bool] | None:
+    """(rows [E, T, K], weights' placeholder, stored [E, K, N]) of a product of all tokens with all experts."""
     if node.op != "call_function" or node.target != aten.bmm.default:
         return None
     rows, weight = node.args
     traced = trace_weight(weight, captured)
     if traced is None or traced[2] not in ((0, 1, 2), (0, 2, 1)) or not isinstance(rows, fx.Node):
         return None
-    name, placeholder, order = traced
-    return rows, placeholder, name, order == (0, 1, 2)
+    _, placeholder, order = traced
+    return rows, placeholder, order == (0, 1, 2)
 
 
 class _NoSize(Exception):
@@ -187,7 +193,7 @@ class _Variant:
         self.ids: fx.Node | None = None
         self.experts = int(matrix.meta["val"].shape[-1])
         self.dense: list[fx.Node] = []
-        self.elsewhere: list[fx.Node] = []
+        self.dont_care: list[fx.Node] = []
 
     def run(self) -> Captured | None:
         value = self.matrix.meta["val"]
@@ -222,7 +228,7 @@ class _Variant:
             old.out_spec,
         )
         new.dense, new.sentinels = tuple(self.dense), int(not value.is_floating_point())
-        new.elsewhere = tuple(self.elsewhere)
+        new.dont_care = tuple(self.dont_care)
         return new
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -275,7 +281,7 @@ class _Variant:
         assert mask is not None
         return self._call(aten._to_copy.default, mask, dtype=like.dtype)
 
-    def _sparse(self, node: fx.Node, rows: fx.Node, weight: fx.Node, name: str, transposed: bool) -> fx.Node:
+    def _sparse(self, node: fx.Node, rows: fx.Node, weight: fx.Node, transposed: bool) -> fx.Node:
         """The product of the rows that ids name, among zeros."""
         assert self.ids is not None
         all_rows, ids = self.mapped[rows], self.ids
@@ -295,7 +301,7 @@ class _Variant:
         back = self._call(aten.reshape.default, product, [-1, self.places.columns, out])
         tokens = self._call(aten.sym_size.int, ids, 0)
         zeros = self._call(aten.new_zeros.default, product, [tokens, self.experts, out])
-        self.elsewhere.append(zeros)
+        self.dont_care.append(zeros)
         put = self._call(aten.scatter.src, zeros, 1, places(out), back)
         by_expert = self._call(aten.transpose.int, put, 0, 1)
         result = self._call(aten.clone.default, by_expert, memory_format=torch.contiguous_format)

@@ -77,7 +77,7 @@ def _check_other_experts(prober: Prober, head: Head, middle: Middle, tail: Tail,
         return
     wanted = [tail.output, chain.down.rows]
     for scale in (1.0, 1e6):
-        free = {n: draw.normal((tokens, *n.meta["val"].shape[1:])) * scale for n in chain.captured.elsewhere}
+        free = {n: draw.normal((tokens, *n.meta["val"].shape[1:])) * scale for n in chain.captured.dont_care}
         if not all(map(torch.equal, probe.run(wanted, given), probe.run(wanted, {**given, **free}))):
             raise Refused(
                 "every expert is multiplied with every token, and the rows of tokens that are not routed to "

@@ -154,7 +154,7 @@ class _Check:
                 if narrow and n in self.region and n not in self.middle and not _zeros_and_ones(n):
                     return f"{node.name} takes ids or positions from {n.meta['val'].dtype}"
         if node not in self.choice or name in ("where", "masked_fill"):
-            return self._ids_row_by_row(node, name, data)
+            return self._ids_row_by_row(node, data)
         return None
 
     def _is_size(self, value: Any) -> bool:
@@ -166,7 +166,7 @@ class _Check:
         sizes |= {str(n.meta["val"].shape[0] * n.meta["val"].shape[1]) for n in self.captured.dense}
         return str(value) in sizes
 
-    def _ids_row_by_row(self, node: fx.Node, name: str, data: list[fx.Node]) -> str | None:
+    def _ids_row_by_row(self, node: fx.Node, data: list[fx.Node]) -> str | None:
         if not _is_float(node):
             return None
         stack = [n for n in data if not _is_float(n) and _ID in self.taint.get(n, ())]

@@ -100,7 +100,7 @@ class Captured:
     pattern: CallPattern
     out_spec: Any = None  # how several outputs are arranged; None for one tensor
     dense: tuple[fx.Node, ...] = ()  # [E, T, .] rows of all experts and tokens that must be zero but where ids say
-    elsewhere: tuple[fx.Node, ...] = ()  # [T, E, .] what stands for dense products where ids do not say: zeros
+    dont_care: tuple[fx.Node, ...] = ()  # [T, E, .] what stands for dense products where ids do not say: zeros
     sentinels: int = 0  # so many ids from E on, which are no experts, occur
     taken: frozenset[Any] = frozenset()  # sizes on which the code has branched, as if they were not zero
     sides: tuple[tuple[int, ...], ...] = ()  # batch and length at which verification must run (``guards``)

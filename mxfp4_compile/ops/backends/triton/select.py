@@ -22,19 +22,9 @@ import torch
 from . import tuned
 from .layout import STEP
 from .tiles import Choice, Regime, Tiles, choice_of, tiles_of
+from .tuned import architecture
 
 _CONFIGS = Path(__file__).parent / "configs"
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """The name under which configs/ files this device's tuned data."""
-    if device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
 
 
 @cache

@@ -111,10 +111,19 @@ def _whole(value: Any) -> int:
 
 
 @cache
+def architecture(device: torch.device) -> str:
+    """The name under which configs/ files this device's tuned data."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+@cache
 def host_of(device: torch.device) -> Host:
     """The GPU ``device`` and this Triton. Imports nothing."""
-    from .select import architecture
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Host(name, architecture(device), _triton_version())
 

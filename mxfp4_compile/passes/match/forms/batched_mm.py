@@ -48,7 +48,7 @@ def find(captured: Captured) -> Iterator[ExpertGemm]:
             shape=(experts, n, k),
             rows=rows,
             selector=ids,
-            experts_of=lambda value, rows: value.reshape(-1),
+            experts_of=lambda value, _rows: value.reshape(-1),
             row_matrix=lambda value: value.reshape(value.shape[0], -1),
             as_output=(lambda y: y.unsqueeze(2)) if column else (lambda y: y.unsqueeze(1)),
         )

@@ -30,7 +30,7 @@ def find(captured: Captured) -> Iterator[ExpertGemm]:
             shape=(experts, second, first) if transposed else (experts, first, second),
             rows=rows,
             selector=selector,
-            experts_of=lambda value, rows: value,
+            experts_of=lambda value, _rows: value,
             row_matrix=lambda value: value,
             as_output=lambda value: value,
         )
