@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mxfp4_compile"
 LINKS = ("ops", "passes")
 
-# A room, a folder or a file at the top, may import rooms of a lower floor, and its own; so may a room of the passes.
+# A room may import rooms of a lower floor, and its own. With or without a floor, no two rooms import each other.
 FLOORS = {
     "activations": 0,
     "mx": 0,
@@ -35,18 +35,6 @@ FLOORS = {
     "pipeline": 8,
     "checkpoint": 9,
     "tools": 10,
-}
-PASSES = {
-    "observe": 0,
-    "graph": 0,
-    "calls": 0,
-    "weights": 0,
-    "same": 0,
-    "evaluate": 1,
-    "find": 1,
-    "trace": 1,
-    "match": 2,
-    "build": 3,
 }
 # Where the command line starts, and the front door: whoever imports that takes its version.
 OUTSIDE = {"__init__", "__main__"}
@@ -101,22 +89,13 @@ def test_nothing_imports_through_the_links() -> None:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(("place", "floors"), [((), FLOORS), (("passes",), PASSES)], ids=["package", "passes"])
-def test_imports_go_one_way(place: tuple[str, ...], floors: dict[str, int]) -> None:
-    depth = len(place)
+def test_imports_go_one_way() -> None:
     for path in modules():
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if parts[:depth] != place or parts[depth] in OUTSIDE:
-            continue
-        own = parts[depth]
-        assert own in floors, f"{path.name} lies in no room: give it a floor"
-        for name in imported(path):
-            names = name.split(".")
-            if names[: depth + 1] != ["mxfp4_compile", *place] or len(names) <= depth + 1:
-                continue
-            other = names[depth + 1]
-            if other in floors and other != own:
-                assert floors[other] < floors[own], f"{path.relative_to(PACKAGE)} imports {name}"
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for name in imported(path) if own in FLOORS else ():
+            other = room(name)
+            if other in FLOORS and other != own:
+                assert FLOORS[other] < FLOORS[own], f"{path.relative_to(PACKAGE)} imports {name}"
 
 
 def imported_files() -> dict[str, set[str]]:
@@ -137,15 +116,34 @@ def imported_files() -> dict[str, set[str]]:
     return found
 
 
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """What is left without what imports nothing that is left, and without what nothing that is left imports."""
+    size = 0
+    while len(imports) != size:
+        size = len(imports)
+        named = set().union(*imports.values())
+        imports = {name: others & imports.keys() for name, others in imports.items() if others and name in named}
+    return sorted(imports)
+
+
 @pytest.mark.smoke
 def test_no_two_files_import_each_other() -> None:
-    waiting = imported_files()
-    size = 0
-    while len(waiting) != size:  # what imports nothing that waits, and what nothing that waits imports, is in no circle
-        size = len(waiting)
-        named = set().union(*waiting.values())
-        waiting = {name: others & waiting.keys() for name, others in waiting.items() if others and name in named}
-    assert not waiting, f"circles among {sorted(waiting)}"
+    assert not circles(imported_files())
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("place", ["mxfp4_compile", "mxfp4_compile.passes"])
+def test_no_two_rooms_import_each_other(place: str) -> None:
+    """A room is a folder of ``place``, or a file in it."""
+    rooms: dict[str, set[str]] = {}
+    depth = place.count(".") + 1
+    for name, others in imported_files().items():
+        if name.startswith(f"{place}.") and name.split(".")[depth] not in OUTSIDE:
+            own = name.split(".")[depth]
+            inside = {n.split(".")[depth] for n in others if n.startswith(f"{place}.")}
+            rooms.setdefault(own, set()).update(inside - {own})
+    assert len(rooms) > 5
+    assert not circles(rooms)
 
 
 @pytest.mark.smoke
