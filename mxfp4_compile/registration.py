@@ -49,9 +49,13 @@ def _quantizer() -> None:
     importlib.import_module(f"{_PACKAGE}.checkpoint.loading")
 
 
-def _save_pretrained() -> None:
+def _save_and_load() -> None:
+    modeling_utils = sys.modules["transformers.modeling_utils"]
     writing: Any = importlib.import_module(f"{_PACKAGE}.checkpoint.writing")
-    writing.wrap_save_pretrained(sys.modules["transformers.modeling_utils"])
+    writing.wrap_save_pretrained(modeling_utils)
+    if hasattr(modeling_utils, "get_hf_quantizer"):
+        loading: Any = importlib.import_module(f"{_PACKAGE}.checkpoint.loading")
+        loading.wrap_get_hf_quantizer(modeling_utils)
 
 
 # Our two modules for transformers import each other's triggers, so that neither can be done at the other's.
@@ -59,7 +63,7 @@ _AFTER: dict[str, Callable[[], None]] = {
     "torch": _ops,
     "torch._dynamo.backends.registry": _dynamo,
     "transformers.quantizers.auto": _quantizer,
-    "transformers.modeling_utils": _save_pretrained,
+    "transformers.modeling_utils": _save_and_load,
 }
 
 

@@ -46,7 +46,7 @@ from .files import (
     shards_of,
     weight_files,
 )
-from .formats import NOTE, OWN, Scheme, check_format, facts_of_file, scheme_of
+from .formats import NOTE, OWN, Scheme, check_format, facts_of_file, is_own, scheme_of
 from .output import (
     CONFIG,
     GENERATION,
@@ -218,7 +218,7 @@ def skeleton(
     said: dict[str, Any] = {}
     if declared is not None:
         declared = declared if isinstance(declared, dict) else declared.to_dict()
-        said = declared if declared.get("quant_method") == OWN else (getattr(config, NOTE, None) or {})
+        said = declared if is_own(declared) else (getattr(config, NOTE, None) or {})
         del config.quantization_config
     said = facts_of_file(said)
     dtype = getattr(config, "dtype", None) or most_common_float(weights)
@@ -363,9 +363,7 @@ def check_free(directory: Path, overwrite: bool) -> None:
     if not names or overwrite:
         return
     config = config_of(directory) or {}
-    declared = config.get("quantization_config")
-    method = declared.get("quant_method") if isinstance(declared, dict) else None
-    if NOTE in config or method == OWN:
+    if NOTE in config or is_own(config.get("quantization_config")):
         return
     what = "holds a model that this library did not make" if config else "is not empty and holds no model"
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -77,9 +77,9 @@ def scheme_of(quantization: Any, where: str) -> tuple[Scheme | None, list[str]]:
 
 def _scheme_of(data: Mapping[str, Any], where: str) -> tuple[Scheme | None, list[str]]:
     method = str(getattr(data.get("quant_method"), "value", data.get("quant_method")))
-    if method == OWN:
-        if data.get("format_version", 1) != 1:
-            raise CheckpointError(f"{where} has format_version {data['format_version']}; this version reads 1")
+    if is_own(data):
+        if data.get("format_version", 1) not in (1, 2):
+            raise CheckpointError(f"{where} has format_version {data['format_version']}; this version reads 1 and 2")
         return SCHEMES[OWN], []
     if method == "mxfp4":
         return SCHEMES[GPT_OSS], []
@@ -166,8 +166,20 @@ def _is_error(value: Any) -> bool:
 
 
 def own_config(note: Mapping[str, Any]) -> dict[str, Any]:
-    """``quantization_config`` of our own form; ``note``: scale rule, versions, errors, skipped modules."""
-    return {"quant_method": OWN, "format_version": 1, **note}
+    """``quantization_config`` of our own form; ``note``: scale rule, versions, errors, skipped modules.
+
+    Without a ``quant_method``: transformers passes over one that it does not know with a line in the log, and then
+    makes up the experts at random. Without any it raises, unless this package was imported (``loading.py``).
+    """
+    return {"format": OWN, "format_version": 2, **note}
+
+
+def is_own(declared: Any) -> bool:
+    """Whether a ``quantization_config`` is that of our own form; version 1 named it as a method."""
+    if not isinstance(declared, Mapping):
+        return False
+    method = declared.get("quant_method")
+    return bool(method == OWN or (method is None and declared.get("format") == OWN))
 
 
 def gpt_oss_config() -> dict[str, Any]:

@@ -14,6 +14,7 @@ device where they run; the bf16 model never exists.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -49,7 +50,7 @@ from ..report import Report, versions_used
 from ..skipping import as_patterns
 from .claims import check_numbers, check_parameters, read_config_file, sober
 from .files import CheckpointError, Weights, weight_files
-from .formats import OWN, Scheme, facts_of_file, scheme_of
+from .formats import NOTE, OWN, Scheme, facts_of_file, is_own, own_config, scheme_of
 from .names import Names
 from .plan import ExpertParameter, expert_parameters, plan_sites, planned, stand_in
 from .requirements import require_transformers_5
@@ -113,13 +114,10 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json keeps: the method, the scale rule, what was skipped, and the checkpoint's own facts."""
+        """What config.json keeps: the form, the scale rule, what was skipped, and the checkpoint's own facts."""
         return {
-            "format_version": 1,
             **self.checkpoint,
-            "quant_method": OWN,
-            "scale_rule": self.scale_rule,
-            "skip": self.skip,
+            **own_config({"scale_rule": self.scale_rule, "skip": self.skip}),
         }
 
 
@@ -536,6 +534,34 @@ def offload(site: Any, device: torch.device) -> None:
     site.register_forward_hook(hooks.after, always_call=True)
 
 
+# checkpoints of ours, by a plain from_pretrained
+
+
+def wrap_get_hf_quantizer(modeling_utils: Any) -> None:
+    """Have transformers' ``from_pretrained`` read what ``save`` wrote with our quantizer, whatever the form.
+
+    Our own form names no method; of the forms of others transformers would keep the name and not the bits.
+    """
+    original = modeling_utils.get_hf_quantizer
+
+    @functools.wraps(original)
+    def dispatch(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if quantization_config is None or isinstance(quantization_config, Mxfp4CompileConfig):
+            note = getattr(config, NOTE, None)
+            for holder in (config, config.get_text_config(decoder=True)):
+                declared = getattr(holder, "quantization_config", None)
+                if isinstance(declared, Mapping) and (is_own(declared) or isinstance(note, dict)):
+                    facts = facts_of_file(declared if is_own(declared) else note)
+                    facts.pop("skip", None)
+                    quantization_config = quantization_config or Mxfp4CompileConfig(**facts)
+                    quantization_config.source = dict(declared)
+                    del holder.quantization_config
+                    break
+        return original(config, quantization_config, *args, **kwargs)
+
+    modeling_utils.get_hf_quantizer = dispatch
+
+
 # without a configuration object
 
 
@@ -583,7 +609,7 @@ def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: An
         declared = declared if isinstance(declared, Mapping) or not hasattr(declared, "to_dict") else declared.to_dict()
         scheme_of(declared, f"{path}/config.json")
         del holder.quantization_config
-        facts = facts_of_file(declared if declared.get("quant_method") == OWN else getattr(config, OWN, None))
+        facts = facts_of_file(declared if is_own(declared) else getattr(config, OWN, None))
         facts.pop("skip", None)
         own.setdefault("scale_rule", facts.pop("scale_rule", mx.DEFAULT_SCALE_RULE))
     if model_class is None:

@@ -369,6 +369,7 @@ def write_config(model: nn.Module, directory: Path, format: str, note: Mapping[s
         config.__dict__.pop(NOTE, None)
     else:
         ignore = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+        ignore += tied_linears(model, ignore)
         known = {GPT_OSS: gpt_oss_config, COMPRESSED_TENSORS: lambda: compressed_tensors_config(ignore)}
         config.quantization_config = known[format]()
         setattr(config, NOTE, dict(note))
@@ -383,6 +384,13 @@ def write_config(model: nn.Module, directory: Path, format: str, note: Mapping[s
         generation.save_pretrained(directory)
 
 
+def tied_linears(model: nn.Module, named: Iterable[str]) -> list[str]:
+    """Linear layers that no tensor of the checkpoint names, as their weights are another's (an output layer's)."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    layers = [name.rpartition(".")[0] for name in tied if name.endswith(".weight")]
+    return [n for n in layers if n not in named and isinstance(model.get_submodule(n), nn.Linear)]
+
+
 def save_pretrained(
     model: nn.Module,
     save_directory: str | os.PathLike[str],
@@ -390,15 +398,32 @@ def save_pretrained(
     state_dict: Any = None,
     push_to_hub: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
+    variant: str | None = None,
+    token: Any = None,
+    save_peft_format: bool = True,
+    save_original_format: bool = True,
+    distributed_checkpoint: bool = False,
+    *,
     format: str = OWN,
+    safe_serialization: bool = True,
     **kwargs: Any,
 ) -> None:
-    """``save_pretrained`` of an optimized model; see ``save``. ``max_shard_size``: bytes, or "5GB" and the like."""
-    if state_dict is not None or push_to_hub:
-        what = "state_dict" if state_dict is not None else "push_to_hub"
-        raise ValueError(f"save_pretrained of an optimized model takes no {what}: save it, then upload the directory")
-    if kwargs.pop("safe_serialization", True) is False:
-        raise ValueError("an optimized model is saved as safetensors only")
+    """``save_pretrained`` of an optimized model, with transformers' own parameters; see ``save``.
+
+    max_shard_size: bytes, or "5GB" and the like. Parameters that mean nothing here are taken at their defaults;
+    ValueError, naming it, for another value of one.
+    """
+    for name, value, default, instead in (
+        ("state_dict", state_dict, None, "save it, then upload the directory"),
+        ("push_to_hub", push_to_hub, False, "save it, then upload the directory"),
+        ("variant", variant, None, "readers of MXFP4 look for model.safetensors"),
+        ("save_peft_format", save_peft_format, True, "adapters are saved by PEFT"),
+        ("save_original_format", save_original_format, True, "experts are saved as MXFP4, in no other form"),
+        ("distributed_checkpoint", distributed_checkpoint, False, "one process writes safetensors"),
+        ("safe_serialization", safe_serialization, True, "it is saved as safetensors only"),
+    ):
+        if value is not default and value != default:
+            raise ValueError(f"save_pretrained of an optimized model takes no {name}={value!r:.40}: {instead}")
     if kwargs:
         raise TypeError(f"save_pretrained of an optimized model does not know {', '.join(sorted(kwargs))}")
     if is_main_process:

@@ -184,7 +184,8 @@ def test_what_a_checkpoint_says(tmp_path: Path) -> None:
     model = mxfp4_compile.optimize(loaded("qwen3_moe"), scale_rule="floor")
     model.save_pretrained(tmp_path / "m", max_shard_size=40_000)
     said = _config(tmp_path / "m")["quantization_config"]
-    assert said["quant_method"] == OWN and said["scale_rule"] == "floor" and "torch" in said["versions"]
+    assert said["format"] == OWN and "quant_method" not in said
+    assert said["scale_rule"] == "floor" and "torch" in said["versions"]
     original = loaded("qwen3_moe").model.layers[1].mlp.experts.down_proj
     packed, scales = mx.quantize(original, "floor")
     error = mx.relative_error(original, packed, scales)
@@ -480,7 +481,7 @@ def test_truncated_corrupt_and_pickled_files(tmp_path: Path) -> None:
     ("declared", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, "quantized with 'gptq'"),
-        ({"quant_method": OWN, "format_version": 2}, "format_version 2"),
+        ({"quant_method": OWN, "format_version": 3}, "format_version 3"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "only mxfp4-pack-quantized"),
         (
             {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}},
@@ -544,10 +545,17 @@ def test_a_full_disk_and_missing_permission_are_named(tmp_path: Path, monkeypatc
 
 def test_options_save_pretrained_does_not_have(tmp_path: Path) -> None:
     model = mxfp4_compile.optimize(loaded("qwen3_moe"))
-    with pytest.raises(ValueError, match="no push_to_hub"):
-        model.save_pretrained(tmp_path / "m", push_to_hub=True)
-    with pytest.raises(TypeError, match="variant"):
-        model.save_pretrained(tmp_path / "m", variant="fp16")
+    for name, value in {
+        "push_to_hub": True, "variant": "fp16", "state_dict": {}, "save_original_format": False,
+        "save_peft_format": False, "distributed_checkpoint": True, "safe_serialization": False,
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"takes no {name}="):
+            model.save_pretrained(tmp_path / "m", **{name: value})
+    with pytest.raises(TypeError, match="does not know colour"):
+        model.save_pretrained(tmp_path / "m", colour="red")
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path / "m", True, None, False, "50GB", None, None, True, True, False)  # its defaults
+    assert (tmp_path / "m" / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="no size"):
         model.save_pretrained(tmp_path / "m", max_shard_size="much")
 
