@@ -88,7 +88,10 @@ class _Key:
             return kind, value.name
         if isinstance(value, Tensor):
             return self._of_tensor(value)
-        parts = self._parts(value)
+        try:
+            parts = self._parts(value)
+        except Exception:  # code of the object's own
+            parts = None
         if parts is None:
             return _Itself(value)
         self.met[id(value)] = len(self.met)
@@ -98,7 +101,7 @@ class _Key:
     def _parts(self, value: Any) -> list[Any] | None:
         """What a value consists of; None for one that is only equal to itself."""
         kind = type(value)
-        extra = [vars(value)] if hasattr(value, "__dict__") and not isinstance(value, type) else []
+        extra = [] if isinstance(value, type) else _state(value)
         if isinstance(value, (list, tuple, deque)):
             return [*value, *extra]
         if isinstance(value, (set, frozenset)):
@@ -121,7 +124,8 @@ class _Key:
         if kind is types.SimpleNamespace:
             return extra
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return [*(getattr(value, f.name, None) for f in dataclasses.fields(value)), *extra]
+            slots = [f.name for f in dataclasses.fields(value) if not extra or f.name not in extra[0]]
+            return [*(object.__getattribute__(value, name) for name in slots), *extra]
         if kind.__module__ == "numpy" and hasattr(value, "tobytes") and not getattr(value.dtype, "hasobject", True):
             return [value.dtype.str, value.shape, value.tobytes()] if value.nbytes <= _READ else None
         return None
@@ -134,6 +138,14 @@ class _Key:
             return _Itself(tensor)
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride(), content
+
+
+def _state(value: Any) -> list[dict[str, Any]]:
+    """The attributes of an object, past whatever its class does when they are read."""
+    try:
+        return [object.__getattribute__(value, "__dict__")]
+    except AttributeError:
+        return []
 
 
 def _full(cell: types.CellType) -> bool:

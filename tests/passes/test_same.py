@@ -126,6 +126,29 @@ def test_what_has_no_value_is_compared_by_identity():
     assert structure_key(Module(large)) != structure_key(Module(large.clone()))
 
 
+def test_attributes_are_read_past_the_code_of_their_class():
+    @dataclasses.dataclass
+    class Guarded:
+        limit: float
+
+        def __getattribute__(self, name):
+            if name == "limit":
+                raise RuntimeError("not to be read")
+            return super().__getattribute__(name)
+
+    keys = [structure_key(Module(Guarded(limit))) for limit in (1.0, 1.0, 2.0)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_what_cannot_be_read_is_compared_by_identity():
+    class Unreadable(set):
+        def __iter__(self):
+            raise RuntimeError("not to be read")
+
+    shared = Unreadable()
+    assert structure_key(Module(shared)) == structure_key(Module(shared)) != structure_key(Module(Unreadable()))
+
+
 def test_shared_parameters_are_part_of_the_structure():
     def pair(tied):
         made = nn.ModuleList([nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)])
