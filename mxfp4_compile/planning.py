@@ -25,8 +25,9 @@ from .passes.match.dense_routing import has_dense_products, variants
 from .passes.match.forms import loop
 from .passes.same import structure_key
 from .passes.trace.capture import CallPattern, Captured, CaptureError, call_pattern
-from .passes.trace.collapse import collapse
+from .passes.trace.collapse import collapse, routed
 from .passes.trace.export import capture
+from .passes.trace.failures import in_words
 from .passes.trace.unroll import holds_list, trace
 from .passes.weights import members, projections_of, source_names, stack
 from .report import Report, SiteReport
@@ -324,8 +325,10 @@ def _match_pattern(
             known[key] = match_structure(stand_in(module, pattern), pattern, requested, terms)
     result = known[key]
     if isinstance(result, NoMatch):
-        site.outcome = "dense" if result.dense else "unmatched"
+        site.outcome = "dense" if result.dense or site.candidate.unrouted else "unmatched"
         site.reason = result.reason
+        if site.candidate.unrouted and not result.dense:
+            site.reason = "dense: no values chose which rows meet which part of its weights"
     else:
         site.structure, site.outcome, site.reason = result, "", ""
 
@@ -382,8 +385,9 @@ def _traced_match(
     if not dense:
         return traced, captured, NoMatch(reason)
     lacks = "no routing matrix with zeros for the experts that a token is not routed to was found"
-    reason = f"dense: every expert is multiplied with every token; {(refusals or [lacks])[0]}"
-    return traced, captured, NoMatch(reason, True)
+    every = f"every expert is multiplied with every token; {(refusals or [lacks])[0]}"
+    chosen = routed(captured.graph)
+    return traced, captured, NoMatch(every if chosen else f"dense: {every}", not chosen)
 
 
 # A block has a routing matrix or two (a mask and the weights).
@@ -401,8 +405,8 @@ def match_structure(
         retained = retained_names(captured, found)
     except (CaptureError, RewriteError) as error:
         return NoMatch(str(error))
-    except Exception as error:  # whatever it is, it concerns this module alone
-        return NoMatch(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}")
+    except Exception as error:  # nothing that one module brings about may end the rest
+        return NoMatch(f"its capture or match failed: {in_words(error)}")
     params = found.spec.params if isinstance(found, FusedMatch) else None
     device = next(module.parameters()).device
     projections = projections_of(found.spec)

@@ -414,7 +414,7 @@ def _patterns(site: Site) -> set[str]:
     found = set()
     for source in source_names(projections_of(site.structure.found.spec)):
         owners = source.split(".")[:-1]
-        inside = "".join(("[^.]+" if owner == "*" else re.escape(owner)) + r"\." for owner in owners)
+        inside = "".join(re.escape(owner).replace(r"\*", "[^.]+") + r"\." for owner in owners)
         for name in site.candidate.names:
             # With and without the name of the base model.
             found |= {re.escape(outside) + r"\." + inside for outside in (name, name.partition(".")[2]) if outside}

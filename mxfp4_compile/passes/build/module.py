@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from ...ops.backend import BackendError
 from ...ops.selection import Choice, choose
 from ..calls import TensorInfo
-from ..weights import members, source_names
+from ..weights import is_apart, members, source_names
 from .rewrite import reroute
 from .state import BLUEPRINT, PreparedWeights, SitePlan, adopt
 
@@ -55,7 +55,7 @@ class MXFP4Experts(PreparedWeights):
         released = {m for n in source_names(self.projections) for m in members(original, n)}
         for name in plan.retained:
             top = name.split(".")[0]
-            if top == "*" or any(n.startswith(f"{top}.") for n in released):
+            if "*" in top or any(n.startswith(f"{top}.") for n in released):
                 # A part of the experts themselves (a norm between their projections) without what is released.
                 for member in members(original, name):
                     adopt(self, original, member, released)
@@ -198,7 +198,7 @@ def mxfp4_sites(model: nn.Module) -> dict[str, MXFP4Experts]:
 
 def _get(module: nn.Module, path: str, original: nn.Module) -> Tensor:
     """A parameter or buffer, or a stack of them; TypeError if another module (a PEFT layer) stands in its place."""
-    if "*" in path.split("."):
+    if is_apart(path):
         return torch.stack([_get(module, member, original) for member in members(original, path)])
     *parts, leaf = path.split(".")
     owner: Any = module

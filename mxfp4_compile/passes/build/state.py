@@ -26,7 +26,7 @@ from ...ops.selection import Choice
 from ...ops.target import PLAIN, Request
 from ...spec import MoEParams, MoESpec, SplitSpec
 from ..trace.capture import CallPattern
-from ..weights import Projection, members, projections_of, sizes, unstack
+from ..weights import Projection, members, projections_of, restacked, sizes, unstack
 
 BLUEPRINT = "_original"
 
@@ -212,12 +212,12 @@ class PreparedWeights(nn.Module):
             return
         self.weight_errors = {}  # of the weights that were there
         for projection in self.projections:
-            names = projection.source.parameters
-            packed = torch.cat([self._restacked(given, n, "_packed", projection.shape[0]) for n in names], dim=1)
-            scales = torch.cat([self._restacked(given, n, "_scales", projection.shape[0]) for n in names], dim=1)
+            names, experts = projection.source.parameters, projection.shape[0]
+            packed = torch.cat([restacked(self.original, n, given, "_packed", experts) for n in names], dim=1)
+            scales = torch.cat([restacked(self.original, n, given, "_scales", experts) for n in names], dim=1)
             self._write(projection, packed, scales)
             if projection.source.bias and f"{projection.slot}_bias" in self._buffers:
-                parts = [self._restacked(given, n, "", projection.shape[0]) for n in projection.source.bias]
+                parts = [restacked(self.original, n, given, "", experts) for n in projection.source.bias]
                 bias = torch.cat(parts, dim=1)
                 target = self._buffers[f"{projection.slot}_bias"]
                 assert target is not None
@@ -226,15 +226,6 @@ class PreparedWeights(nn.Module):
                         bias.to(target.device), role=projection.role, params=self.plan.params, layout=self.layout
                     )
                 )
-
-    def _restacked(self, given: dict[str, Tensor], name: str, suffix: str, experts: int) -> Tensor:
-        """The values given for the members of ``name``, as [E, ...]."""
-        values = [given[member + suffix] for member in members(self.original, name)]
-        if "#" in name:
-            return values[0].reshape(experts, -1, *values[0].shape[1:])
-        if "@" in name:
-            return values[0][:experts]
-        return torch.stack(values) if "*" in name.split(".") else values[0]
 
     def _write(self, projection: Projection, packed: Tensor, scales: Tensor) -> None:
         """Prepare canonical weights into the existing buffers, expert by expert."""

@@ -31,14 +31,26 @@ from ... import mx
 from ...ops import schema
 from ..calls import TensorInfo
 from ..evaluate import random_ids
-from ..weights import listed, members
+from ..trace.failures import in_words
+from ..weights import WeightPath, is_apart, members
 from .module import MXFP4Experts
 from .verify import Sums, Verification, VerificationError, tokens_of, within_range
 
 
 def is_loop(site: MXFP4Experts) -> bool:
-    """Whether a site's experts are modules of a list, with the router inside the site."""
-    return any("*" in name.split(".") for p in site.projections for name in p.source.parameters)
+    """Whether a site's experts lie apart, as modules or as parameters, with the router inside the site."""
+    return any(is_apart(name) for p in site.projections for name in p.source.parameters)
+
+
+def _are_modules(site: MXFP4Experts, original: nn.Module) -> bool:
+    """Whether each expert is one module with a forward, which holds all its weights."""
+    paths = [WeightPath.parse(name) for p in site.projections for name in p.source.parameters]
+    found = {(prefix, *keys) if rest else () for prefix, keys, rest in (p.parts(original) for p in paths if p.apart)}
+    if len(found) != 1 or () in found or not all(p.apart for p in paths):
+        return False
+    prefix, *keys = found.pop()
+    child = original.get_submodule(prefix).get_submodule(keys[0])
+    return type(child).forward is not nn.Module.forward
 
 
 def routes_itself(site: MXFP4Experts) -> bool:
@@ -53,9 +65,23 @@ def verify_loop(
 
     ``sides``: (batch, length) at which to compare them besides, on different and on equal tokens.
     """
+    if not _are_modules(site, original):
+        return _verified(site, _Packed(site, original), seed, sides)
+    experts = _Experts(site, original)
+    try:
+        return _verified(site, experts, seed, sides)
+    except VerificationError:
+        if not experts.opened or site.plan.params is None:
+            raise
+    # The block takes its experts' parts by itself, which ran on the original weights.
+    return _verified(site, _Packed(site, original), seed, sides)
+
+
+def _verified(
+    site: MXFP4Experts, experts: _Experts | _Packed, seed: int, sides: Sequence[tuple[int, ...]]
+) -> Verification:
     generator = torch.Generator().manual_seed(seed)
     dtype = site.plan.weight_dtype
-    experts = _Experts(site, original) if is_loop(site) else _Packed(site, original)
     ids_at = _ids_argument(site)
     eager = experts.block(dtype)
     exact = None
@@ -92,7 +118,11 @@ def verify_loop(
                 leaves = placed(tensors)
                 args, kwargs = site.plan.pattern.arrange(leaves)
             except Exception as error:
-                raise VerificationError(f"the original block does not run on verification inputs: {error}") from error
+                if isinstance(experts, _Experts):
+                    experts.opened = True  # perhaps for what it asks the experts for
+                raise VerificationError(
+                    f"the original block does not run on verification inputs: {in_words(error)}"
+                ) from error
             if exact is None:
                 truth = _Recorder(site, experts).truth(leaves)
             else:
@@ -208,9 +238,8 @@ class _Experts:
 
     def __init__(self, site: MXFP4Experts, original: nn.Module) -> None:
         self.site, self.original = site, original
-        name = site.projections[0].source.parameters[0]
-        self.prefix = name.split(".*.")[0] if ".*." in name else ""
-        self.children = listed(original.get_submodule(self.prefix))
+        self.prefix, self.children, _ = WeightPath.parse(site.projections[0].source.parameters[0]).parts(original)
+        self.opened = False
         self.biases = site.dequantized_biases()
         self.members = {n: members(original, n) for p in site.projections for n in p.source.bias}
         self.used: set[int] = set()
@@ -251,7 +280,9 @@ class _Experts:
             hooks.clear()
         owner = block.get_submodule(self.prefix)
         for expert, name in enumerate(self.children):
-            owner._modules[name] = _Lazy(self, expert, dtype)
+            child = owner._modules[name]
+            assert child is not None
+            owner._modules[name] = _Lazy(self, child, expert, dtype)
         return block
 
 
@@ -299,10 +330,22 @@ class _Packed:
 
 
 class _Lazy(nn.Module):
-    def __init__(self, experts: _Experts, expert: int, dtype: torch.dtype) -> None:
+    """Stands for one expert; what else its block asks it for (the dtype of a weight) the expert answers."""
+
+    def __init__(self, experts: _Experts, child: nn.Module, expert: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.run = lambda *args, **kwargs: experts.run(expert, dtype, *args, **kwargs)
         self.dtype = dtype
+        self.__dict__["_of"] = (experts, child)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            experts, child = self.__dict__["_of"]
+            value = getattr(child, name)
+            experts.opened |= isinstance(value, (Tensor, nn.Module))
+            return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = next(a.dtype for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point())

@@ -25,6 +25,7 @@ from ..calls import Call, describe
 from ..weights import equal_children, listed
 from .foreign_hooks import on_execution_device, underlying
 from .sightings import Watch, is_plain, subset_of_rows
+from .weights_met import WeightWatch
 
 
 class DiscoveryError(RuntimeError):
@@ -42,6 +43,7 @@ class Candidate:
     listed: nn.Module | None = None  # of kind "list": the list; ``module`` is the one that calls its children
     owner: Candidate | None = None  # the module that calls this one, of kind "block": with the router, perhaps
     refusal: str = ""  # why it can be no site, where the forward shows that
+    unrouted: bool = False  # no part of its weights has rows of its own: the forward showed it
 
     @property
     def weights(self) -> nn.Module:
@@ -210,7 +212,8 @@ def record_calls(
     """
     lists = [c for c in candidates if c.kind == "list"]
     watch = Watch(model, {id(c.module) for c in candidates if c.kind == "packed"})
-    if not candidates and not watch.watchers:
+    met = WeightWatch(model)
+    if not candidates and not watch.watchers and not met.families:
         return
     for c in candidates:
         c.owner = _owner(model, c)
@@ -229,14 +232,17 @@ def record_calls(
         handles.append(c.module.register_forward_pre_hook(recorder(c), with_kwargs=True))
     for use in uses.values():
         handles += use.hooks()
+    number = 0
+    handles += met.recorders(lambda: number)
     watch.start()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), traceable_experts(model):
-            for inputs in forward_runs(model, example_inputs) if runs is None else runs:
+            for number, inputs in enumerate(forward_runs(model, example_inputs) if runs is None else runs):
                 before = {id(c): len(c.calls) for c in recorded}
                 seen = [(s, len(s.calls)) for s in watch.recorded()]
                 try:
-                    _run(model, inputs)
+                    with met.watched(number):
+                        _run(model, inputs)
                 except DiscoveryError:
                     if candidates or watch.expects():
                         raise
@@ -247,13 +253,16 @@ def record_calls(
                     del watcher.calls[count + 1 :]
                 for use in uses.values():
                     use.finish()
+                if number == 0:
+                    kept = [c for c in candidates if c.kind != "list" or uses[id(c)].chosen]
+                    met.choose_sites({id(p) for c in kept for p in c.weights.parameters()})
     finally:
         watch.stop()
         for handle in handles:
             handle.remove()
     for c in lists:
-        if not uses[id(c)].chosen:
-            candidates.remove(c)  # every child got the same rows (layers, not experts), or none was called
+        if not uses[id(c)].chosen or met.sequential(c.weights):
+            candidates.remove(c)  # every child got the same rows, or those of another (layers), or none was called
     taken = {id(m) for c in candidates for m in (c.module, c.weights)}
     for sighting in watch.sightings():
         if id(sighting.module) not in taken:
@@ -262,6 +271,28 @@ def record_calls(
             candidates.append(
                 Candidate(sighting.paths, sighting.module, "block", sighting.calls, None, owner, sighting.refusal)
             )
+    for c in candidates:
+        c.unrouted = met.unrouted(c.module)
+    candidates += _met(model, met, candidates)
+
+
+def _met(model: nn.Module, met: WeightWatch, candidates: list[Candidate]) -> Iterator[Candidate]:
+    """What only the weights show, and is no candidate's."""
+    paths: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(name)
+    known = [c.module for c in candidates]
+    for module, calls in met.found():
+        if any(module is part for m in known for part in m.modules()):
+            continue
+        refusal = ""
+        inside = [m for m in module.modules() if any(m is k for k in known)]
+        if inside:
+            name = next(n for n, m in module.named_modules() if m is inside[0])
+            refusal = f"it multiplies weights chosen by data beside {name}, which is a site by itself"
+        if module is model:
+            refusal = "experts that the model itself computes; only modules within a model are replaced"
+        yield Candidate(tuple(paths[id(module)]), module, "block", calls, refusal=refusal)
 
 
 def _owner(model: nn.Module, candidate: Candidate) -> Candidate | None:

@@ -9,13 +9,15 @@ convolutions) show nothing:
 - flattened: two or more matrices [E * N, K] of one module, of equal shape, that a forward viewed as [E, N, K];
 - uneven: a module with 3-D weights of unequal first dimensions (some experts have no weights of their own), called with
   rows and as many (lists of) whole numbers;
-- masked: a list of equal children that all got the same rows, where what a child gives counts for some of the rows
-  only, or not at all: each is run for every token, and a mask chooses;
+- masked: a list of equal children that all got the same rows, where what two of them give counts for rows of their
+  own, or that of some not at all: each is run for every token, and a mask chooses;
 - retrieved: two or more tables [N, D] of equal shape, looked up by the same integers, which their owner computed.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..calls import Call, describe
 from ..weights import listed, same_parameters
+from .weights_met import apart
 
 _PLAIN = (nn.ModuleList, nn.ModuleDict)
 
@@ -362,7 +365,7 @@ class _Masked:
         return handles + [c.register_forward_pre_hook(child, with_kwargs=True) for c in self.children]
 
     def _chooses(self, args: Any, kwargs: Any, output: Any) -> bool:
-        """Whether some child's output counts for some rows, or (for a list that is a module) for none."""
+        """Whether two children's outputs count for rows of their own, or (a list that is a module) some for none."""
         outputs = [t for t in _tensors(output) if t.is_floating_point() and t.dim() >= 2]
         if len(outputs) != 1:
             return False
@@ -375,12 +378,15 @@ class _Masked:
             return False  # it draws random numbers or keeps a state
         counts = []
         for one in self.children:
-            handle = one.register_forward_hook(_changed)
-            try:
-                counts.append((rerun() != outputs[0]).any(-1))
-            finally:
-                handle.remove()
-        some = any(bool(c.any()) and not bool(c.all()) for c in counts)
+            changed = torch.zeros_like(outputs[0][..., 0], dtype=torch.bool)
+            for draw in range(3):  # one change may be lost where a softmax is saturated
+                handle = one.register_forward_hook(functools.partial(_changed, draw))
+                try:
+                    changed |= (rerun() != outputs[0]).any(-1)
+                finally:
+                    handle.remove()
+            counts.append(changed)
+        some = any(apart(a, b) for a, b in itertools.combinations(counts, 2))
         whole = {bool(c.any()) for c in counts} == {True, False}
         return some or (whole and self.list is self.owner)
 
@@ -397,8 +403,13 @@ class _Masked:
         )
 
 
-def _changed(module: nn.Module, args: Any, output: Any) -> Any:
-    return output * 2 + 1 if isinstance(output, Tensor) else None
+def _changed(draw: int, module: nn.Module, args: Any, output: Any) -> Any:
+    """Another output of the same size, a different one for each ``draw``."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return None
+    values = torch.randn(output.shape, generator=torch.Generator().manual_seed(draw))
+    scale = output.detach().float().std().item() or 1.0
+    return output + (values * scale).to(output.dtype).to(output.device)
 
 
 def subset_of_rows(owner_inputs: list[Tensor], children: list[Tensor]) -> bool:

@@ -158,6 +158,8 @@ def _fill(node: fx.Node) -> float | None:
 
 def _distinct(index: fx.Node) -> bool:
     """Whether the ids of a row are different ones: the places of a top-k along the last dimension."""
+    while op_name(index) in _VIEWS and index.args[0].meta["val"].shape[-1] == index.meta["val"].shape[-1]:  # type: ignore[union-attr]
+        index = index.args[0]  # type: ignore[assignment]
     if index.target != operator.getitem or index.args[1] != 1:
         return False
     source = index.args[0]

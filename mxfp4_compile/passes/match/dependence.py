@@ -92,7 +92,7 @@ def _chooses_by_id(chain: Chain, node: fx.Node, cuts: set[fx.Node], counted: set
         if not isinstance(condition, fx.Node):
             return False
         node = condition
-    for part in ancestors([node], stop=cuts):
+    for part in read_by([node], stop=cuts):
         value = part.meta.get("val")
         if part in counted or (isinstance(value, Tensor) and value.is_floating_point()):
             return False

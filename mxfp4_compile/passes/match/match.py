@@ -46,6 +46,7 @@ from ...spec import LinearSpec, MoESpec, SplitSpec, WeightSource
 from ..evaluate import EvaluationError
 from ..graph import is_integer
 from ..trace.capture import Captured
+from ..trace.collapse import routed
 from .chain import Chain, Refused, chain_of
 from .dependence import check_casts, check_dependence
 from .edits import Edits, closing_cast, edits_of
@@ -164,6 +165,11 @@ def _in_modules(gemm: ExpertGemm) -> bool:
 
 def _no_gemms(captured: Captured) -> NoMatch:
     """Tell a dense product over all experts from something unknown."""
+    if routed(captured.graph):
+        return NoMatch(
+            "its products are of every token, or of as many rows for each expert (a capacity that depends on "
+            "the number of tokens), whatever the routing says: no product of rows with the weights of their experts"
+        )
     chooses = {"sort", "topk", "index", "index_select", "gather", "nonzero", "embedding", "scatter", "where"}
     used = {
         str(n.target).split(".")[1]

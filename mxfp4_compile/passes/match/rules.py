@@ -68,7 +68,9 @@ class _Check:
                 reason = self._placeholder(node)
             else:
                 self.taint[node] = self._taint(node)
-                if any(n in self.live for n in node.all_input_nodes) and op_name(node) not in SIZES:
+                # A new tensor of one number holds the same wherever it is read.
+                constant = op_name(node) in FRESH and op_name(node) != "arange"
+                if constant or (any(n in self.live for n in node.all_input_nodes) and op_name(node) not in SIZES):
                     self.live.add(node)
                 reason = self._node(node)
             if reason is not None:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ..graph import ancestors
-from ..weights import equal_children, is_packed, listed, stack
+from ..graph import ancestors, op_name
+from ..weights import families, is_packed, stack
 from .capture import Captured, CaptureError
 from .idle import check_idle
 
@@ -42,6 +42,32 @@ def expert_products_transposed(rows: Tensor, weight: Tensor, experts: Tensor) ->
 def rows_of_expert(values: Tensor, experts: Tensor, expert: int) -> Tensor:
     """The rows of ``values`` [S, ...] that belong to one expert, in their order."""
     return values[experts == expert]
+
+
+_ROUTING = frozenset("topk sort argsort argmax argmin max min one_hot nonzero nonzero_numpy multinomial".split())
+
+
+def routed(graph: fx.Graph) -> bool:
+    """Whether a graph chooses something by values: it has places or integers made of floats."""
+    for node in graph.nodes:
+        if node.op == "call_function" and op_name(node) in _ROUTING:
+            values = node.meta.get("val")
+            leaves = values if isinstance(values, (tuple, list)) else (values,)
+            if any(isinstance(v, Tensor) and not v.is_floating_point() for v in leaves):
+                return True
+    return False
+
+
+def _operands(node: fx.Node) -> list[Any]:
+    """Of a product: both its matrices, before they are turned."""
+    if node.op != "call_function" or op_name(node) not in ("linear", "mm", "matmul", "addmm", "bmm"):
+        return []
+    operands = []
+    for operand in node.all_input_nodes:
+        while operand.op == "call_function" and operand.target in _TURNED:
+            operand = operand.all_input_nodes[0]
+        operands.append(operand)
+    return operands
 
 
 _TURNED = (aten.t.default, aten.transpose.int, aten.permute.default)
@@ -83,11 +109,7 @@ class _Product:
 class _Collapse:
     def __init__(self, module: nn.Module, captured: Captured) -> None:
         self.module, self.captured, self.graph = module, captured, captured.graph
-        self.lists = [
-            (name, {child: i for i, child in enumerate(listed(m))})
-            for name, m in module.named_modules()
-            if isinstance(m, (nn.ModuleList, nn.ModuleDict)) and equal_children(m)
-        ]
+        self.families = families(module)
 
     def run(self) -> Captured:
         products: list[_Product] = []
@@ -101,10 +123,7 @@ class _Collapse:
         for product in products:
             roles.setdefault(product.role, []).append(product)
         if len(roles) < 2:
-            raise CaptureError(
-                "no two projections whose rows an index chooses: fewer than two matrices per expert are multiplied "
-                "with rows whose number depends on the routing"
-            )
+            raise CaptureError(self._without_choice())
         roles, self.sentinels = self._without_weights(roles)
         counts = {role: len(found) for role, found in roles.items()}
         for role, found in roles.items():
@@ -114,6 +133,19 @@ class _Collapse:
         self._check_same(roles)
         self._check_idle(roles)
         return self._rebuilt(roles)
+
+    def _without_choice(self) -> str:
+        """Why no product takes rows that the routing chose."""
+        several = [n for n in self.graph.nodes if any(self._share(a) is not None for a in _operands(n))]
+        if len(several) >= 2 and routed(self.graph):
+            return (
+                "the routing does not say how many rows an expert is multiplied with: as many for each, of a capacity "
+                "that depends on the number of tokens, or those of every token"
+            )
+        return (
+            "no two projections whose rows an index chooses: fewer than two matrices per expert are multiplied "
+            "with rows whose number depends on the routing"
+        )
 
     def _without_weights(self, roles: dict[str, list[_Product]]) -> tuple[dict[str, list[_Product]], int]:
         """How many experts past the last multiply nothing, although one of the projections has room for them.
@@ -168,7 +200,7 @@ class _Collapse:
             return None
         if node.op == "placeholder":
             name = self.captured.parameters.get(node.name)
-            return None if name is None else self._member(name)
+            return None if name is None else self.families.get(name)
         while node.target in (aten.clone.default, aten.alias.default, aten.squeeze.dim, aten.detach.default):
             node = node.args[0]  # type: ignore[assignment]
         if node.target == aten.select.int:
@@ -197,16 +229,6 @@ class _Collapse:
             return f"{name}#{shape[0]}", expert
         return None
 
-    def _member(self, name: str) -> tuple[str, int] | None:
-        for prefix, children in self.lists:
-            head = f"{prefix}." if prefix else ""
-            if not name.startswith(head):
-                continue
-            child, _, rest = name[len(head) :].partition(".")
-            if child in children and rest:
-                return f"{head}*.{rest}", children[child]
-        return None
-
     # 2. the same computation with different weights
 
     def _check_role(self, role: str, found: list[_Product]) -> None:
@@ -214,11 +236,18 @@ class _Collapse:
         numbers = sorted(p.expert for p in found)
         if numbers != list(range(experts)):
             missing = sorted(set(range(experts)) - set(numbers))
-            what = f"expert {missing[0]} is in none" if missing else "an expert is in several"
+            what = self._beside(role, missing[0]) if missing else "an expert is in several"
             raise CaptureError(f"{role}: {experts} experts, but {len(found)} products in the loop ({what})")
         found.sort(key=lambda p: p.expert)
         if len({(p.transposed, p.bias is not None) for p in found}) != 1:
             raise CaptureError(f"{role}: the experts' products differ in layout or bias")
+
+    def _beside(self, role: str, expert: int) -> str:
+        """What becomes of an expert that the loop has no product of."""
+        for node in self.graph.nodes:
+            if (role, expert) in [self._share(a) for a in _operands(node)]:
+                return f"expert {expert} serves every token: it is shared, and in one list with the routed"
+        return f"expert {expert} is in none"
 
     def _check_same(self, roles: dict[str, list[_Product]]) -> None:
         """Everything from an expert's first products to its last must be the same graph for every expert."""

@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from ..calls import TensorInfo
 from .capture import CallPattern, Captured, CaptureError, free_dims, named_dims
+from .failures import in_words
 from .guards import Sizes, Traced, quietly, settle
 
 
@@ -52,8 +53,8 @@ def _traced(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Traced:
         except Exception as failure:
             error = error or failure
     else:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CaptureError(f"does not trace: {type(error).__name__}: {first_line[:300]}") from error
+        assert error is not None
+        raise CaptureError(f"does not trace: {in_words(error)}") from error
     return Traced(_sort_placeholders(program, pattern), program, sizes)
 
 
