@@ -23,7 +23,7 @@ def bias_nodes(
     where = "after the down-projection" if gemms[0] is chain.down else "between the projections"
     read = [
         n
-        for n in ancestors([target], stop=[*stop, head.ids, head.x])
+        for n in chain.in_order(ancestors([target], stop=[*stop, head.ids, head.x]))
         if n.op == "placeholder" and n.name not in captured.inputs and n.name not in captured.constants
     ]
     read = [n for n in read if captured.parameters.get(n.name) not in chain.weights]

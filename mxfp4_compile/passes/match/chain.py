@@ -9,7 +9,7 @@ Contract: the graph is read, never changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -41,6 +41,10 @@ class Chain:
     def graph(self) -> fx.Graph:
         """The graph they are in."""
         return self.captured.graph
+
+    def in_order(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """The nodes in graph order, so that a reason names the same one in every run."""
+        return sorted(nodes, key=lambda n: self.order[n])
 
     @property
     def products(self) -> set[fx.Node]:

@@ -64,7 +64,7 @@ def check_dependence(chain: Chain, head: Head, tail: Tail) -> bool:
 
 def _check_reads(chain: Chain, head: Head, what: str, region: set[fx.Node]) -> None:
     """Refuse if a region reads the values, not just the sizes, of tokens or other float inputs."""
-    for node in region:
+    for node in chain.in_order(region):
         is_input = node.op == "placeholder" and node.name in chain.captured.inputs and is_float(node)
         if (is_input or node is head.x) and any(user in region and not reads_no_values(user) for user in node.users):
             raise Refused(f"{what} also depends on {node.name}")
@@ -74,7 +74,7 @@ def leaves_out_ids(chain: Chain, region: set[fx.Node], cuts: set[fx.Node]) -> bo
     """Whether a region leaves out ids; refuses if it branches on anything but ids."""
     masked = False
     counted = descendants((n for n in region if op_name(n) in COUNTING and not is_float(n)), region)
-    for node in region - cuts:
+    for node in chain.in_order(region - cuts):
         # Ids that are none of these experts.
         masked |= op_name(node) == "one_hot" and node.meta["val"].shape[-1] > chain.experts
         if op_name(node) in BRANCHES:
@@ -106,7 +106,7 @@ def check_casts(chain: Chain, head: Head, tail: Tail) -> None:
     """No cast narrower than the model's own rounding; counts and ids no narrower than fp32 or int32."""
     round_dtype = chain.down.node.meta["val"].dtype
     rounding = torch.finfo(round_dtype)
-    for node in ancestors([tail.output], stop=[head.x, head.ids, tail.weights]):
+    for node in chain.in_order(ancestors([tail.output], stop=[head.x, head.ids, tail.weights])):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or node.op == "placeholder":
             continue

@@ -7,13 +7,14 @@ import functools
 import pytest
 import torch
 from loop_models import AllWeightsMoE, Model
+from mutations import CHANGING
 from torch import Tensor, nn
 
 import mxfp4_compile
 from mxfp4_compile.ops import schema
 from mxfp4_compile.passes.build.rewrite import rewrite
 from mxfp4_compile.passes.calls import describe
-from mxfp4_compile.passes.match import FusedMatch, match
+from mxfp4_compile.passes.match import FusedMatch, SplitMatch, match
 from mxfp4_compile.passes.match.edits import Edits, InputSize
 from mxfp4_compile.passes.trace.capture import Captured, call_pattern
 from mxfp4_compile.passes.trace.export import capture
@@ -106,6 +107,17 @@ def test_routing_weights_of_all_experts_are_gathered_by_id() -> None:
     rewritten = rewrite(graph, found, {"up": 1, "down": 1}, "reference", "canonical").graph
     op = next(n for n in rewritten.nodes if n.target == schema.moe)
     assert op.args[2].target == aten.gather.default
+
+
+def test_a_reason_names_the_first_node_of_the_graph_that_it_is_about() -> None:
+    """Two nodes round the sum to bf16: in every process the same one is named."""
+    mutation = next(m for m in CHANGING if m.name == "sum_in_bf16")
+    graph = mutation.mutate()
+    calls = [n for n in graph.graph.nodes if n.op == "call_function" and isinstance(n.meta["val"], Tensor)]
+    rounded = [n.name for n in calls if n.meta["val"].dtype == torch.bfloat16]
+    found = match(graph)
+    assert isinstance(found, SplitMatch) and len(rounded) > 1
+    assert found.spec.reason.startswith(f"{rounded[0]} rounds to torch.bfloat16")
 
 
 @pytest.mark.slow
