@@ -282,7 +282,7 @@ def _weight(
         bad = (scales == 255).flatten(1).any(1)
         if bool(bad.any()):
             expert = some.start + int(bad.nonzero()[0])
-            raise CheckpointError(f"{reader.where(name)}: {name} holds NaN or Inf in expert {expert}")
+            raise CheckpointError(f"{reader.where(name, expert)}: {name} holds NaN or Inf in expert {expert}")
         errors = mx.relative_error(values, packed, scales).tolist()
         noise.update(zip(map(str, range(some.start, some.stop)), errors, strict=True))
         return packed, scales

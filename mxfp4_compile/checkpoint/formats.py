@@ -16,8 +16,9 @@ from .files import CheckpointError
 OWN = "mxfp4_compile"
 GPT_OSS = "gpt_oss"
 COMPRESSED_TENSORS = "compressed_tensors"
+MXFP4 = "mxfp4"
 QUARK = "quark"
-FORMATS = (OWN, GPT_OSS, COMPRESSED_TENSORS)
+FORMATS = (OWN, GPT_OSS, COMPRESSED_TENSORS, MXFP4)
 
 # The key of config.json under which forms that others define keep what they have no place for.
 NOTE = "mxfp4_compile"
@@ -193,6 +194,11 @@ def gpt_oss_config() -> dict[str, Any]:
             "lm_head",
         ],
     }
+
+
+def mxfp4_config(ignore: list[str]) -> dict[str, Any]:
+    """``quantization_config`` of transformers' own MXFP4, for any family; ``ignore``: layers that are not quantized."""
+    return {"quant_method": "mxfp4", "modules_to_not_convert": sorted(ignore)}
 
 
 def compressed_tensors_config(ignore: list[str]) -> dict[str, Any]:

@@ -136,8 +136,8 @@ class _SiteReader(ExpertReader):
         full = f"{self.site.name}.{name}"
         values = self.source.values(full, experts).to(self.device)
         if not bool(values.isfinite().all()):
-            bad = int((~values.isfinite().flatten(1).all(1)).nonzero()[0])
-            raise CheckpointError(f"{self.source.where(full)}: {full} holds NaN or Inf in expert {experts.start + bad}")
+            bad = experts.start + int((~values.isfinite().flatten(1).all(1)).nonzero()[0])
+            raise CheckpointError(f"{self.source.where(full, bad)}: {full} holds NaN or Inf in expert {bad}")
         return values
 
     def codes(self, name: str, experts: slice, n: int, k: int) -> tuple[Tensor, Tensor]:

@@ -153,9 +153,23 @@ class ExpertSource:
         """Bytes the checkpoint has for this parameter."""
         return sum(self.weights[key].bytes for key in self.parts[name].all())
 
-    def where(self, name: str) -> str:
-        """File and name of the first of its tensors, for messages."""
-        return str(self.weights[self.parts[name].all()[0]])
+    def where(self, name: str, expert: int | None = None) -> str:
+        """File and name of the first of its tensors, for messages; of an ``expert`` with bad values, of that which has
+        them."""
+        part = self.parts[name]
+        keys = part.all() if expert is None else self._of_expert(name, part, expert)
+        for key in keys if expert is not None else ():
+            values = self.weights.read(key)
+            bad = values.view(torch.uint8) == 255 if part.quantized else ~values.isfinite()
+            if bool(bad.any()):
+                return str(self.weights[key])
+        return str(self.weights[keys[0]])
+
+    def _of_expert(self, name: str, part: Part, expert: int) -> list[str]:
+        """The tensors with the values, or the scales, of one expert; those of all experts where they lie together."""
+        found = part.names["scales" if part.quantized else "values"].values()
+        count = len(self.wanted[name].names) if self.wanted[name].apart else self._count(name)
+        return [key for keys in found for key in (keys[expert : expert + 1] if len(keys) == count > 1 else keys)]
 
     # float checkpoints
 
@@ -253,8 +267,9 @@ class ExpertSource:
         scales = self._canonical(name, part, "scales", experts, (n, -(-k // mx.BLOCK)))
         bad = (scales == 255).flatten(1).any(1)
         if bool(bad.any()):
+            expert = experts.start + int(bad.nonzero()[0])
             raise CheckpointError(
-                f"{self._first(part, 'scales')}: expert {experts.start + int(bad.nonzero()[0])} has scale bytes of 255 "
+                f"{self.where(name, expert)}: expert {expert} has scale bytes of 255 "
                 "(NaN): the weights it was made from held NaN or Inf, or the file is corrupt"
             )
         return packed, scales

@@ -33,11 +33,13 @@ from .files import (
 from .formats import (
     COMPRESSED_TENSORS,
     GPT_OSS,
+    MXFP4,
     NOTE,
     OWN,
     check_format,
     compressed_tensors_config,
     gpt_oss_config,
+    mxfp4_config,
     own_config,
 )
 from .output import CONFIG, Output
@@ -85,9 +87,11 @@ def save(
 
     format: "mxfp4_compile" (a plain ``from_pretrained`` restores it, after ``import mxfp4_compile``), "gpt_oss"
     (blocks and scales as OpenAI published them; gpt-oss models only), "compressed_tensors"
-    (mxfp4-pack-quantized, as vLLM reads it). The bits are the same in all. The directory appears complete or not
-    at all: it is made as DIR.partial and renamed. In a DIR that exists, the weights, their index and the
-    configuration are replaced when the new ones are complete, and every other file stays as it is.
+    (mxfp4-pack-quantized, as vLLM reads it), "mxfp4" (the tensors of "gpt_oss" for any family with packed experts, all
+    of them rewritten: what transformers' own quantizer reads from the release on that serves more than gpt-oss). The
+    bits are the same in all, and a plain ``from_pretrained`` after ``import mxfp4_compile`` keeps them. The directory
+    appears complete or not at all: it is made as DIR.partial and renamed. In a DIR that exists, the weights, their
+    index and the configuration are replaced when the new ones are complete, and every other file stays as it is.
 
     Raises ValueError for an unknown format, CheckpointError (before anything is written) for a model the form
     cannot express, for a directory that another run writes, for files in the way that are no checkpoint's, and for
@@ -195,13 +199,19 @@ def check_expressible(
                 f"{weight.name} has K = {weight.k}, no multiple of {mx.BLOCK}: the {format} form cannot express it; "
                 f"the form {OWN} can. Nothing was written."
             )
-    if format == GPT_OSS:
+    if format in (GPT_OSS, MXFP4):
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        if kind != "gpt_oss":
+        if format == GPT_OSS and kind != "gpt_oss":
             raise CheckpointError(
                 f"the gpt_oss form is read by implementations of gpt-oss only, and this is a {kind} model; the form "
-                f"{OWN} can express it. Nothing was written."
+                f"{MXFP4} has the same tensors for any, and {OWN} can express it. Nothing was written."
             )
+        for weight in weights:
+            if len(weight.members) > 1 or weight.flattened:
+                raise CheckpointError(
+                    f"{weight.name} is no parameter [experts, rows, columns]: the {format} form cannot express it; the "
+                    f"form {OWN} can. Nothing was written."
+                )
         _check_all_rewritten(model, format)
         return {}
     for bias in biases:
@@ -306,7 +316,7 @@ def expert_units(weight: ExpertWeight, format: str, linears: list[Linear]) -> li
     (name,) = weight.members
     codes, scales = f"{name}_packed", f"{name}_scales"
     shape: tuple[int, ...] = (e, n, half)
-    if format == GPT_OSS:
+    if format in (GPT_OSS, MXFP4):
         codes, shape = f"{name}_blocks", (e, n, blocks, mx.BLOCK // 2)
 
     def produce() -> Iterator[tuple[str, Tensor]]:
@@ -370,7 +380,11 @@ def write_config(model: nn.Module, directory: Path, format: str, note: Mapping[s
     else:
         ignore = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
         ignore += tied_linears(model, ignore)
-        known = {GPT_OSS: gpt_oss_config, COMPRESSED_TENSORS: lambda: compressed_tensors_config(ignore)}
+        known = {
+            GPT_OSS: gpt_oss_config,
+            COMPRESSED_TENSORS: lambda: compressed_tensors_config(ignore),
+            MXFP4: lambda: mxfp4_config(ignore),
+        }
         config.quantization_config = known[format]()
         setattr(config, NOTE, dict(note))
     remote = getattr(model, "is_remote_code", None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from checkpoints import assert_same, loaded, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 import mxfp4_compile
 from mxfp4_compile import CheckpointError
@@ -528,3 +531,48 @@ def test_signals_leave_what_can_be_continued(
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["resumed"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+# two processes
+
+
+@pytest.mark.slow
+def test_two_processes_side_by_side_killed_and_continued(tmp_path: Path) -> None:
+    """Whoever gets the lock writes, the other is refused; after any kill the next run gives the same bytes."""
+    source = saved("qwen3_moe")
+    total = convert(source, tmp_path / "whole", max_shard_bytes=SHARD).bytes_after
+    want, rng, ends = tree(tmp_path / "whole"), random.Random(0), set()
+    for number in range(6):
+        target = tmp_path / f"m{number}"
+        children = [child(source, target, rng.randrange(total) if number % 3 else None) for _ in range(2)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        assert set(codes) <= {0, REFUSED, -signal.SIGKILL}
+        ends |= set(codes)
+        if 0 in codes:
+            assert tree(target) == want
+        convert(source, target, max_shard_bytes=SHARD)
+        assert tree(target) == want and not (tmp_path / f"m{number}.partial").exists()
+    assert ends == {0, REFUSED, -signal.SIGKILL}
+
+
+REFUSED = 3
+
+
+def child(source: Path, target: Path, killed_after: int | None) -> int:
+    """A process that converts, and kills itself after some bytes."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        tqdm.set_lock(threading.RLock())  # tqdm's own is one semaphore for all processes
+
+        def progress(done: int, _: int) -> None:
+            if killed_after is not None and done >= killed_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        convert(source, target, max_shard_bytes=SHARD, progress=progress)
+        os._exit(0)
+    except CheckpointError as error:
+        os._exit(REFUSED if "is being written by another run" in str(error) else 1)
+    finally:
+        os._exit(1)

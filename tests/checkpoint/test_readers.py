@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import assert_same, loaded
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, modeling_utils
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import mxfp4_compile
+from mxfp4_compile import CheckpointError, mx
 from mxfp4_compile.checkpoint.formats import own_config
 from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.tools.families import tiny_model
@@ -48,7 +50,7 @@ def test_a_process_that_never_imported_us_gets_an_error(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script, *names], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("form", ["mxfp4_compile", "compressed_tensors"])
+@pytest.mark.parametrize("form", ["mxfp4_compile", "compressed_tensors", "mxfp4"])
 def test_a_plain_from_pretrained_keeps_the_bits_of_every_form(form: str, tmp_path: Path) -> None:
     model = mxfp4_compile.optimize(loaded("qwen3_moe"), scale_rule="floor")
     mxfp4_compile.save(model, tmp_path / "m", form)
@@ -95,3 +97,25 @@ def test_compressed_tensors_in_stock_transformers(tied: bool, tmp_path: Path, mo
     for which in ("gate_up_proj", "down_proj"):
         assert torch.equal(getattr(theirs, which), expected[which])
     assert torch.equal(stock.lm_head.weight, model.lm_head.weight)
+
+
+def test_the_mxfp4_form_of_any_family(tmp_path: Path) -> None:
+    """``*_blocks`` [E, N, K/32, 16] and ``*_scales`` [E, N, K/32], as transformers' quantizer names and shapes them."""
+    model: Any = mxfp4_compile.optimize(tiny_model("mixtral", dtype=torch.bfloat16, layers=1))
+    mxfp4_compile.save(model, tmp_path / "m", "mxfp4")
+    said = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "mxfp4" and "lm_head" in said["modules_to_not_convert"]
+    assert not any("experts" in name for name in said["modules_to_not_convert"])
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    ((name, site),) = mxfp4_sites(model).items()
+    for projection in site.projections:
+        (source,) = projection.source.parameters
+        blocks, scales = tensors[f"{name}.{source}_blocks"], tensors[f"{name}.{source}_scales"]
+        e, n, k = projection.shape
+        assert blocks.shape == (e, n, k // 32, 16) and scales.shape == (e, n, k // 32)
+        assert torch.equal(
+            mx.dequantize(blocks.flatten(-2), scales, k, torch.bfloat16), site.dequantized(projection)[source]
+        )
+    left = mxfp4_compile.optimize(tiny_model("mixtral", dtype=torch.bfloat16), skip=["*.layers.0.*"])
+    with pytest.raises(CheckpointError, match="is not in MXFP4, but the mxfp4 form has all experts so"):
+        mxfp4_compile.save(left, tmp_path / "left", "mxfp4")
