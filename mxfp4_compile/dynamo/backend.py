@@ -4,6 +4,13 @@ The graph that Dynamo hands over is searched for mixtures of experts in bf16, fp
 module (``dynamo.regions``) and goes through what ``optimize`` does: match, prep, rewrite, verify. The graph then
 calls ``mxfp4::moe`` on prepared weights, and Inductor (or ``options={"inner": "eager"}``) compiles it.
 
+::
+
+    Dynamo's graph -> cut regions -> match, prepare, verify -> splice -> Inductor + router pass -> compiled code
+                      (regions.py)   (as optimize does)        prepared weights are its last inputs (weight_store.py)
+
+Contract: the graph that Dynamo handed over is copied, not changed, and what is not proven keeps its precision.
+
 The model is not changed, so its own weights STAY ALIVE beside the prepared ones: this path makes a model faster,
 never smaller; ``optimize`` does both. Prepared weights are made once per weight and outlive recompilations.
 They are made again, into the same memory, when a weight was changed in place (its version counter moved, as by
@@ -15,7 +22,6 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,16 +34,16 @@ from ..circumstances import exclusively, plain_modes
 from ..installing import build_site, trial_of_backends
 from ..ops.backend import BackendError
 from ..ops.selection import BackendUnavailable, requested_backend
-from ..passes.build.prep import prep_program, prepare_bias, run_prep
 from ..passes.build.rewrite import RewriteError, rewrite
-from ..passes.build.verify import Verification, VerificationError, check_weights, reported
+from ..passes.build.verify import Verification, VerificationError, reported
 from ..passes.find.discover import Candidate
 from ..passes.match import FusedMatch, NoMatch
 from ..passes.observe import observe
 from ..passes.weights import projections_of, source_names
-from ..planning import OptimizeError, Site, Structure, match_structure
+from ..planning import OptimizeError, Site, match_structure
 from ..report import Report, SiteReport
 from .regions import Region, RegionError, cuts, find_sites, source_path, splice
+from .weight_store import Recipe, store
 
 NAME = "mxfp4_compile"
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -66,84 +72,6 @@ _told = False
 def compile_reports() -> tuple[Report, ...]:
     """One report for each graph that ``backend="mxfp4_compile"`` was handed in this process, oldest first."""
     return tuple(_reports)
-
-
-# prepared weights
-
-
-@dataclass
-class _Prepared:
-    tensors: list[Tensor]
-    stamp: tuple[tuple[int, int], ...]
-    finalizers: list[Any]
-
-
-def _stamp(sources: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((t._version, t.data_ptr()) for t in sources)
-
-
-class WeightStore:
-    """Prepared weights by the identity of the tensors they were made from; they go when those do."""
-
-    def __init__(self) -> None:
-        self._entries: dict[Any, _Prepared] = {}
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, recipe: Recipe, sources: Sequence[Tensor]) -> list[Tensor]:
-        """The prepared weights and biases of ``sources``, made again if a source changed since."""
-        key = (recipe.key, tuple(map(id, sources)))
-        entry = self._entries.get(key)
-        stamp = _stamp(sources)
-        if entry is None or entry.stamp != stamp:
-            tensors = recipe.prepare(sources)
-            if entry is None:
-                drop = [weakref.finalize(t, self._entries.pop, key, None) for t in sources]
-                for finalizer in drop:
-                    finalizer.atexit = False
-                self._entries[key] = entry = _Prepared(tensors, stamp, drop)
-            else:
-                # Into the same memory: CUDA graphs and other compiled code hold these addresses.
-                for old, new in zip(entry.tensors, tensors, strict=True):
-                    old.copy_(new)
-                entry.stamp = stamp
-        return entry.tensors
-
-
-_store = WeightStore()
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one structure's weights are prepared: ``names`` of the sources, in the order in which they are given."""
-
-    key: Any
-    structure: Structure
-    names: tuple[str, ...]
-    scale_rule: str
-
-    def prepare(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        """Prepared tensors of every projection in order, then the biases; ValueError for NaN and Inf."""
-        holder = nn.Module()
-        for name, tensor in zip(self.names, sources, strict=True):
-            holder.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
-            if not bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all()):
-                raise ValueError(f"mxfp4_compile: {name} {list(tensor.shape)} holds NaN or Inf and cannot be quantized")
-        found, choice = self.structure.found, self.structure.choice
-        params = found.spec.params if isinstance(found, FusedMatch) else None
-        tensors, biases = [], []
-        with torch.inference_mode(False), torch.no_grad():
-            for projection in projections_of(found.spec):
-                program = prep_program(projection, params, self.scale_rule, choice.backend, choice.layout)
-                prepared = run_prep(program, projection, holder)
-                for message in check_weights(prepared.errors, self.scale_rule, projection.source.parameters):
-                    warnings.warn(f"mxfp4_compile: {message}", stacklevel=2)
-                tensors += prepared.tensors
-                bias = prepare_bias(projection, holder, params, choice.backend, choice.layout)
-                if bias is not None:
-                    biases.append(bias)
-        return [*tensors, *biases]
 
 
 # structures: matched and verified once, whatever the layer and however often it is recompiled
@@ -246,7 +174,7 @@ class _Compiled:
     def __call__(self, *args: Any) -> Any:
         extra: list[Tensor] = []
         for recipe, positions in self.sites:
-            extra += _store.get(recipe, [args[i] for i in positions])
+            extra += store.get(recipe, [args[i] for i in positions])
         return self.inner(*args, *extra, *self.constants)
 
 
@@ -377,7 +305,7 @@ def _splice_all(
         sources = [region.sources[name] for name in p.recipe.names]
         real = [region.module.get_parameter(name) for name in p.recipe.names]
         sites.append((p.recipe, tuple(position[n] for n in sources)))
-        later.append((region, p, [add(t) for t in _store.get(p.recipe, real)]))
+        later.append((region, p, [add(t) for t in store.get(p.recipe, real)]))
     for region, p, extra in later:
         own = [add(t) for t in p.constants]
         constants += list(p.constants)
@@ -425,4 +353,4 @@ def _compile_inner(
     return lookup_backend(inner)(gm, inputs)
 
 
-__all__ = ["CompileOptions", "WeightStore", "compile_reports", "mxfp4_backend"]
+__all__ = ["CompileOptions", "compile_reports", "mxfp4_backend"]

@@ -1,6 +1,12 @@
 """Regions: the experts of a mixture, cut out of a whole graph that Dynamo captured.
 
 Contract: the graph is read; ``splice`` alone changes it, and only after everything about a region is proven.
+::
+
+    whole graph:  h -> router -> ids, weights --+
+                  h ----------------------------+-> [ sort, products, combine ] -> y     the brackets are a region,
+                                                                                         a module (x, ids, weights) -> y
+
 A region becomes a small module of its own with the arguments of an experts module, x [T, H], ids [T, K] and
 weights [T, K], so that capture, match, prep, rewrite and verify run on it as they do on a module.
 

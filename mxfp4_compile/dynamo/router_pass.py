@@ -4,6 +4,11 @@ Contract: a graph without our ops is not touched. A router (softmax or sigmoid, 
 ``mxfp4::route`` where that is PROVEN: the matched nodes are run on probe values, in the dtypes they have, against
 the op's reference; equal scores aside, where torch.topk leaves the order open and the op takes the lowest expert.
 
+::
+
+    logits -> softmax -> topk -> values / sum -> weights      becomes      logits -> mxfp4::route -> weights, ids
+                             +-> ids
+
 1. find each top-k over the last dimension of [T, E] scores;
 2. behind it, the farthest [T, K] that depends on the chosen scores alone; before it, the farthest [T, E] on which
    the scores alone depend; only ops a router needs, and none that holds a size;

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import mxfp4_compile
-from mxfp4_compile.dynamo.backend import _store, compile_reports
+from mxfp4_compile.dynamo.backend import compile_reports
+from mxfp4_compile.dynamo.weight_store import store
 from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
 
 QUICK = ("qwen3_moe", "gpt_oss", "nemotron_h")
@@ -93,14 +94,14 @@ def test_bf16_with_its_own_grouped_product() -> None:
 def test_sizes_weights_and_recompilations() -> None:
     model = tiny_model("mixtral", dtype=torch.float32, layers=2)
     compiled = _compiled(model)
-    start, held = len(compile_reports()), len(_store)
+    start, held = len(compile_reports()), len(store)
     reference = mxfp4_compile.optimize(copy.deepcopy(model))
     for batch, length in ((1, 1), (2, 9), (3, 5), (1, 12)):
         inputs = tiny_inputs(model, batch, length)
         assert _relative(_out(compiled, inputs), _out(reference, inputs)) <= 1e-5
     assert len(compile_reports()) - start > 1
     assert all(s.rewritten for s in _sites(start)), [s.reason for s in _sites(start)]
-    assert len(_store) - held == 2  # one for each layer, whatever the recompilations
+    assert len(store) - held == 2  # one for each layer, whatever the recompilations
 
     # Changed in place, as by load_state_dict: seen at the next call, without a recompilation.
     graphs = len(compile_reports())
@@ -121,15 +122,15 @@ def test_sizes_weights_and_recompilations() -> None:
 
 def test_prepared_weights_go_with_the_model() -> None:
     gc.collect()
-    held = len(_store)
+    held = len(store)
     model = tiny_model("qwen3_moe", dtype=torch.float32, layers=1)
     compiled = _compiled(model)
     _out(compiled, tiny_inputs(model))
-    assert len(_store) == held + 1
+    assert len(store) == held + 1
     del model, compiled
     torch._dynamo.reset()
     gc.collect()
-    assert len(_store) == held
+    assert len(store) == held
 
 
 def test_batched_mm_and_dynamic_sizes() -> None:
