@@ -183,7 +183,8 @@ def test_optimize_inside_inference_mode(family: str) -> None:
 
 @some("qwen3_moe", "mixtral", "deepseek_v3", "dots1", "glm4_moe", "olmoe")
 def test_rows_that_grouped_mm_does_not_take(family: str) -> None:
-    model = tiny(family, moe_intermediate_size=20, intermediate_size=20)
+    field = "intermediate_size" if family in ("mixtral", "olmoe") else "moe_intermediate_size"
+    model = tiny(family, **{field: 20})
     model.set_experts_implementation("eager")
     expected = logits(model)
     mxfp4_compile.optimize(model)
