@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from ... import mx
 from ...ops import schema
@@ -71,7 +72,7 @@ def verify_loop(
     try:
         return _verified(site, experts, seed, sides)
     except VerificationError:
-        if not experts.opened or site.plan.params is None:
+        if not experts.opened:
             raise
     # The block takes its experts' parts by itself, which ran on the original weights.
     return _verified(site, _Packed(site, original), seed, sides)
@@ -87,6 +88,8 @@ def _verified(
     exact = None
     if site.plan.params is None:
         exact = experts.block(torch.float64 if dtype == torch.float32 else torch.float32)
+        if isinstance(experts, _Packed):
+            exact = _Wide(exact)
     sums = Sums(site, dtype)
     used: set[int] = set()
     never_absent = set(range(site.projections[0].shape[0]))
@@ -291,14 +294,13 @@ class _Packed:
 
     def __init__(self, site: MXFP4Experts, original: nn.Module) -> None:
         self.site, self.original = site, original
-        params = site.plan.params
-        assert params is not None
-        self.params = params
+        self.params = site.plan.params
         self.biases = {p.slot: site.canonical_bias(p) for p in site.projections}
         self.used: set[int] = set()
 
     def run(self, expert: int, dtype: torch.dtype, x: Tensor) -> Tensor:
         """One expert as the spec describes it, without rounding in between."""
+        assert self.params is not None
         self.used.add(expert)
         hidden = self.params.activate(self._project(0, expert, x.to(dtype)))
         return self._project(1, expert, hidden)
@@ -327,6 +329,34 @@ class _Packed:
                 owner, _, leaf = name.rpartition(".")
                 block.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         return block
+
+
+class _Wide(nn.Module):
+    """A block whose experts' weights are wider than its values: their products are taken as wide, and rounded."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _WideProducts():
+            return self.block(*args, **kwargs)
+
+
+class _WideProducts(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        floats = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
+        if func not in _PRODUCTS or len(floats) < 2:
+            return func(*args, **kwargs)
+        narrow, wide = sorted(floats, key=lambda dtype: dtype.itemsize)[:: len(floats) - 1]
+        return func(*(a.to(wide) if isinstance(a, Tensor) else a for a in args), **kwargs).to(narrow)
+
+
+_PRODUCTS = {
+    torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm,
+    Tensor.bmm, torch.addmm,
+}  # fmt: skip
 
 
 class _Lazy(nn.Module):

@@ -110,7 +110,14 @@ class Condition:
         if "L[" in self.code:
             raise CaptureError(f"it branches on something that its arguments' sizes do not tell: {self.code[:200]}")
         made = eval(f"lambda {arguments}: {self.code}", {"math": math, "torch": torch})  # export's own code
-        return made  # type: ignore[no-any-return]
+
+        def holds(*sizes: int) -> Any:
+            try:
+                return made(*sizes)
+            except ZeroDivisionError:  # of a formula that divides by a part of a size, which is zero there
+                return False
+
+        return holds
 
     def line(self) -> tuple[str, list[tuple[int, ...]]]:
         """What it depends on, in words, and sizes from small to large along which it changes as that does."""

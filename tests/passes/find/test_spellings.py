@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import grammar
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import mxfp4_compile
 from mxfp4_compile import OptimizeError
 from mxfp4_compile.passes.find.discover import find_candidates, record_calls
+from mxfp4_compile.passes.trace.guards import Condition
 from mxfp4_compile.passes.weights import WeightPath, families, restacked, stack, unstack
 
 H = grammar.H
@@ -36,6 +38,12 @@ REWRITTEN = {
         "masked softmax", "modules", "silu", True, "whole sequences", "index_add"
     ),
     "the dtype of an expert": Spelling("softmax", "modules", "silu", True, "where", "index_add", own_dtype=True),
+    "a middle of its own, parameters apart": Spelling(
+        "softmax", "dict of parameters", "tanh", False, "lists of rows", "index_add"
+    ),
+    "a middle of its own, the dtype of an expert": Spelling(
+        "softmax", "modules", "tanh", False, "where", "index_add", own_dtype=True
+    ),
     "numbered parameters": Spelling("sigmoid", "numbered parameters", "gelu", False, "where", "scatter_add"),
 }  # fmt: skip
 QUICK = {"lists of parameters, split by counts", "masks of two dimensions", "Python lists of rows"}
@@ -47,7 +55,8 @@ QUICK = {"lists of parameters, split by counts", "masks of two dimensions", "Pyt
 def test_rewritten_and_equal(name: str) -> None:
     model = Model(lambda: Spelled(REWRITTEN[name]), torch.float32, layers=1)
     mxfp4_compile.optimize(model, example_inputs=(inputs(),))
-    assert [s.outcome for s in model.mxfp4_report.sites] == ["fused"]
+    expected = "split" if "of its own" in name else "fused"
+    assert [s.outcome for s in model.mxfp4_report.sites] == [expected]
     restored = mxfp4_compile.restore(copy.deepcopy(model))
     again = Model(lambda: Spelled(REWRITTEN[name]), layers=1)
     assert set(dict(restored.named_parameters())) == set(dict(again.named_parameters()))
@@ -97,6 +106,12 @@ def test_named_beside_layers_that_match() -> None:
 def test_a_shared_expert_in_the_list_is_named() -> None:
     reason = refusal(Model(unusual.SharedInTheList, torch.float32, layers=1), inputs())
     assert "expert 0 serves every token: it is shared" in reason
+
+
+def test_a_condition_that_cannot_be_computed_does_not_hold() -> None:
+    condition = Condition("size0 % (size0 // 4) == 0", SimpleNamespace(names=("number of tokens",)))  # type: ignore[arg-type]
+    assert [bool(condition.function()(n)) for n in (3, 8, 11)] == [False, True, False]
+    assert "number of tokens" in str(condition)
 
 
 class DistinctOthers(unusual.Uneven):
