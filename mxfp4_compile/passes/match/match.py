@@ -101,8 +101,8 @@ def match(captured: Captured) -> FusedMatch | SplitMatch | NoMatch:
         return _fused(captured, gemms)
     except (Refused, EvaluationError) as refusal:
         reason = str(refusal)
-    if any(g.form != "grouped_mm" and not _in_modules(g) for g in gemms):
-        return NoMatch(f"not fused ({reason}), and only grouped_mm graphs and loops over modules can be split")
+    if any(g.form not in ("grouped_mm", "loop") for g in gemms):
+        return NoMatch(f"not fused ({reason}), and only grouped_mm graphs and loops over experts can be split")
     return SplitMatch(_split_spec(gemms, reason), tuple(gemms))
 
 
@@ -156,11 +156,6 @@ def _moe_spec(chain: Chain, head: Head, middle: Middle, tail: Tail) -> MoESpec:
 def _split_spec(gemms: Sequence[ExpertGemm], reason: str) -> SplitSpec:
     linears = [LinearSpec(*g.shape, WeightSource((g.weight,), g.transposed), g.node.meta["val"].dtype) for g in gemms]
     return SplitSpec(tuple(linears), reason)
-
-
-def _in_modules(gemm: ExpertGemm) -> bool:
-    """Whether a product is that of a loop over expert modules, whose rows lie one expert after the other."""
-    return gemm.form == "loop" and "*" in gemm.weight.split(".")
 
 
 def _no_gemms(captured: Captured) -> NoMatch:
