@@ -63,10 +63,11 @@ def compiled(target: str, shape: str, tokens: int, part: str, fp8: bool = False)
     choice = choose(target, e, top_k, h, i, tokens, fp8=fp8)
     pairs = tokens * top_k
     bits = 2 if fp8 else int(backend == "cuda")
-    plan = _Plan(params, top_k, h, False, bits, choice, pairs_class(choice, pairs), pairs >= e)
+    plan = _Plan(target, params, top_k, h, False, bits, choice, pairs_class(choice, pairs), pairs >= e)
     step = getattr(plan, part)
     biased = shape == "gpt_oss"
-    constants = dict(step.constants)
+    constants = step.constants
+    absences = {}
     pointers = POINTERS | ({"x": "*fp8e4nv"} if choice.fp8 and part in ("up", "down") else {})
     if part.startswith("quantize"):
         pointers = POINTERS | {"out": "*fp8e4nv", "scales": "*fp32"}
@@ -78,14 +79,20 @@ def compiled(target: str, shape: str, tokens: int, part: str, fp8: bool = False)
             and not (part == "down" and choice.down_regime == "vector")
         )
         if absent:
-            constants[name] = None
-        signature[name] = "constexpr" if name in constants else pointers[name]
+            absences[name] = None
+        signature[name] = "constexpr" if absent or name in constants else pointers[name]
     attributes = {
         (at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")
     }
-    source = ASTSource(step.kernel, signature, constexprs=constants, attrs=attributes)
     gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    kernel = triton.compile(source, target=gpu, options=dict(step.options))
+
+    def compile_once():
+        source = ASTSource(step.kernel, signature, constexprs={**step.constants, **absences}, attrs=attributes)
+        return triton.compile(source, target=gpu, options=dict(step.options))
+
+    kernel = compile_once()
+    if step.settle(kernel.asm["ttgir"]):
+        kernel = compile_once()
     regime = choice.up_regime if part == "up" else choice.down_regime
     return kernel, "fp8" if choice.fp8 else regime
 

@@ -212,8 +212,8 @@ def _bytes(word):
 
 
 @triton.jit
-def raw_operand(words, SLABS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """``decode_operand`` with QUADS and without scales: values times 2^-126.
+def raw_operand(words, SLABS: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """``decode_operand`` without scales: values times 2^-126.
 
     Tensor cores multiply subnormal bf16 exactly, so that scales can wait for the sums over their blocks.
     """
@@ -233,7 +233,7 @@ def raw_operand(words, SLABS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.conste
         w110, w111 = _halves(d)
     else:
         w000, w001, w010, w011, w100, w101, w110, w111 = _nibbles(words, BITS, DTYPE)
-    return _arrange(w000, w001, w010, w011, w100, w101, w110, w111, SLABS, True)
+    return _arrange(w000, w001, w010, w011, w100, w101, w110, w111, SLABS, QUADS)
 
 
 @triton.jit

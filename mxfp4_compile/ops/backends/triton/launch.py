@@ -15,18 +15,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import instruction
+
 
 class Step:
-    """One kernel with its constants and options; call it with a grid and the run-time arguments."""
+    """One kernel with its constants and options; call it with a grid and the run-time arguments.
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], warps: int, stages: int, registers: int = 0) -> None:
+    ``product`` is None unless the kernel multiplies with mma.sync: then it stands for its constants QUADS and WAIT,
+    which follow what the compiler chooses.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        constants: dict[str, Any],
+        warps: int,
+        stages: int,
+        registers: int = 0,
+        product: instruction.Product | None = None,
+        arch: str | None = None,
+    ) -> None:
         self.kernel = kernel
+        self._product = product
+        if product is not None:
+            constants = {**constants, "QUADS": int(product.quads), "WAIT": int(product.wait)}
         names = list(kernel.arg_names)
         # In signature order, since the compiled kernel takes all of them by position.
         self.constants = {name: constants[name] for name in names if name in constants}
         if names[len(names) - len(self.constants) :] != list(self.constants):
             raise ValueError(f"constants {sorted(constants)} are not the last parameters of {names}")
-        self.options: dict[str, int] = {"num_warps": warps, "num_stages": stages}
+        # Fused multiply-adds are what kernels were measured with; Triton's own default is about to change.
+        self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        if arch is not None:
+            self.options["arch"] = arch
         if self.constants.get("PDL"):
             self.options["launch_pdl"] = True  # see dependent.py
         if registers:
@@ -50,6 +71,8 @@ class Step:
         device = torch.cuda.current_device()
         compiled = self._compiled.get(device)
         if compiled is None:
+            if self._product is not None:
+                self.compile(*args)
             self._compiled[device] = self.kernel[grid](*args, **self.constants, **self.options)
             return
         stream = torch._C._cuda_getCurrentRawStream(device)
@@ -58,9 +81,27 @@ class Step:
     def compile_ahead(self, device: int, *args: Any) -> None:
         """Compile for arguments like these, aligned as all real ones are, and launch nothing."""
         self._ahead.add(device)
-        dtypes = [a.dtype if isinstance(a, Tensor) else a for a in args]
         with torch.cuda.device(device):
-            self.kernel.warmup(*dtypes, **self.constants, **self.options, grid=(1, 1, 1))
+            self.compile(*args)
+
+    def compile(self, *args: Any) -> None:
+        """For arguments like these on the current device, with the constants that suit what the compiler chooses."""
+        dtypes = [a.dtype if isinstance(a, Tensor) else a for a in args]
+        compile_now = lambda: self.kernel.warmup(*dtypes, **self.constants, **self.options, grid=(1, 1, 1))
+        compiled = compile_now()
+        if self._product is not None and self.settle(compiled.asm["ttgir"]):
+            compile_now()
+
+    def settle(self, ttgir: str) -> bool:
+        """Take over what the compiler chose for this kernel's products; whether it must be compiled anew for that."""
+        chosen = None if self._product is None else instruction.chosen(ttgir)
+        if chosen is None or chosen == self._product:
+            return False
+        # Once: with these constants the compiler might choose the first again.
+        self._product = None
+        self.constants.update(QUADS=int(chosen.quads), WAIT=int(chosen.wait))
+        self._tail = tuple(self.constants.values())
+        return True
 
     def fresh(self, device: int) -> bool:
         """Whether it was neither launched nor compiled on ``device``."""

@@ -20,6 +20,18 @@ _COLUMNS = tl.constexpr(8)
 
 
 @triton.jit
+def _after_wgmma(words):
+    """``words``, once no wgmma runs any more.
+
+    wgmma reads its first operand from registers after it was issued, and Triton leaves some in flight from one
+    iteration to the next: they must be done before the registers are reused.
+    """
+    return words | tl.inline_asm_elementwise(
+        "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;", "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _product(
     acc, tail_acc, words, scales, bases, x, tail_x,
     TAIL: tl.constexpr, SPLIT: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
@@ -30,17 +42,10 @@ def _product(
     With ``bases`` (as for ``fp8_operand``, else None) weights and x are e4m3.
     """
     if WAIT:
-        # wgmma reads its first operand from registers after it was issued, and Triton leaves some in
-        # flight from one iteration to the next: they must be done before the registers are reused.
-        words = words | tl.inline_asm_elementwise(
-            "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;",
-            "=r,r",
-            [0],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    if len(scales.shape) == 2:
+        words = _after_wgmma(words)
+    if len(scales.shape) == 1:
+        scales = tl.reshape(scales, [words.shape[0], 8, 4])
+    else:
         scales = scales[:, :, None]
     if bases is not None:
         w = fp8_operand(words, scales, bases, words.shape[0], DTYPE)
@@ -196,18 +201,19 @@ def _row_scales(acc, bases, x_scales, source, slab0, SLABS, BM: tl.constexpr):
 @triton.jit
 def _weights(
     codes, scales, expert, slab0, SLABS,
-    STEPS: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    STEPS: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to the first step's codes [BM/16, 128] and to the scales of GROUP steps [4, 8, BM/16].
+    """Pointers to the first step's codes [BM/16, 128] and to the scales of GROUP steps [BM/16 * 32].
 
-    A row's four lanes hold its scale words: of the step that (lane % GROUP) counts. Slabs past the end repeat the
-    last: no mask in the loop, and the store drops them.
+    A row's four lanes hold its scale words: of the step that (lane % GROUP) counts. Along one dimension lanes can lie
+    in one order only, the one that the products need; with more, Triton chooses. Slabs past the end repeat the last:
+    no mask in the loop, and the store drops them.
     """
     slab = expert.to(tl.int64) * SLABS + tl.minimum(slab0 + tl.arange(0, BM // 16), SLABS - 1)
-    slab *= STEPS
-    code_ptrs = codes + (slab * 128)[:, None] + tl.arange(0, 128)[None, :]
-    word = tl.arange(0, 4)[:, None] % GROUP * 8 + _opaque(tl.arange(0, 8), BITS, DTYPE)[None, :]
-    return code_ptrs, scales + (slab * 8)[None, None, :] + word[:, :, None]
+    code_ptrs = codes + (slab * (STEPS * 128))[:, None] + tl.arange(0, 128)[None, :]
+    lane = tl.arange(0, BM // 16 * 32)
+    slab = expert.to(tl.int64) * SLABS + tl.minimum(slab0 + lane // 32, SLABS - 1)
+    return code_ptrs, scales + slab * (STEPS * 8) + lane % 4 % GROUP * 8 + lane // 4 % 8
 
 
 @triton.jit
@@ -224,8 +230,7 @@ def _load_steps(code_ptrs, scale_ptrs, live, COUNT: tl.constexpr, GROUP: tl.cons
             c += (tl.load(code_ptrs + j * 128, mask=mask, eviction_policy="evict_first"),)
     for j in tl.static_range(0, COUNT, GROUP):
         if j < LIMIT:
-            mask = live + tl.zeros([1, 1, 1], tl.int32) > 0
-            s += (tl.load(scale_ptrs + j * 8, mask=mask),)
+            s += (tl.load(scale_ptrs + j * 8, mask=live + tl.zeros([1], tl.int32) > 0),)
     return c, s
 
 
@@ -251,12 +256,12 @@ def _accumulate_direct(
             next_c = ()
             next_s = ()
             for j in tl.static_range(AHEAD):
-                more = at + AHEAD + j + tl.zeros([1, 1], tl.int32) < STEPS
+                more = at + AHEAD + j + tl.zeros([1], tl.int32) < STEPS
                 x = tl.load(x_ptrs + j * 64)
-                next_c += (tl.load(code_ptrs + j * 128, mask=more, eviction_policy="evict_first"),)
-                next_s += (tl.load(scale_ptrs + j * 8, mask=more[:, :, None]),)
+                next_c += (tl.load(code_ptrs + j * 128, mask=more[:, None], eviction_policy="evict_first"),)
+                next_s += (tl.load(scale_ptrs + j * 8, mask=more),)
                 acc, _ = _product(
-                    acc, acc, c[j], tl.permute(s[j], (2, 1, 0)), None, x, x, False, SPLIT, QUADS, BITS, DTYPE, WAIT
+                    acc, acc, c[j], s[j], None, x, x, False, SPLIT, QUADS, BITS, DTYPE, WAIT
                 )
             c = next_c
             s = next_s
@@ -264,7 +269,7 @@ def _accumulate_direct(
     for j in tl.static_range(STEPS - WIDE):
         x = tl.load(x_ptrs + j * 64, mask=((WIDE + j) * 64 + k < K)[None, :], other=0.0)
         acc, _ = _product(
-            acc, acc, c[j], tl.permute(s[j], (2, 1, 0)), None, x, x, False, SPLIT, QUADS, BITS, DTYPE, WAIT
+            acc, acc, c[j], s[j], None, x, x, False, SPLIT, QUADS, BITS, DTYPE, WAIT
         )
     return acc * SCALE
 
@@ -290,11 +295,13 @@ def _accumulate_blocks(
     STEPS: tl.constexpr,
     K: tl.constexpr,
     SPLIT: tl.constexpr,
+    QUADS: tl.constexpr,
     BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
     UNROLL: tl.constexpr,
+    WAIT: tl.constexpr,
     SPLIT_K: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
@@ -325,7 +332,7 @@ def _accumulate_blocks(
             for u in tl.static_range(UNROLL):
                 now = ahead
                 scale_ptrs += GROUP * 8
-                more = at + (u + 1) * GROUP + tl.zeros([1, 1, 1], tl.int32) < last
+                more = at + (u + 1) * GROUP + tl.zeros([1], tl.int32) < last
                 ahead = tl.load(scale_ptrs, mask=more, other=0)
                 acc = tl.zeros([BM, _COLUMNS], tl.float32)
                 for j in tl.static_range(GROUP):
@@ -338,13 +345,13 @@ def _accumulate_blocks(
                     else:
                         words = tl.load(code_ptrs + (u * GROUP + j - STRIDE) * 128)
                     x = tl.load(x_ptrs + (u * GROUP + j) * 64, mask=block == j * 2, other=0.0)
-                    acc = _raw_product(acc, words, x, SPLIT, BITS, DTYPE)
+                    acc = _raw_product(acc, words, x, SPLIT, QUADS, BITS, DTYPE, WAIT)
                 total += acc * _block_scales(now, BM)
             c = next_c
             x_ptrs += STRIDE * 64
     if part == SPLIT_K - 1:
         for rest in tl.static_range(WIDE, STEPS, GROUP):
-            inside = (rest + tl.arange(0, 4) % GROUP < STEPS)[:, None, None]
+            inside = rest + tl.arange(0, BM // 16 * 32) % 4 % GROUP < STEPS
             now = tl.load(scale_ptrs, mask=inside, other=0)
             acc = tl.zeros([BM, _COLUMNS], tl.float32)
             for i in tl.static_range(GROUP):
@@ -352,7 +359,7 @@ def _accumulate_blocks(
                     words = tl.load(code_ptrs + i * 128, eviction_policy="evict_first")
                     own = (block == i * 2) & ((rest + i) * 64 + k < K)[None, :]
                     x = tl.load(x_ptrs + i * 64, mask=own, other=0.0)
-                    acc = _raw_product(acc, words, x, SPLIT, BITS, DTYPE)
+                    acc = _raw_product(acc, words, x, SPLIT, QUADS, BITS, DTYPE, WAIT)
             total += acc * _block_scales(now, BM)
             code_ptrs += GROUP * 128
             scale_ptrs += GROUP * 8
@@ -367,21 +374,16 @@ def _token_of_column(BT: tl.constexpr):
 
 
 @triton.jit
-def _opaque(x, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """x, of which the compiler no longer knows that neighbours are contiguous.
-
-    It would have a thread load four neighbouring words, where each of four threads needs one.
-    """
-    if BITS > 0 and tl.bfloat16 == DTYPE:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
-    return x
-
-
-@triton.jit
-def _raw_product(acc, words, x, SPLIT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _raw_product(
+    acc, words, x,
+    SPLIT: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
     """acc + codes [BM, 64] @ x [8, 64]^T, times 2^-126 of the codes and SCALE of the activations."""
-    w = raw_operand(words, words.shape[0], BITS, DTYPE)
-    x = quads(x, _COLUMNS)
+    if WAIT:
+        words = _after_wgmma(words)
+    w = raw_operand(words, words.shape[0], QUADS, BITS, DTYPE)
+    if QUADS:
+        x = quads(x, _COLUMNS)
     if SPLIT:
         wide = x.to(tl.float32) * SCALE
         high = wide.to(tl.bfloat16)
@@ -397,11 +399,12 @@ def _raw_product(acc, words, x, SPLIT: tl.constexpr, BITS: tl.constexpr, DTYPE: 
 
 @triton.jit
 def _block_scales(words, BM: tl.constexpr):
-    """words int32 [4, 8, BM/16] -> what finishes the sums of each row and column, fp32 [BM, 8]."""
+    """words int32 [BM/16 * 32] -> what finishes the sums of each row and column, fp32 [BM, 8]."""
+    words = tl.reshape(words, [BM // 16, 8, 4])
     first = tl.join(words & 0xFF, (words >> 8) & 0xFF)
     second = tl.join((words >> 16) & 0xFF, (words >> 24) & 0xFF)
-    # quarter, row, slab, block, row half -> (slab, row half, row), (quarter, block)
-    s = tl.permute(tl.join(first, second), (2, 4, 1, 0, 3))
+    # slab, row, quarter, block, row half -> (slab, row half, row), (quarter, block)
+    s = tl.permute(tl.join(first, second), (0, 4, 1, 2, 3))
     return tl.reshape(multiplier(s, tl.float32), [BM, _COLUMNS])
 
 
@@ -532,7 +535,7 @@ def scan_matmul(
         first, last = _part(part, STEPS, K, UNROLL * GROUP, SPLIT_K)
     DIRECT: tl.constexpr = BT < _COLUMNS or AHEAD > 0
     if DIRECT:
-        code_ptrs, scale_ptrs = _weights(codes, scales, expert, slab0, SLABS, STEPS, BM, GROUP, BITS, DTYPE)
+        code_ptrs, scale_ptrs = _weights(codes, scales, expert, slab0, SLABS, STEPS, BM, GROUP)
         code_ptrs += first * 128
         scale_ptrs += first * 8
         c, s = _load_steps(code_ptrs, scale_ptrs, live, FIRST, GROUP, STEPS)
@@ -557,8 +560,8 @@ def scan_matmul(
             x_rows = x + source.to(tl.int64) * X_STRIDE
             if BT < _COLUMNS:
                 acc = _accumulate_blocks(
-                    x_rows, code_ptrs, scale_ptrs, c, s, part, first, last, STEPS, K, SPLIT, BITS, DTYPE, BM, BT,
-                    UNROLL, SPLIT_K, AHEAD,
+                    x_rows, code_ptrs, scale_ptrs, c, s, part, first, last, STEPS, K, SPLIT, QUADS, BITS, DTYPE,
+                    BM, BT, UNROLL, WAIT, SPLIT_K, AHEAD,
                 )  # fmt: skip
             elif AHEAD > 0:
                 acc = _accumulate_direct(
@@ -756,7 +759,7 @@ def _tile(
     # Weights are no other kernel's: the first of them may come while h is still written.
     FIRST: tl.constexpr = 0 if AHEAD == 0 or TAIL > 0 else AHEAD if BT >= _COLUMNS else UNROLL * (4 // BT)
     GROUP: tl.constexpr = 4 // BT if BT < _COLUMNS else 1
-    code_ptrs, scale_ptrs = _weights(codes, scales, tl.zeros([], tl.int64), slab0, SLABS, STEPS, BM, GROUP, BITS, DTYPE)
+    code_ptrs, scale_ptrs = _weights(codes, scales, tl.zeros([], tl.int64), slab0, SLABS, STEPS, BM, GROUP)
     c, s = _load_steps(code_ptrs, scale_ptrs, 1, FIRST, GROUP, STEPS)
     if not GATHER_X:
         wait_for_previous(PDL)
@@ -766,8 +769,8 @@ def _tile(
         )
         first_step, last_step = _part(0, STEPS, K, UNROLL * GROUP, 1)
         acc = _accumulate_blocks(
-            columns, code_ptrs, scale_ptrs, c, s, 0, first_step, last_step, STEPS, K, SPLIT, BITS,
-            DTYPE, BM, BT, UNROLL, 1, AHEAD
+            columns, code_ptrs, scale_ptrs, c, s, 0, first_step, last_step, STEPS, K, SPLIT, QUADS, BITS,
+            DTYPE, BM, BT, UNROLL, WAIT, 1, AHEAD
         )
     elif TAIL > 0:
         tail_source, tail_rows, tail_target, tail_ok, tail_pair = _places(

@@ -15,6 +15,7 @@ from ....spec import MoEParams
 from . import layout as layouts
 from .combine import combine
 from .fp8 import quantize_rows
+from .instruction import MMA_SYNC, expected
 from .launch import Launch, Step, launch
 from .matmul import scan_matmul, sorted_matmul
 from .routing import sort_pairs
@@ -63,8 +64,19 @@ _NO_ACTIVATION = {
 }
 
 
-def _step(kernel: Any, tiles: Tiles, **constants: Any) -> Step:
-    return Step(kernel, {**constants, **dict(tiles.sizes)}, tiles.warps, tiles.stages, tiles.registers)
+def _step(kernel: Any, tiles: Tiles, arch: str, **constants: Any) -> Step:
+    """A kernel's step on ``arch``, as select.py names it."""
+    sizes = dict(tiles.sizes)
+    product = pipeline = None
+    # Configurations say with QUADS that a kernel is for mma.sync; which order of K that takes is the compiler's.
+    if sizes.get("QUADS") and arch.startswith("sm"):
+        product = expected(sizes["BM"], sizes["BT"])
+        # The only architecture where wgmma would be chosen.
+        pipeline = MMA_SYNC if arch == "sm90" else None
+    # Configurations count the registers of bf16 tokens and whole steps: halves of tokens and masks take more.
+    whole = not constants.get("SPLIT") and constants["K"] % layouts.STEP == 0
+    registers = tiles.registers if whole else 0
+    return Step(kernel, {**constants, **sizes}, tiles.warps, tiles.stages, registers, product, pipeline)
 
 
 class _Plan:
@@ -72,6 +84,7 @@ class _Plan:
 
     def __init__(
         self,
+        arch: str,
         params: MoEParams,
         top_k: int,
         x_stride: int,
@@ -109,29 +122,29 @@ class _Plan:
         scan = {"PAIRS": pairs_class, "BY_EXPERT": self.by_expert, **dot}
         ragged = {"E_PADDED": _power_of_two(e), **dot}
         if choice.up_regime == "vector":
-            self.up = _step(vector_up, choice.up, **up)
+            self.up = _step(vector_up, choice.up, arch, **up)
             self.up_tiles = up["SLABS"] * (8 // choice.up["ROWS"])
         else:
             self.up_tiles = -(-up["SLABS"] * 16 // choice.up["BM"])
             # Its activation needs whole sums.
             whole = choice.up.with_size("SPLIT_K", 1)
             if choice.up_regime == "scan":
-                self.up = _step(scan_matmul, whole, X_BY_TOKEN=True, **scan, **up)
+                self.up = _step(scan_matmul, whole, arch, X_BY_TOKEN=True, **scan, **up)
             else:
-                self.up = _step(sorted_matmul, whole, GATHER_X=True, SCATTER_OUT=False, **ragged, **up)
+                self.up = _step(sorted_matmul, whole, arch, GATHER_X=True, SCATTER_OUT=False, **ragged, **up)
         if choice.down_regime == "vector":
             del down["X_STRIDE"]
             for name in _NO_ACTIVATION:
                 del down[name]
-            self.down = _step(vector_down, choice.down, TOP_K_PADDED=_power_of_two(top_k), **down)
+            self.down = _step(vector_down, choice.down, arch, TOP_K_PADDED=_power_of_two(top_k), **down)
             self.down_tiles = down["SLABS"] * (8 // choice.down["ROWS"])
         else:
             self.down_tiles = -(-down["SLABS"] * 16 // choice.down["BM"])
             self.split_k = choice.down["SPLIT_K"]
             if choice.down_regime == "scan":
-                self.down = _step(scan_matmul, choice.down, X_BY_TOKEN=False, **scan, **down)
+                self.down = _step(scan_matmul, choice.down, arch, X_BY_TOKEN=False, **scan, **down)
             else:
-                self.down = _step(sorted_matmul, choice.down, GATHER_X=False, SCATTER_OUT=True, **ragged, **down)
+                self.down = _step(sorted_matmul, choice.down, arch, GATHER_X=False, SCATTER_OUT=True, **ragged, **down)
             self.combine_block = min(_power_of_two(h), 1024)
             self.combine_tiles = -(-h // self.combine_block)
             constants = {"E": e, "TOP_K": top_k, "SPLIT_K": self.split_k, "N": h, "BLOCK": self.combine_block}
@@ -158,6 +171,7 @@ def _quantize(step: Step, x: Tensor, rows: int) -> Launch:
 
 @lru_cache(maxsize=4096)
 def _plan(
+    arch: str,
     params: MoEParams,
     top_k: int,
     x_stride: int,
@@ -169,7 +183,7 @@ def _plan(
 ) -> _Plan:
     # dtypes is part of the key because a Step's compiled kernel is for one set of them.
     split = dtypes[0] != torch.bfloat16 or params.round_dtype != torch.bfloat16
-    return _Plan(params, top_k, x_stride, split, bits, choice, pairs_class, by_expert)
+    return _Plan(arch, params, top_k, x_stride, split, bits, choice, pairs_class, by_expert)
 
 
 def moe(
@@ -247,9 +261,10 @@ def _chunk(
 ) -> None:
     tokens, top_k = ids.shape
     pairs = tokens * top_k
+    arch = architecture(x.device)
     if choice is None:
         choice = choose(
-            architecture(x.device), params.num_experts, top_k, params.hidden, params.intermediate, tokens,
+            arch, params.num_experts, top_k, params.hidden, params.intermediate, tokens,
             x.dtype == params.round_dtype == torch.bfloat16, x.device,
             x.dtype if x.dtype == params.round_dtype else None, layout == "sm89_fp8",
         )  # fmt: skip
@@ -261,7 +276,7 @@ def _chunk(
         None if down_bias is None else down_bias.dtype,
     )
     plan = _plan(
-        params, top_k, x.stride(0), dtypes, layouts.BIT_ORDERS[layout], choice, pairs_class(choice, pairs),
+        arch, params, top_k, x.stride(0), dtypes, layouts.BIT_ORDERS[layout], choice, pairs_class(choice, pairs),
         pairs >= params.num_experts,
     )  # fmt: skip
     h = torch.empty((pairs, params.intermediate), dtype=params.round_dtype, device=x.device)
@@ -322,11 +337,12 @@ def pairs_class(choice: Choice, pairs: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _linear_step(e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, bits: int, tiles: Tiles) -> Step:
+def _linear_step(arch: str, e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, bits: int, tiles: Tiles) -> Step:
     return _step(
         sorted_matmul,
         # What comes before it is not known.
         tiles.with_size("PDL", 0).with_size("SPLIT_K", 1),
+        arch,
         E=e,
         E_PADDED=_power_of_two(e),
         TOP_K=1,
@@ -357,8 +373,9 @@ def grouped_linear(
         x = x.contiguous()
     codes, scales = weight[:2]
     e = codes.shape[0]
-    tiles = choose_linear(architecture(x.device), e, rows, x.dtype == torch.bfloat16)
-    step = _linear_step(e, n, k, x.stride(0), x.dtype, layouts.BIT_ORDERS[layout], tiles)
+    arch = architecture(x.device)
+    tiles = choose_linear(arch, e, rows, x.dtype == torch.bfloat16)
+    step = _linear_step(arch, e, n, k, x.stride(0), x.dtype, layouts.BIT_ORDERS[layout], tiles)
     grid = (-(-layouts.slabs(n, False) * 16 // tiles["BM"]) * (rows // tiles["BT"] + e), 1, 1)
     with torch.cuda.device(x.device) if x.is_cuda else _NOTHING:
         step(grid, x, codes, scales, None, offsets.contiguous(), None, None, out, None, None)

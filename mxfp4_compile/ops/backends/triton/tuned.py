@@ -112,7 +112,9 @@ def _whole(value: Any) -> int:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The name under which configs/ files this device's tuned data."""
+    """The name under which configs/ files this device's tuned data; meta tensors stand for those of the current GPU."""
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
