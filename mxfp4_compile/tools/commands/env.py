@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 def text(found: Environment) -> str:
     machine = found.hardware
     lines = ["Versions"]
-    lines += [f"  {name:<14} {version or 'none'}" for name, version in found.versions.items()]
+    lines += [f"  {name:<14} {version or 'none'}{_note(name, version)}" for name, version in found.versions.items()]
     lines += ["", "Devices", f"  cpu     {machine.cpu}, {machine.cores} cores, {machine.torch_threads} torch threads"]
     lines += [
         f"  cuda:{i}  {gpu.name}, capability {gpu.capability}, {gpu.memory / 2**30:.0f} GiB"
@@ -48,6 +48,16 @@ def text(found: Environment) -> str:
         state = f"missing {', '.join(missing)}: {part.install}" if missing else "installed"
         lines.append(f"  {part.extra:<8} {part.purpose}: {state}")
     return "\n".join(lines)
+
+
+def _note(package: str, version: str | None) -> str:
+    """What else is to be said of a version: which Triton the figures are from."""
+    if package != "triton" or not version:
+        return ""
+    from ...ops.backends.triton.instruction import TIMED
+
+    timed = version.split("+")[0] in TIMED
+    return "" if timed else f"  (figures are from {', '.join(TIMED)}; this one was not timed)"
 
 
 def _backend_line(status: BackendStatus) -> str:

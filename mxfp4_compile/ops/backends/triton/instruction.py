@@ -18,6 +18,9 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+# Releases of Triton whose kernels were timed side by side on one GPU (benchmarks/tritons.py): figures hold for them.
+TIMED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
+
 # Passes for this architecture know mma.sync and asynchronous copies, not wgmma.
 MMA_SYNC = "sm80"
 
