@@ -1,7 +1,7 @@
 """The loops of the kernels for few tokens, compiled for sm_90 with the installed Triton: what they hold, and how much.
 
 Decoded weights stay in the registers they were decoded in, the products are mma.sync, and no loop has grown by a tenth
-against triton_loops.json, which holds the counts of every release that was measured on a GPU; another release is
+against triton_loops.json, which holds the counts of releases that were timed on a GPU; another is
 compared with the nearest before it. ``python tests/ops/test_triton_loops.py`` adds those of the installed one.
 """
 
