@@ -174,8 +174,8 @@ def test_the_order_of_k_follows_the_compiler():
     assert chosen(DOT.format(4) + "\n" + DOT.format(2)) is None
     assert chosen("tt.store") is None
     step = step_on("sm90")
-    assert (step.constants["QUADS"], step.constants["WAIT"]) == (expected(64, 8).quads, 0)
-    other = {True: 2, False: 4}[expected(64, 8).quads]
+    assert (step.constants["QUADS"], step.constants["WAIT"]) == (expected(64, 8, 0).quads, 0)
+    other = {True: 2, False: 4}[expected(64, 8, 0).quads]
     assert not step.settle(DOT.format(6 - other))
     assert step.settle(DOT.format(other))
     assert step.constants["QUADS"] == int(other == 4)

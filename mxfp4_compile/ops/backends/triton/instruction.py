@@ -44,10 +44,13 @@ def triton_release() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def expected(rows: int, columns: int) -> Product:
-    """What mma.sync is expected to be given for tiles of ``rows`` weights and ``columns`` tokens."""
+def expected(rows: int, columns: int, ahead: int) -> Product:
+    """What mma.sync is expected to be given for tiles of ``rows`` weights and ``columns`` tokens.
+
+    With ``ahead`` weights and scales are loaded to registers some steps before their use.
+    """
     # Seen in 3.6.0, 3.7.1, 3.8.0 and 3.9.0. Tiles of fewer than eight tokens are decoded without their scales.
-    return Product(triton_release() < (3, 8) or (rows <= 64 and columns >= 8), False)
+    return Product(triton_release() < (3, 8) or (columns >= 8 and (rows <= 64 or ahead > 0)), False)
 
 
 def chosen(ttgir: str) -> Product | None:

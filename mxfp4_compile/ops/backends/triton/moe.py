@@ -70,7 +70,7 @@ def _step(kernel: Any, tiles: Tiles, arch: str, **constants: Any) -> Step:
     product = pipeline = None
     # Configurations say with QUADS that a kernel is for mma.sync; which order of K that takes is the compiler's.
     if sizes.get("QUADS") and arch.startswith("sm"):
-        product = expected(sizes["BM"], sizes["BT"])
+        product = expected(sizes["BM"], sizes["BT"], sizes["AHEAD"])
         # The only architecture where wgmma would be chosen.
         pipeline = MMA_SYNC if arch == "sm90" else None
     # Configurations count the registers of bf16 tokens and whole steps: halves of tokens and masks take more.
