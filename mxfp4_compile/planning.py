@@ -379,7 +379,7 @@ def _traced_match(
         found = match(variant)
         if isinstance(found, FusedMatch):
             return traced, variant, found
-        refusals += [found.reason] if isinstance(found, NoMatch) else []
+        refusals.append(found.reason if isinstance(found, NoMatch) else found.spec.reason)
     if split is not None:
         return traced, captured, split
     if not dense:

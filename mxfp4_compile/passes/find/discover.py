@@ -282,8 +282,9 @@ def _met(model: nn.Module, met: WeightWatch, candidates: list[Candidate]) -> Ite
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(name)
     known = [c.module for c in candidates]
-    for module, calls in met.found():
-        if any(module is part for m in known for part in m.modules()):
+    told = {id(p) for m in known for p in m.parameters()}
+    for module, calls, weights in met.found():
+        if any(module is part for m in known for part in m.modules()) or weights <= told:
             continue
         refusal = ""
         inside = [m for m in module.modules() if any(m is k for k in known)]

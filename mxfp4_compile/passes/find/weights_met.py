@@ -185,10 +185,11 @@ class WeightWatch:
     def sequential(self, listed_module: nn.Module) -> bool:
         """Whether a list's parts work on each other's results, as layers do and experts do not."""
         number = self.of_list.get(id(listed_module))
-        if number is None or not self.families[number].all:
+        if number is None:
             return False
         family = self.families[number]
-        return all(len(family.parallel.get(c, ())) < 2 for c, members in family.all.items() if len(members) >= 2)
+        several = [call for call, members in family.all.items() if len(members) >= 2]
+        return bool(several) and all(len(family.parallel.get(call, ())) < 2 for call in several)
 
     # 2. the second forward
 
@@ -212,11 +213,12 @@ class WeightWatch:
         """Whether a module was tried, and no part of its weights has rows of its own."""
         return any(s.module is module and s.tried and not s.found for s in self.sites)
 
-    def found(self) -> Iterator[tuple[nn.Module, list[Call]]]:
-        """The modules whose parts turned out to be experts, and how each was called."""
+    def found(self) -> Iterator[tuple[nn.Module, list[Call], set[int]]]:
+        """The modules whose parts turned out to be experts, how each was called, and the ids of the parameters."""
         for site in self.sites:
             if site.found and not site.known:
-                yield site.module, self.calls.get(id(site.module), [])
+                weights = {id(p) for family in site.families for member in family.members for p in member}
+                yield site.module, self.calls.get(id(site.module), []), weights
 
 
 def _below(module: nn.Module, key: str) -> list[nn.Parameter]:
