@@ -385,7 +385,9 @@ def _traced_match(
     if not dense:
         return traced, captured, NoMatch(reason)
     lacks = "no routing matrix with zeros for the experts that a token is not routed to was found"
-    every = f"every expert is multiplied with every token; {(refusals or [lacks])[0]}"
+    every = "every expert is multiplied with every token"
+    why = (refusals or [lacks])[0]
+    every = why if why.startswith(every) else f"{every}; {why}"
     chosen = routed(captured.graph)
     return traced, captured, NoMatch(every if chosen else f"dense: {every}", not chosen)
 

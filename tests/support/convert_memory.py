@@ -17,7 +17,7 @@ from memory import anonymous
 from torch import Tensor
 
 from mxfp4_compile.checkpoint.convert import convert
-from mxfp4_compile.checkpoint.files import Entry, Unit, shards_of, write_index, write_shard
+from mxfp4_compile.checkpoint.files import INDEX, Entry, Unit, index_of, shards_of, write_shard
 
 EXPERTS, HIDDEN, INTERMEDIATE = 64, 2048, 768
 
@@ -69,7 +69,9 @@ def make(directory: Path, gibibytes: int) -> int:
     shards = shards_of(units, 2 << 30)
     for file, group in shards.items():
         write_shard(directory / file, group)
-    write_index(directory, shards)
+    index = index_of(shards)
+    if index is not None:
+        (directory / INDEX).write_text(index)
     return sum(u.bytes for u in units)
 
 
