@@ -178,11 +178,24 @@ def damage(data: dict[str, Any], how: str) -> str:
         first["shape"] = [1, 2, 3]
     elif how == "entries":
         data["entries"] = {"a": 1}
+    elif how == "huge number":
+        first["us"] = 10**400
+    elif how == "no number":
+        first["us"] = float("nan")
+    elif how == "nested":
+        return "[" * 100_000
+    elif how == "large":
+        return json.dumps(data) + " " * (1 << 23)
+    elif how == "three rows":
+        first["up"]["ROWS"] = 3
+    elif how == "no warps":
+        first["up"]["warps"] = 0
     return json.dumps(data)
 
 
 DAMAGE = ["truncated", "other json", "empty", "format", "gpu", "architecture", "triton", "kernels", "no tiles",
-          "more tiles", "kernel", "mixed", "text", "negative", "range", "shape", "entries"]  # fmt: skip
+          "more tiles", "kernel", "mixed", "text", "negative", "range", "shape", "entries", "huge number", "no number",
+          "nested", "large", "three rows", "no warps"]  # fmt: skip
 
 
 @pytest.mark.parametrize("how", DAMAGE)

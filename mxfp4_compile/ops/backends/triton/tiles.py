@@ -79,5 +79,12 @@ def check_entry(entry: Any) -> None:
     if not wanted <= entry.keys() <= wanted | {"registers"}:
         raise ValueError(f"an entry of kernel {entry['kernel']} has {sorted(entry)}, needs {sorted(wanted)}")
     for key, value in entry.items():
-        if key != "kernel" and (type(value) is not int or not 0 <= value <= 4096):
+        if key != "kernel" and (type(value) is not int or not _fits(key, value)):
             raise ValueError(f"{key} is {value!r}")
+
+
+def _fits(key: str, value: int) -> bool:
+    """Whether a kernel can be built with this size or option: blocks and warps are powers of two."""
+    if key in ("BM", "BT", "ROWS", "BLOCK", "UNROLL", "SPLIT_K", "GROUP", "warps"):
+        return value > 0 and value.bit_count() == 1 and value <= (32 if key == "warps" else 1024)
+    return {"stages": 1, "registers": 0}.get(key, 0) <= value <= {"stages": 8, "registers": 255}.get(key, 128)

@@ -26,6 +26,7 @@ from .tiles import Choice, check_entry, choice_of, entry_of
 ENVIRONMENT_VARIABLE = "MXFP4_COMPILE_TUNED"
 _FORMAT = 1
 _OFF = ("0", "off")
+_LARGEST = 1 << 22  # characters of a file; a layer that was tuned takes some thousand
 # The modules that decide what a tile size means and how quick it is.
 _KERNELS = ("activation", "combine", "decode", "dependent", "fp8", "launch", "layout", "matmul", "routing", "vector")
 
@@ -99,8 +100,8 @@ class Entry:
             high,
             choice_of(data["up"], data["down"]),
             _whole(data["tokens"]),
-            float(data["us"]),
-            float(data["shipped_us"]),
+            _time(data["us"]),
+            _time(data["shipped_us"]),
         )
 
 
@@ -108,6 +109,12 @@ def _whole(value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"{value!r} is not a whole number above 0")
     return value
+
+
+def _time(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 < float(value) < float("inf"):
+        raise ValueError(f"{value!r} is no time in microseconds")
+    return float(value)
 
 
 @cache
@@ -162,20 +169,23 @@ def path_for(host: Host) -> Path | None:
 def read(path: Path, host: Host) -> tuple[Entry, ...]:
     """The entries of a file; none if there is no file. TunedDataError if it is not tuned data for ``host``."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LARGEST + 1)
     except FileNotFoundError:
         return ()
     except (OSError, UnicodeDecodeError) as error:
         raise TunedDataError(f"it cannot be read ({error})") from error
     try:
+        if len(text) > _LARGEST:
+            raise ValueError(f"more than {_LARGEST} characters")
         data = json.loads(text)
         if data["format"] != _FORMAT:
             raise ValueError(f"format {data['format']!r}, not {_FORMAT}")
         entries = tuple(Entry.from_dict(e) for e in data["entries"])
         here = {"gpu": host.gpu, "architecture": host.architecture, "triton": host.triton, "kernels": kernels_digest()}
         found = {key: data[key] for key in here}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TunedDataError(f"it holds no tuned data ({type(error).__name__}: {error})") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise TunedDataError(f"it holds no tuned data ({type(error).__name__}: {str(error)[:200]})") from error
     for key, value in here.items():
         if found[key] != value:
             what = "version of the kernels" if key == "kernels" else f"{key} ({found[key]!r}; here {value!r})"
