@@ -43,9 +43,7 @@ def kernels(run: Run) -> list[tuple[str, float]]:
     ]
     events.sort()
     count = len(events) // RUNS
-    return [
-        (events[i][1], statistics.median(events[i + r * count][2] for r in range(RUNS))) for i in range(count)
-    ]
+    return [(events[i][1], statistics.median(events[i + r * count][2] for r in range(RUNS))) for i in range(count)]
 
 
 def main() -> None:

@@ -148,9 +148,7 @@ def profile(model: Any, batch: int) -> list[dict[str, Any]]:
     with record(activities=[ProfilerActivity.CUDA]) as events:
         step.replay()
         synchronize()
-    rows = [
-        {"kernel": e.key[:160], "count": e.count, "us": e.self_device_time_total} for e in events.key_averages()
-    ]
+    rows = [{"kernel": e.key[:160], "count": e.count, "us": e.self_device_time_total} for e in events.key_averages()]
     return sorted(rows, key=lambda r: -r["us"])
 
 
@@ -261,9 +259,7 @@ def main() -> None:
             if args.record_prompts:
                 os.environ[RECORD_PROMPTS] = "1"
             # The scale rule does not matter to speed; floor is the quickest to compute.
-            result["optimize_seconds"] = timed(
-                lambda: mxfp4_compile.optimize(model, verify=False, scale_rule="floor")
-            )
+            result["optimize_seconds"] = timed(lambda: mxfp4_compile.optimize(model, verify=False, scale_rule="floor"))
             print(f"optimize (verify=False, floor): {result['optimize_seconds']:.1f} s", flush=True)
         run_mode(model, mode, args, result["modes"].setdefault(mode, {}), save)
     print("\n".join(result.get("report", [])), flush=True)

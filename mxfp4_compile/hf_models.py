@@ -40,9 +40,7 @@ def load_plain(path: str | os.PathLike[str], *, trust_remote_code: bool = False)
     Whether code that comes with it runs is said by ``trust_remote_code``; nobody is asked.
     """
     cls = class_of(read_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
-    loaded = cls.from_pretrained(
-        str(path), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    loaded = cls.from_pretrained(str(path), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code)
     return cast(nn.Module, loaded.eval())
 
 

@@ -161,7 +161,7 @@ def test_load_state_dict_names_what_is_wrong() -> None:
     with pytest.raises(RuntimeError, match=r"down_proj_scales: expected torch\.uint8"):
         model.load_state_dict(broken)
     missing = {k: v for k, v in state.items() if k != key}
-    with pytest.raises(RuntimeError, match=r'Missing key.*layers\.1\.mlp\.experts\.down_proj_scales'):
+    with pytest.raises(RuntimeError, match=r"Missing key.*layers\.1\.mlp\.experts\.down_proj_scales"):
         model.load_state_dict(missing)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
         model.load_state_dict({**state, "model.layers.1.mlp.experts.extra": torch.zeros(1)})

@@ -129,9 +129,7 @@ def save(model: Qwen3MoeForCausalLM, out: Path) -> None:
             os.replace(file, out / file.name)
 
 
-def train(
-    model: Qwen3MoeForCausalLM, data: torch.Tensor, heldout: torch.Tensor, args: argparse.Namespace
-) -> None:
+def train(model: Qwen3MoeForCausalLM, data: torch.Tensor, heldout: torch.Tensor, args: argparse.Namespace) -> None:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -167,9 +165,7 @@ def train(
     report(model, heldout, args.out, step, seen, time.monotonic() - start)
 
 
-def report(
-    model: Qwen3MoeForCausalLM, heldout: torch.Tensor, out: Path, step: int, seen: int, elapsed: float
-) -> None:
+def report(model: Qwen3MoeForCausalLM, heldout: torch.Tensor, out: Path, step: int, seen: int, elapsed: float) -> None:
     save(model, out)
     loss, low, high = evaluate(model, heldout)
     print(

@@ -220,9 +220,7 @@ def _form(
 ) -> tuple[str, str, float] | None:
     """(before, after, eps) that the nodes from ``logits`` to ``weights`` compute, or None."""
     region = ancestors([scores], stop=[logits]) | ancestors([weights], stop=[values])
-    numbers = {
-        float(a) for n in region for a in (*n.args, *n.kwargs.values()) if isinstance(a, float) and 0 < a < 1e-3
-    }
+    numbers = {float(a) for n in region for a in (*n.args, *n.kwargs.values()) if isinstance(a, float) and 0 < a < 1e-3}
     dtype = weights.meta["val"].dtype
     probes = list(_probes(experts, logits.meta["val"].dtype))
     try:

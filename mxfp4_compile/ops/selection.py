@@ -47,12 +47,8 @@ ORDER: dict[str, Order] = {
         "the first on an H200 (benchmarks/results); humming ahead of triton_kernels by 8% in the geometric mean of "
         "15 points on an H100; the rest by repute",
     ),
-    "sm_100": Order(
-        ("flashinfer_trtllm", "triton_kernels", "triton", "marlin", "humming", "reference"), False, _VLLM
-    ),
-    "sm_103": Order(
-        ("flashinfer_trtllm", "triton_kernels", "triton", "marlin", "humming", "reference"), False, _VLLM
-    ),
+    "sm_100": Order(("flashinfer_trtllm", "triton_kernels", "triton", "marlin", "humming", "reference"), False, _VLLM),
+    "sm_103": Order(("flashinfer_trtllm", "triton_kernels", "triton", "marlin", "humming", "reference"), False, _VLLM),
     "sm_120": Order(("marlin", "humming", "triton_kernels", "triton", "reference"), False, _VLLM),
     "gfx942": Order(("aiter", "triton_kernels", "triton", "reference"), False, _VLLM),
     "gfx950": Order(("aiter", "triton_kernels", "triton", "reference"), False, _VLLM),

@@ -52,9 +52,7 @@ def partial(
     where = rows * SPLITS + split
     tl.store(stats_out + where * 2, top, heads < GROUP)
     tl.store(stats_out + where * 2 + 1, total, heads < GROUP)
-    tl.store(
-        acc_out + where[:, None] * DV + dv[None, :], acc, (heads[:, None] < GROUP) & (dv[None, :] < DV)
-    )
+    tl.store(acc_out + where[:, None] * DV + dv[None, :], acc, (heads[:, None] < GROUP) & (dv[None, :] < DV))
 
 
 @triton.jit

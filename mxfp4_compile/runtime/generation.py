@@ -827,9 +827,7 @@ def _generates(model: Any) -> bool:
     return isinstance(model, GenerationMixin) and HOOK not in model.__dict__ and model.can_generate()
 
 
-def capture(
-    model: Any, sizes: Any = None, max_length: int = MIN_LENGTH, progress: bool | None = None
-) -> RuntimeReport:
+def capture(model: Any, sizes: Any = None, max_length: int = MIN_LENGTH, progress: bool | None = None) -> RuntimeReport:
     """Record the decode steps of an optimized model, and compile for its prompts, now instead of when first needed.
 
     Prompts with padding are compiled for when the first one comes. sizes: batch sizes, by default all up to

@@ -122,9 +122,7 @@ class Layer:
                 out.index_add_(0, token, y * weights[token, slot].float().unsqueeze(1))
         return out
 
-    def prepared(
-        self, name: str, activation_dtype: ActivationDtype = "bf16"
-    ) -> tuple[dict[Role, list[Tensor]], str]:
+    def prepared(self, name: str, activation_dtype: ActivationDtype = "bf16") -> tuple[dict[Role, list[Tensor]], str]:
         """The weights as backend ``name`` reads them, prepared a few experts at a time, and their layout."""
         backend = get_backend(name)
         layout = backend.plan(Request(self.params, activation_dtype=activation_dtype), Target.of(self.device))

@@ -104,9 +104,7 @@ class Explanation:
 
 
 @exclusive
-def explain_model(
-    model: nn.Module, name: str = "", example_inputs: Any = None, measure: bool = False
-) -> Explanation:
+def explain_model(model: nn.Module, name: str = "", example_inputs: Any = None, measure: bool = False) -> Explanation:
     """What ``optimize(model)`` would do, found by the same steps, without changing anything.
 
     ``measure``: also quantize and verify one module of each structure, and drop it again.

@@ -232,5 +232,3 @@ def test_options_and_names() -> None:
         _out(_compiled(model, nonsense=1), tiny_inputs(model))
     with pytest.raises(Exception, match="its own inner backend"):
         _out(_compiled(model, inner="mxfp4_compile"), tiny_inputs(model))
-
-

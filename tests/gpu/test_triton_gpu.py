@@ -53,22 +53,16 @@ def backend():
 
 
 def random_weight(e, n, k, generator):
-    packed = torch.randint(
-        0, 256, (e, n, (k + 1) // 2), generator=generator, device="cuda", dtype=torch.uint8
-    )
+    packed = torch.randint(0, 256, (e, n, (k + 1) // 2), generator=generator, device="cuda", dtype=torch.uint8)
     exponent = 126 - int(math.log2(max(k, 2)) / 2)
     shape = (e, n, -(-k // 32))
-    scales = torch.randint(
-        exponent - 2, exponent + 1, shape, generator=generator, device="cuda", dtype=torch.uint8
-    )
+    scales = torch.randint(exponent - 2, exponent + 1, shape, generator=generator, device="cuda", dtype=torch.uint8)
     return packed, scales
 
 
 def poison():
     """Leave NaN in the memory that the next allocations get."""
-    blocks = [
-        torch.full((n,), math.nan, device="cuda") for n in (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 26)
-    ]
+    blocks = [torch.full((n,), math.nan, device="cuda") for n in (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 26)]
     del blocks
 
 
@@ -105,9 +99,7 @@ class Layer:
     def inputs(self, tokens, skew=0.0, *, id_dtype=torch.int64, weight_dtype=torch.float32, sentinels=False):
         e = self.params.num_experts
         x = torch.randn((tokens, self.params.hidden), generator=self.g, device="cuda").to(self.dtype)
-        noise = -torch.log(
-            -torch.log(torch.rand((tokens, e), generator=self.g, device="cuda").clamp(1e-6, 1 - 1e-6))
-        )
+        noise = -torch.log(-torch.log(torch.rand((tokens, e), generator=self.g, device="cuda").clamp(1e-6, 1 - 1e-6)))
         popularity = -skew * torch.arange(e, device="cuda").float().add(1).log()
         ids = (noise + popularity).topk(self.top_k, -1).indices
         weights = torch.rand((tokens, self.top_k), generator=self.g, device="cuda") + 0.05
@@ -316,9 +308,7 @@ def test_grouped_linear(n, k, dtype):
     x = torch.randn((rows, k), generator=g, device="cuda").to(dtype)
     ends = [0, 17, 17, 200, 201, 290]
     poison()
-    got = backend().grouped_linear(
-        x, torch.tensor(ends, dtype=torch.int32, device="cuda"), weight, n, dtype, layout
-    )
+    got = backend().grouped_linear(x, torch.tensor(ends, dtype=torch.int32, device="cuda"), weight, n, dtype, layout)
     want = torch.zeros((rows, n), device="cuda")
     for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         want[start:end] = x[start:end].float() @ dequantize(packed[i], scales[i], k, torch.float32).T

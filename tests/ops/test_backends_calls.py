@@ -33,9 +33,7 @@ SILU = Activation("silu")
 def signature(wheel: str, name: str) -> inspect.Signature:
     return inspect.Signature(
         [
-            inspect.Parameter(
-                p, getattr(inspect.Parameter, kind), default=None if default else inspect.Parameter.empty
-            )
+            inspect.Parameter(p, getattr(inspect.Parameter, kind), default=None if default else inspect.Parameter.empty)
             for p, kind, default in sorted(
                 SIGNATURES[wheel][name], key=lambda x: (getattr(inspect.Parameter, x[1]), x[2])
             )

@@ -73,10 +73,10 @@ def compiled(target: str, shape: str, tokens: int, part: str, fp8: bool = False)
         pointers = POINTERS | {"out": "*fp8e4nv", "scales": "*fp32"}
     signature = {}
     for name in step.kernel.arg_names:
-        absent = (name == "bias" and not biased) or (name in ("x_scales", "bases") and not choice.fp8) or (
-            name == "weights"
-            and part != "combine"
-            and not (part == "down" and choice.down_regime == "vector")
+        absent = (
+            (name == "bias" and not biased)
+            or (name in ("x_scales", "bases") and not choice.fp8)
+            or (name == "weights" and part != "combine" and not (part == "down" and choice.down_regime == "vector"))
         )
         if absent:
             absences[name] = None
@@ -108,9 +108,7 @@ def spilled(kernel, target: str, tmp_path: Path) -> int:
         pytest.skip("this Triton carries no cuobjdump")
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    out = subprocess.run(
-        [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
+    out = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     return max(map(int, re.findall(r"STACK:(\d+)", out)))
 
 
@@ -175,9 +173,7 @@ def test_fp8_kernels(target, shape, tokens, tmp_path):
                 parts += ["quantize_x", "quantize_h"]
 
 
-@pytest.mark.parametrize(
-    "target", ["sm90", *(pytest.param(t, marks=pytest.mark.slow) for t in TARGETS if t != "sm90")]
-)
+@pytest.mark.parametrize("target", ["sm90", *(pytest.param(t, marks=pytest.mark.slow) for t in TARGETS if t != "sm90")])
 def test_routing_and_combination(target, tmp_path):
     for part in ("route", "combine"):
         kernel, _ = compiled(target, "qwen3", 512, part)
@@ -234,8 +230,6 @@ def test_kernels_that_start_early_wait():
 def test_twiddle_is_a_permutation_of_bits(layout):
     from mxfp4_compile.ops.backends.triton.layout import twiddle, untwiddle
 
-    words = torch.cat(
-        [1 << torch.arange(31, dtype=torch.int32), torch.randint(-(2**31), 2**31 - 1, (1000,)).int()]
-    )
+    words = torch.cat([1 << torch.arange(31, dtype=torch.int32), torch.randint(-(2**31), 2**31 - 1, (1000,)).int()])
     assert torch.equal(untwiddle(twiddle(words, layout), layout), words)
     assert [bin(int(w)).count("1") for w in twiddle(words[:31], layout)] == [1] * 31

@@ -44,9 +44,7 @@ def random_weight(e: int, n: int, k: int, generator: torch.Generator) -> tuple[t
     codes = torch.nn.functional.pad(codes, (0, k % 2))
     packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
     exponent = 126 - int(math.log2(max(k, 2)) / 2)
-    scales = torch.randint(
-        exponent - 2, exponent + 1, (e, n, -(-k // 32)), generator=generator, dtype=torch.uint8
-    )
+    scales = torch.randint(exponent - 2, exponent + 1, (e, n, -(-k // 32)), generator=generator, dtype=torch.uint8)
     return packed, scales
 
 
@@ -143,8 +141,15 @@ def case(**overrides):
             "vector": {"ROWS": 8, "BLOCK": 2, "PDL": 0},
             "scan": {**product, "BT": 16, "QUADS": o["half"], "UNROLL": 2 - o["half"], **rest},
             "sorted": {
-                **product, "BT": 32, "QUADS": 0, "UNROLL": 1 + o["half"], "GROUP": 2, "TAIL": 16, "MERGE": 0,
-                "FINE": 0, **rest,
+                **product,
+                "BT": 32,
+                "QUADS": 0,
+                "UNROLL": 1 + o["half"],
+                "GROUP": 2,
+                "TAIL": 16,
+                "MERGE": 0,
+                "FINE": 0,
+                **rest,
             },
         }[o["regime"]]
         tiles = tuple({**dict(tiles), **o["tiles"]}.items())
@@ -165,9 +170,7 @@ def linear_case(rows, e, n, k, ends):
     w = random_weight(e, n, k, g)
     x = torch.randn((rows, k), generator=g)
     prepared = BACKEND.prepare(*w, k=k, role=None, params=None, layout="nibbles")
-    got = BACKEND.grouped_linear(
-        x, torch.tensor(ends, dtype=torch.int32), prepared, n, torch.float32, "nibbles"
-    )
+    got = BACKEND.grouped_linear(x, torch.tensor(ends, dtype=torch.int32), prepared, n, torch.float32, "nibbles")
     want = torch.zeros(rows, n)
     start = 0
     for expert, end in enumerate(ends):

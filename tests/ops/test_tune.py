@@ -347,8 +347,9 @@ def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPa
     assert "power of 2" in reason
 
 
-@pytest.mark.parametrize(("tokens", "names"), [(1, {"vector_up", "vector_down"}), (64, {
-    "sort_pairs", "sorted_matmul", "combine"})])
+@pytest.mark.parametrize(
+    ("tokens", "names"), [(1, {"vector_up", "vector_down"}), (64, {"sort_pairs", "sorted_matmul", "combine"})]
+)
 def test_kernels_of_a_first_call_are_compiled_side_by_side(
     tokens: int, names: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
@@ -412,7 +413,6 @@ def test_what_does_not_compile_fails_when_it_is_launched(monkeypatch: pytest.Mon
     compile_together(99, [(step, (1, 1, 1), args) for step in steps])
     with pytest.raises(Exception, match="power of 2"):
         steps[0].compile_ahead(99, *args)
-
 
 
 # the command

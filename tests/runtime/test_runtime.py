@@ -414,9 +414,7 @@ def test_families(family: str) -> None:
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     for options in ({}, {"num_beams": 2}, {"do_sample": True}):
-        expected, got, recorder = both(
-            model, {"input_ids": ids, "attention_mask": mask}, eos_token_id=None, **options
-        )
+        expected, got, recorder = both(model, {"input_ids": ids, "attention_mask": mask}, eos_token_id=None, **options)
         assert torch.equal(got, expected)
         assert recorder.recorded == 1, str(model.mxfp4_report)
         assert recorder.replayed > 30, str(model.mxfp4_report)
@@ -627,9 +625,7 @@ def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("largest", [512, 8], ids=["recorded", "compiled"])
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "deepseek_v3"])
-def test_prompts_of_all_lengths_share_a_compilation(
-    family: str, largest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_of_all_lengths_share_a_compilation(family: str, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = counting_backend(monkeypatch)
     model = windowed() if family == "gpt_oss" else mxfp4_compile.optimize(tiny_model(family, layers=3), verify=False)
     runtime_of(model).max_capture_size = largest

@@ -136,9 +136,7 @@ def _parameters(tree: ast.Module, name: str) -> list[list[Any]]:
     args = node.args
     positional = [*args.posonlyargs, *args.args]
     first_default = len(positional) - len(args.defaults)
-    found: list[list[Any]] = [
-        [a.arg, "POSITIONAL_OR_KEYWORD", i >= first_default] for i, a in enumerate(positional)
-    ]
+    found: list[list[Any]] = [[a.arg, "POSITIONAL_OR_KEYWORD", i >= first_default] for i, a in enumerate(positional)]
     if args.vararg:
         found.append([args.vararg.arg, "VAR_POSITIONAL", False])
     found += [[a.arg, "KEYWORD_ONLY", d is not None] for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True)]

@@ -24,7 +24,7 @@ from mxfp4_compile.tools.explain import explain_model
 from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
 from mxfp4_compile.tools.main import main
 
-DEVELOPERS = {"dev", "docs"}  # extras that nobody needs to use the package
+DEVELOPERS = {"dev", "docs", "lint"}  # extras that nobody needs to use the package
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

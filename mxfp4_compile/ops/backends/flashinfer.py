@@ -58,9 +58,7 @@ def _library(entry: str) -> list[Requirement]:
     ffi = find("tvm_ffi", "apache-tvm-ffi")
     return [
         Requirement("library", met, reason, "" if met else install),
-        Requirement(
-            "tvm_ffi", ffi.folder is not None, str(ffi), "" if ffi.folder else "pip install apache-tvm-ffi"
-        ),
+        Requirement("tvm_ffi", ffi.folder is not None, str(ffi), "" if ffi.folder else "pip install apache-tvm-ffi"),
     ]
 
 

@@ -128,9 +128,7 @@ def verify(
     for start, stop in groups:
         narrow = slice(start, stop)
         try:
-            outcome = _compare_group(
-                site, original, narrow, ids_at, by_expert, top_k, others, generator, dtype, extra
-            )
+            outcome = _compare_group(site, original, narrow, ids_at, by_expert, top_k, others, generator, dtype, extra)
         except _NeedsAllExperts:
             everyone = slice(0, experts)
             outcome = _compare_group(

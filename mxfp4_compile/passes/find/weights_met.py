@@ -347,9 +347,7 @@ class _Try:
             return True
         turned = self._rerun({}, turn=True)
         moved = [None if turned is None else self._changed(turned, part, turn=True, draws=3) for part in parts]
-        return any(
-            m is not None and f is not None and not torch.equal(m, f) for m, f in zip(moved, found, strict=True)
-        )
+        return any(m is not None and f is not None and not torch.equal(m, f) for m, f in zip(moved, found, strict=True))
 
     def _parts(self) -> Iterator[list[Callable[[], dict[str, Tensor]]]]:
         """What gives other values for the weights of each part, in each way that the family may be made of parts."""

@@ -115,15 +115,11 @@ class TritonBackend(Backend):
         """Prepared -> canonical, bit for bit."""
         return layouts.recover(list(tensors), n, k, role, params, _known(layout))
 
-    def prepare_bias(
-        self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str
-    ) -> Tensor:
+    def prepare_bias(self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
         """[e, N] -> [e, SLABS*16] in the prepared order, same dtype."""
         return layouts.prepare_bias(bias, role, params)
 
-    def recover_bias(
-        self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str
-    ) -> Tensor:
+    def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
         """Inverse of ``prepare_bias``."""
         return layouts.recover_bias(bias, n, role, params)
 

@@ -131,9 +131,7 @@ def _nibbles(word, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def decode_operand(
-    words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
-):
+def decode_operand(words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """words int32 [SLABS, 128], scales int32 [SLABS, 8, 1 or 4] -> DTYPE [SLABS*16, 64] / SCALE: a K step.
 
     A slab's 128 words are, for each of 32 lanes (row of eight, quarter of a fragment), the four it

@@ -151,12 +151,8 @@ def _accumulate(
                 tail0 = tl.load(tail_ptrs)
                 tail1 = tl.load(tail_ptrs + 64)
                 tail_ptrs += 128
-            acc, tail_acc = _product(
-                acc, tail_acc, c0, s0, base, x0, tail0, TAIL, SPLIT, QUADS, BITS, DTYPE, WAIT
-            )
-            acc, tail_acc = _product(
-                acc, tail_acc, c1, s1, base, x1, tail1, TAIL, SPLIT, QUADS, BITS, DTYPE, WAIT
-            )
+            acc, tail_acc = _product(acc, tail_acc, c0, s0, base, x0, tail0, TAIL, SPLIT, QUADS, BITS, DTYPE, WAIT)
+            acc, tail_acc = _product(acc, tail_acc, c1, s1, base, x1, tail1, TAIL, SPLIT, QUADS, BITS, DTYPE, WAIT)
             code_ptrs += 256
             scale_ptrs += 16
             x_ptrs += 128
@@ -175,9 +171,7 @@ def _accumulate(
                 else:
                     tail = tl.load(tail_ptrs, mask=(step * 64 + k < K)[None, :], other=0.0)
                 tail_ptrs += 64
-            acc, tail_acc = _product(
-                acc, tail_acc, c, s, base, x, tail, TAIL, SPLIT, QUADS, BITS, DTYPE, WAIT
-            )
+            acc, tail_acc = _product(acc, tail_acc, c, s, base, x, tail, TAIL, SPLIT, QUADS, BITS, DTYPE, WAIT)
             code_ptrs += 128
             scale_ptrs += 8
             x_ptrs += 64
@@ -260,17 +254,13 @@ def _accumulate_direct(
                 x = tl.load(x_ptrs + j * 64)
                 next_c += (tl.load(code_ptrs + j * 128, mask=more[:, None], eviction_policy="evict_first"),)
                 next_s += (tl.load(scale_ptrs + j * 8, mask=more),)
-                acc, _ = _product(
-                    acc, acc, c[j], s[j], None, x, x, False, SPLIT, QUADS, BITS, DTYPE, WAIT
-                )
+                acc, _ = _product(acc, acc, c[j], s[j], None, x, x, False, SPLIT, QUADS, BITS, DTYPE, WAIT)
             c = next_c
             s = next_s
             x_ptrs += AHEAD * 64
     for j in tl.static_range(STEPS - WIDE):
         x = tl.load(x_ptrs + j * 64, mask=((WIDE + j) * 64 + k < K)[None, :], other=0.0)
-        acc, _ = _product(
-            acc, acc, c[j], s[j], None, x, x, False, SPLIT, QUADS, BITS, DTYPE, WAIT
-        )
+        acc, _ = _product(acc, acc, c[j], s[j], None, x, x, False, SPLIT, QUADS, BITS, DTYPE, WAIT)
     return acc * SCALE
 
 
@@ -753,9 +743,7 @@ def _tile(
         part = tl.program_id(1)
         out += part * N
     slot = first + tl.arange(0, BT)
-    source, x_rows, target, ok, pair = _places(
-        slot, end, x, order, TOP_K, X_STRIDE, SPLIT_K * N, GATHER_X, SCATTER_OUT
-    )
+    source, x_rows, target, ok, pair = _places(slot, end, x, order, TOP_K, X_STRIDE, SPLIT_K * N, GATHER_X, SCATTER_OUT)
     # Weights are no other kernel's: the first of them may come while h is still written.
     FIRST: tl.constexpr = 0 if AHEAD == 0 or TAIL > 0 else AHEAD if BT >= _COLUMNS else UNROLL * (4 // BT)
     GROUP: tl.constexpr = 4 // BT if BT < _COLUMNS else 1
@@ -769,8 +757,26 @@ def _tile(
         )
         first_step, last_step = _part(0, STEPS, K, UNROLL * GROUP, 1)
         acc = _accumulate_blocks(
-            columns, code_ptrs, scale_ptrs, c, s, 0, first_step, last_step, STEPS, K, SPLIT, QUADS, BITS,
-            DTYPE, BM, BT, UNROLL, WAIT, 1, AHEAD
+            columns,
+            code_ptrs,
+            scale_ptrs,
+            c,
+            s,
+            0,
+            first_step,
+            last_step,
+            STEPS,
+            K,
+            SPLIT,
+            QUADS,
+            BITS,
+            DTYPE,
+            BM,
+            BT,
+            UNROLL,
+            WAIT,
+            1,
+            AHEAD,
         )
     elif TAIL > 0:
         tail_source, tail_rows, tail_target, tail_ok, tail_pair = _places(

@@ -196,9 +196,7 @@ def test_compiled_gradients_are_the_eager_ones() -> None:
     x, ids, weights, grad = random_call(layer, 5, 2)
     function = lambda x, w: run(layer, x * 2, ids, w.softmax(-1), "cpu").tanh()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    for a, b in zip(
-        gradients_of(compiled, x, weights, grad), gradients_of(function, x, weights, grad), strict=True
-    ):
+    for a, b in zip(gradients_of(compiled, x, weights, grad), gradients_of(function, x, weights, grad), strict=True):
         assert torch.equal(a, b)
 
 
@@ -238,8 +236,6 @@ def test_what_has_no_gradient_says_so() -> None:
     with pytest.raises(RuntimeError, match="they are frozen"):
         run(layer, x.requires_grad_(), ids, weights, "cpu")
     layer.biases[1].requires_grad_(False)
-    (dx,) = torch.autograd.grad(
-        run(layer, x, ids, weights, "cpu"), x, grad.requires_grad_(), create_graph=True
-    )
+    (dx,) = torch.autograd.grad(run(layer, x, ids, weights, "cpu"), x, grad.requires_grad_(), create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives are not served"):
         dx.sum().backward()
