@@ -209,6 +209,10 @@ def skip_late(sites: list[Site], skip: str | Sequence[str], report: Report) -> N
 StandIn = Callable[[nn.Module, CallPattern], nn.Module]
 
 
+def _one_in_the_other(a: nn.Module, b: nn.Module) -> bool:
+    return any(a is part for part in b.modules()) or any(b is part for part in a.modules())
+
+
 def match_all(
     model: nn.Module,
     sites: list[Site],
@@ -231,8 +235,10 @@ def match_all(
     kept = {id(c) for c in candidates}
     sites[:] = [s for s in sites if s.outcome or id(s.candidate) in kept]
     old = {id(c) for c in waiting_candidates}
+    left = [s.candidate.module for s in sites if s.outcome == "skipped"]
     for candidate in candidates:
-        if id(candidate) not in old:  # the forwards showed it
+        if id(candidate) not in old and not any(_one_in_the_other(candidate.module, m) for m in left):
+            # the forwards showed it
             sites.append(Site(candidate, outcome="unmatched" if candidate.refusal else "", reason=candidate.refusal))
     for site in sites:
         if not site.outcome and site.candidate.kind == "list" and site.candidate.calls:

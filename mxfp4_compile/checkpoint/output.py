@@ -32,6 +32,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +64,7 @@ _LOCK, _JOB, _SCRATCH, _FILES, _RECORDS = "mxfp4_compile.lock", "job.json", "tmp
 _JOURNAL, _REPLACED = "install.json", "replaced"
 _KNOWN = {_LOCK, _JOB, _SCRATCH, _FILES, _RECORDS, _JOURNAL, _REPLACED}
 _MADE_BY = "mxfp4_compile"
+_OURS = b"locked by mxfp4_compile while it works here\n"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -196,12 +198,17 @@ class Output:
             try:
                 if (names := os.listdir(self.work)) and _LOCK not in names:
                     raise self._foreign(names)
-                flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-                descriptor = os.open(self.work / _LOCK, flags, 0o600)
+                descriptor = self._open_lock()
             except FileNotFoundError:
                 continue
             try:
                 self._take(descriptor)
+                if not (written := os.read(descriptor, 2 * len(_OURS))):
+                    time.sleep(0.01)  # a run that has made it just now writes in it what it is
+                    os.close(descriptor)
+                    continue
+                if written != _OURS:
+                    raise self._foreign([_LOCK])
                 if os.path.samestat(os.fstat(descriptor), os.stat(self.work / _LOCK, follow_symlinks=False)):
                     self._descriptor = descriptor
                     return
@@ -211,7 +218,20 @@ class Output:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+        if (self.work / _LOCK).exists():
+            raise self._foreign([_LOCK])
         raise CheckpointError(f"{self.work} is made and removed by another run all the time")
+
+    def _open_lock(self) -> int:
+        """The lock's descriptor, at its beginning; a new lock says whose it is: the name may be anybody's."""
+        path, flags = self.work / _LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return os.open(path, flags)
+        os.write(descriptor, _OURS)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return descriptor
 
     def _take(self, descriptor: int) -> None:
         try:

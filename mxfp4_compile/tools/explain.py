@@ -119,7 +119,9 @@ def explain_model(model: nn.Module, name: str = "", example_inputs: Any = None, 
         planning.check_matches(sites, Report("", "", 0, False), strict=True)  # raises: nothing was found
     groups: dict[Any, list[Site]] = {}
     for site in sites:
-        key = id(site.structure) if site.structure else (site.outcome, site.reason, type(site.candidate.module))
+        around = site.candidate.owner  # which a reason may name, in each layer another
+        reason = site.reason if around is None else site.reason.replace(around.name, "")
+        key = id(site.structure) if site.structure else (site.outcome, reason, type(site.candidate.module))
         groups.setdefault(key, []).append(site)
     explained = tuple(_explain_group(group, model if measure else None) for group in groups.values())
     return Explanation(name or type(model).__name__, explained)

@@ -509,8 +509,9 @@ def test_a_snapshot_of_the_hubs_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signals_leave_what_can_be_continued(
-    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
     real, sent = Output.write_shard, []
 
     def signalled(self: Output, file: str, *args: Any) -> Any:
@@ -520,6 +521,9 @@ def test_signals_leave_what_can_be_continued(
         return real(self, file, *args)
 
     monkeypatch.setattr(Output, "write_shard", signalled)
+    # Tests that are started in the background ignore SIGINT, and so would the command.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
     before = signal.getsignal(signal.SIGTERM)
     command = ["optimize", str(saved("qwen3_moe")), "--out", str(tmp_path / "m"), "--max-shard-size", "60KB", "--json"]
     assert main(command) == code
