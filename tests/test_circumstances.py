@@ -92,6 +92,7 @@ def test_optimize_inside_autocast_is_as_without(family: str) -> None:
     assert torch.equal(logits(inside), logits(outside))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["autocast", "inference"])
 def test_loading_inside_autocast_and_inference_mode(mode: str) -> None:
     source = saved("deepseek_v3")
@@ -238,6 +239,7 @@ def test_skip_leaves_alone_what_it_names_and_what_is_below(skip: Any, plain: Any
     assert site.names == (EXPERTS,) and "skip=" in site.reason
 
 
+@pytest.mark.slow
 @some("jamba", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "longcat_flash")
 def test_skip_of_each_site_by_its_name_and_its_parents(family: str) -> None:
     model = tiny(family)

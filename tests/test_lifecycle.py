@@ -134,7 +134,9 @@ def test_copies(family: str, backend: str) -> None:
             assert a.weights(a.projections[0].slot)[0].data_ptr() != b.weights(b.projections[0].slot)[0].data_ptr()
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "muse_spark", "aria"])
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", *(pytest.param(f, marks=pytest.mark.slow) for f in ("muse_spark", "aria"))]
+)
 def test_state_dict_is_canonical_and_portable(family: str) -> None:
     register()
     model, toy = optimized(family), optimized(family, backend="toy")

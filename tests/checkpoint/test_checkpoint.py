@@ -97,6 +97,7 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert_same(optimized, mxfp4_compile.load(tmp_path / "m"))
 
 
+@pytest.mark.slow
 def test_plain_from_pretrained_in_a_fresh_process(tmp_path: Path) -> None:
     optimized = mxfp4_compile.optimize(loaded("qwen3_moe"))
     optimized.save_pretrained(tmp_path / "m")

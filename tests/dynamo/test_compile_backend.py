@@ -91,6 +91,7 @@ def test_bf16_with_its_own_grouped_product() -> None:
     assert site.outcome == "fused" and site.error <= 1.5 * site.original_error + 2e-3
 
 
+@pytest.mark.slow
 def test_sizes_weights_and_recompilations() -> None:
     model = tiny_model("mixtral", dtype=torch.float32, layers=2)
     compiled = _compiled(model)
@@ -133,6 +134,7 @@ def test_prepared_weights_go_with_the_model() -> None:
     assert len(store) == held
 
 
+@pytest.mark.slow
 def test_batched_mm_and_dynamic_sizes() -> None:
     model = tiny_model("gpt_oss", dtype=torch.float32, layers=1)
     inputs = tiny_inputs(model)

@@ -94,6 +94,7 @@ def check_rewritten_and_generating(original: Path) -> None:
         assert torch.equal(text, model.generate(ids(), **options))
 
 
+@pytest.mark.slow
 def test_loaded_saved_and_loaded_again(original: Path, tmp_path: Path) -> None:
     optimized = mxfp4_compile.optimize(plain(original))
     streamed = mxfp4_compile.load(original, **TRUST)
@@ -114,6 +115,7 @@ def test_loaded_saved_and_loaded_again(original: Path, tmp_path: Path) -> None:
     assert torch.equal(weight, site.dequantized(down)["experts.3.down_proj.weight"])
 
 
+@pytest.mark.slow
 def test_a_fresh_process_restores_it(original: Path, tmp_path: Path) -> None:
     optimized = mxfp4_compile.optimize(plain(original))
     optimized.save_pretrained(tmp_path / "saved")
@@ -157,6 +159,7 @@ def test_memory_while_loading(tmp_path: Path) -> None:
     assert peak <= final + block
 
 
+@pytest.mark.slow
 def test_converted_file_by_file(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         convert(original, tmp_path / "refused")
@@ -168,6 +171,7 @@ def test_converted_file_by_file(original: Path, tmp_path: Path, capsys: pytest.C
     assert_same(mxfp4_compile.load(out, **TRUST), mxfp4_compile.load(tmp_path / CT, **TRUST))
 
 
+@pytest.mark.slow
 def test_commands(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def says(*argv: str) -> str:
         assert main([argv[0], str(original), "--trust-remote-code", *argv[1:]]) == 0
@@ -220,6 +224,7 @@ def test_what_a_block_does_not_know_is_still_unexpected(original: Path, tmp_path
     assert set(info["unexpected_keys"]) == set(extra) and not info["missing_keys"]
 
 
+@pytest.mark.slow
 def test_bad_experts_are_named(original: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(original, bad)

@@ -432,6 +432,7 @@ def test_when_the_last_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 # packages of others
 
 
+@pytest.mark.slow
 def test_entry_points(tmp_path: Path) -> None:
     """A package with an entry point: known, chosen by name, automatic where it says so, and lazy."""
     site = tmp_path / "site"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from interpreter import interpret
 
@@ -31,6 +32,7 @@ def main() -> None:
     print("equal")
 
 
+@pytest.mark.slow
 def test_against_the_reference() -> None:
     assert interpret(__file__).strip() == "equal"
 

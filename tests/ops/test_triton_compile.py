@@ -154,6 +154,7 @@ def fp8_cases():
                 yield pytest.param(target, shape, tokens, id=f"{target}-{shape}-{tokens}", marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "shape", "tokens"), fp8_cases())
 def test_fp8_kernels(target, shape, tokens, tmp_path):
     """e4m3 products of many tokens, and bf16 products of few on the same weights."""

@@ -105,6 +105,7 @@ def test_a_cache_by_an_unknown_name_is_told(trained: nn.Module, monkeypatch: pyt
     assert any(f"'{CACHE}', which is not known here" in note for note in trained.mxfp4_report.runtime.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.smoke), 8])
 def test_greedy_200_tokens(trained: nn.Module, batch: int) -> None:
     expected, got, recorder = both(trained, prompts(batch), max_new_tokens=200)
@@ -602,6 +603,7 @@ def windowed(layers: int = 6) -> nn.Module:
     return mxfp4_compile.optimize(model, verify=False)
 
 
+@pytest.mark.slow
 def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One compilation per structure of layer, none later."""
     graphs = counting_backend(monkeypatch)
@@ -623,6 +625,7 @@ def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert "compiled layers" in runtime_of(model).report.captures[0].made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("largest", [512, 8], ids=["recorded", "compiled"])
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "deepseek_v3"])
 def test_prompts_of_all_lengths_share_a_compilation(family: str, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -773,6 +776,7 @@ def test_probes_ask_for_the_last_logits_alone(monkeypatch: pytest.MonkeyPatch) -
     assert {shape[1] for shape in made} == {1}
 
 
+@pytest.mark.slow
 def test_prompts_are_recorded_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     counting_backend(monkeypatch)
     ids = torch.randint(3, 60, (1, 9))

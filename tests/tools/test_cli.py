@@ -101,6 +101,7 @@ def canned(result: demo.DemoResult, monkeypatch: pytest.MonkeyPatch) -> demo.Dem
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.xdist_group("demo")
 def test_demo_json(canned: demo.DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +134,7 @@ def test_demo_perplexities(result: demo.DemoResult) -> None:
         assert abs(result.change(rule)) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_demo_text(canned: demo.DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "demo")

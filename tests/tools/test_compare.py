@@ -25,6 +25,7 @@ def _model() -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16).eval()
 
 
+@pytest.mark.slow
 def test_figures_against_our_own(tmp_path: Path) -> None:
     first, second = _model(), mxfp4_compile.optimize(_model())
     ids = torch.tensor(list(TEXT.read_bytes()[:192])).view(3, 64)

@@ -89,6 +89,7 @@ def refusal(model: nn.Module, x: Tensor) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [True, False])
 def test_room_for_each_expert_is_the_reason(packed: bool) -> None:
     model = Model(lambda: unusual.Dispatched(packed), torch.float32, layers=1)

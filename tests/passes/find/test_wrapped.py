@@ -110,6 +110,7 @@ def test_experts_on_a_device_of_their_own() -> None:
         assert torch.equal(site(*[a.to("meta") for a in args]), site(*ones))
 
 
+@pytest.mark.slow
 def test_loops_in_a_dispatched_model() -> None:
     model, plain = hooked(loop_model()), mxfp4_compile.optimize(loop_model(), example_inputs=loop_inputs())
     mxfp4_compile.optimize(model, example_inputs=loop_inputs())

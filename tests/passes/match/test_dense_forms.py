@@ -246,6 +246,7 @@ def test_nothing_is_reported_of_dense_models(name: str) -> None:
 # The families
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype", "change"),
     [

@@ -18,6 +18,7 @@ from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 FAMILIES = ["step3p7", "dbrx", "longcat_flash"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, dtype: torch.dtype) -> None:
