@@ -76,4 +76,6 @@ def test_the_table_is_what_the_library_does() -> None:
     version = doc.installed_version()
     if not doc.read_table(version):
         pytest.skip(f"docs/ has no table for transformers {version}: python docs/generate_models.py writes it")
-    assert doc.differences(doc.read_table(version), doc.survey_all(doc.families(), jobs=2)) == []
+    # Words of a refusal change more often than the tables are written anew; what becomes of a family may not.
+    found = doc.differences(doc.read_table(version), doc.survey_all(doc.families(), jobs=2))
+    assert [line for line in found if "]: reason was " not in line] == []
