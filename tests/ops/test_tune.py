@@ -591,7 +591,8 @@ def main() -> None:
     winner = result.points[0].entry.choice  # type: ignore[union-attr]
     seen: list[Choice] = []
     plan, out["used"] = launches._plan, {}
-    launches._plan = lambda *args: (seen.append(args[5]), plan(*args))[1]  # type: ignore[assignment,func-returns-value]
+    chosen = lambda args: next(arg for arg in args if isinstance(arg, Choice))
+    launches._plan = lambda *args: (seen.append(chosen(args)), plan(*args))[1]  # type: ignore[assignment,func-returns-value]
     from mxfp4_compile.ops import synthetic
     from mxfp4_compile.ops.backends import reference
 
