@@ -1,7 +1,7 @@
 """The functions f of an activation, one row each: formula, derivative, and C++ for kernels that are compiled from it.
 
-A row is all that matching, the reference, the CPU, gradients and humming need. Triton spells the same functions in
-``ops/backends/triton/activation.py`` (the native kernels) and ``epilogue.py`` (triton_kernels).
+A row is all that matching, the reference, the CPU, gradients and humming need. Triton spells the same functions once,
+in ``ops/backends/triton/activation.py``, for the native kernels and for triton_kernels.
 """
 
 from __future__ import annotations

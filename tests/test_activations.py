@@ -26,7 +26,7 @@ def test_derivative(kind: str) -> None:
 def test_every_row_can_be_compiled(kind: str) -> None:
     """humming's C++ takes its argument, and triton_kernels has an epilogue with and without a second half."""
     pytest.importorskip("triton")
-    from mxfp4_compile.ops.backends.triton.epilogue import EPILOGUES
+    from mxfp4_compile.ops.backends.triton_kernels.epilogue import EPILOGUES
 
     text = function(kind).cpp.format(a="gate", alpha="1.5")
     assert "gate" in text and text.count("(") == text.count(")") and ("1.5f" in text) == (kind == "silu")

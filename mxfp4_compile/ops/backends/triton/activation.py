@@ -7,22 +7,13 @@ import triton.language as tl
 
 
 @triton.jit
-def activate(
-    gate,
-    up,
-    KIND: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
-    GATE_LIMIT: tl.constexpr,
-    UP_LIMIT: tl.constexpr,
-):
-    """f(min(gate, GATE_LIMIT)) * (clamp(up, -UP_LIMIT, UP_LIMIT) + BETA); limits are None if infinite."""
+def function(gate, alpha, gate_limit, KIND: tl.constexpr):
+    """f(min(gate, gate_limit)). A limit that is infinite is None, or an argument that passes everything."""
     # `where` rather than minimum: NaN passes through, as it does in torch.clamp.
-    if GATE_LIMIT is not None:
-        gate = tl.where(gate > GATE_LIMIT, GATE_LIMIT, gate)
+    if gate_limit is not None:
+        gate = tl.where(gate > gate_limit, gate_limit, gate)
     if KIND == "silu":
-        out = gate / (1.0 + tl.exp(-ALPHA * gate))
+        out = gate / (1.0 + tl.exp(-alpha * gate))
     elif KIND == "gelu":
         out = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     elif KIND == "gelu_tanh":
@@ -35,6 +26,22 @@ def activate(
         tl.static_assert(KIND == "relu2")
         out = tl.where(gate < 0.0, 0.0, gate)
         out = out * out
+    return out
+
+
+@triton.jit
+def activate(
+    gate,
+    up,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+):
+    """f(min(gate, GATE_LIMIT)) * (clamp(up, -UP_LIMIT, UP_LIMIT) + BETA); limits are None if infinite."""
+    out = function(gate, ALPHA, GATE_LIMIT, KIND)
     if GATED:
         if UP_LIMIT is not None:
             up = tl.where(up > UP_LIMIT, UP_LIMIT, tl.where(up < -UP_LIMIT, -UP_LIMIT, up))

@@ -27,8 +27,8 @@ ENVIRONMENT_VARIABLE = "MXFP4_COMPILE_TUNED"
 _FORMAT = 1
 _OFF = ("0", "off")
 _LARGEST = 1 << 22  # characters of a file; a layer that was tuned takes some thousand
-# The modules that decide what a tile size means and how quick it is.
-_KERNELS = ("activation", "combine", "decode", "dependent", "fp8", "launch", "layout", "matmul", "routing", "vector")
+# The modules and the folder that decide what a tile size means and how quick it is.
+_KERNELS = ("activation", "combine", "decode", "dependent", "fp8", "launch", "layout", "routing", "vector", "matmul")
 
 
 class TunedDataError(ValueError):
@@ -150,7 +150,8 @@ def _triton_version() -> str:
 def kernels_digest() -> str:
     """Of the kernels' sources: tiles tuned for other kernels are no longer the best, or no longer valid."""
     here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in _KERNELS)).hexdigest()[:16]
+    files = [file for name in _KERNELS for file in (sorted((here / name).glob("*.py")) or [here / f"{name}.py"])]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def path_for(host: Host) -> Path | None:

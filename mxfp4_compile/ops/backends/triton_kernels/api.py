@@ -171,7 +171,7 @@ class Api:
 
     def activation(self, activation: Activation) -> Any:
         """The fused activation of a gated or plain up-projection."""
-        from ..triton.epilogue import ARGUMENTS, EPILOGUES
+        from .epilogue import ARGUMENTS, EPILOGUES
 
         a = activation
         function = EPILOGUES[a.kind, a.gated]

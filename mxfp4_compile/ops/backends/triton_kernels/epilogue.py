@@ -11,27 +11,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..triton.activation import function
+
 ARGUMENTS = ("act_alpha", "act_beta", "act_gate_limit", "act_up_limit")
-
-
-@triton.jit
-def _f(gate, alpha, gate_limit, KIND: tl.constexpr):
-    # `where` rather than minimum: NaN passes through, as it does in torch.clamp.
-    gate = tl.where(gate > gate_limit, gate_limit, gate)
-    if KIND == "silu":
-        out = gate / (1.0 + tl.exp(-alpha * gate))
-    elif KIND == "gelu":
-        out = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    elif KIND == "gelu_tanh":
-        z = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
-        out = gate / (1.0 + tl.exp(-z))
-    elif KIND == "relu":
-        out = tl.where(gate < 0.0, 0.0, gate)
-    else:
-        tl.static_assert(KIND == "relu2")
-        out = tl.where(gate < 0.0, 0.0, gate)
-        out = out * out
-    return out
 
 
 @triton.jit
@@ -41,7 +23,7 @@ def _gated(x, alpha, beta, gate_limit, up_limit, KIND: tl.constexpr):
     gate = gate.to(tl.float32)
     up = up.to(tl.float32)
     up = tl.where(up > up_limit, up_limit, tl.where(up < -up_limit, -up_limit, up))
-    return _f(gate, alpha, gate_limit, KIND) * (up + beta)
+    return function(gate, alpha, gate_limit, KIND) * (up + beta)
 
 
 @triton.jit
@@ -71,27 +53,27 @@ def relu2_gated(x, alpha, beta, gate_limit, up_limit):
 
 @triton.jit
 def silu_plain(x, alpha, beta, gate_limit, up_limit):
-    return _f(x.to(tl.float32), alpha, gate_limit, "silu")
+    return function(x.to(tl.float32), alpha, gate_limit, "silu")
 
 
 @triton.jit
 def gelu_plain(x, alpha, beta, gate_limit, up_limit):
-    return _f(x.to(tl.float32), alpha, gate_limit, "gelu")
+    return function(x.to(tl.float32), alpha, gate_limit, "gelu")
 
 
 @triton.jit
 def gelu_tanh_plain(x, alpha, beta, gate_limit, up_limit):
-    return _f(x.to(tl.float32), alpha, gate_limit, "gelu_tanh")
+    return function(x.to(tl.float32), alpha, gate_limit, "gelu_tanh")
 
 
 @triton.jit
 def relu_plain(x, alpha, beta, gate_limit, up_limit):
-    return _f(x.to(tl.float32), alpha, gate_limit, "relu")
+    return function(x.to(tl.float32), alpha, gate_limit, "relu")
 
 
 @triton.jit
 def relu2_plain(x, alpha, beta, gate_limit, up_limit):
-    return _f(x.to(tl.float32), alpha, gate_limit, "relu2")
+    return function(x.to(tl.float32), alpha, gate_limit, "relu2")
 
 
 EPILOGUES: dict[tuple[str, bool], Any] = {
