@@ -4,97 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-
-from mxfp4_compile.spec import Activation, MoEParams
+from cross_compile import FP8_TARGETS, FP8_TOKENS, SHAPES, TARGETS, TOKENS, compiled, layers
 
 pytest.importorskip("triton")
-
-# Shared memory a program may use, and what a tensor-core instruction is called there.
-TARGETS = {
-    "sm80": ("cuda", 80, 163 << 10, r"mma\.sync"),
-    "sm90": ("cuda", 90, 227 << 10, r"wgmma\.mma_async|mma\.sync"),
-    "sm100": ("cuda", 100, 227 << 10, r"tcgen05\.mma|mma\.sync"),
-    "sm120": ("cuda", 120, 99 << 10, r"mma\.sync"),
-    "gfx942": ("hip", "gfx942", 64 << 10, r"v_mfma"),
-    "gfx950": ("hip", "gfx950", 160 << 10, r"v_mfma"),
-}
-POINTERS = {
-    "x": "*bf16", "h": "*bf16", "y": "*bf16", "out": "*bf16", "bias": "*bf16", "codes": "*i32",
-    "scales": "*i32", "ids": "*i64", "weights": "*fp32", "offsets": "*i32", "order": "*i32",
-    "pairs": "i32", "x_scales": "*fp32", "bases": "*u8",
-}  # fmt: skip
-TOKENS = (1, 8, 40, 512, 4096)
-GPT_OSS = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
-SHAPES = {
-    "qwen3": (128, 8, 2048, 768, Activation("silu")),
-    "gpt_oss": (32, 4, 2880, 2880, GPT_OSS),
-    "ragged": (60, 4, 1000, 1408, Activation("gelu_tanh")),
-    "narrow": (64, 8, 72, 40, Activation("silu")),
-}
-
-
-# Where activations may be fp8, and its instruction.
-FP8_TARGETS = {
-    "sm89": ("cuda", 89, 99 << 10, r"mma\.sync\S*e4m3"),
-    "sm90": ("cuda", 90, 227 << 10, r"wgmma\.mma_async\S*e4m3"),
-    "sm100": ("cuda", 100, 227 << 10, r"tcgen05\.mma\S*f8f6f4|mma\.sync\S*e4m3"),
-    "sm120": ("cuda", 120, 99 << 10, r"mma\.sync\S*e4m3"),
-}
-
-
-@cache
-def compiled(target: str, shape: str, tokens: int, part: str, fp8: bool = False):
-    """One kernel of a layer, compiled as the launch for ``tokens`` tokens would; with ``fp8`` for such weights."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from mxfp4_compile.ops.backends.triton.moe import _Plan, pairs_class
-    from mxfp4_compile.ops.backends.triton.select import choose
-
-    backend, arch = (FP8_TARGETS if fp8 else TARGETS)[target][:2]
-    e, top_k, h, i, act = SHAPES[shape]
-    params = MoEParams(e, h, i, act, "halves", 0, False, torch.bfloat16, torch.bfloat16)
-    choice = choose(target, e, top_k, h, i, tokens, fp8=fp8)
-    pairs = tokens * top_k
-    bits = 2 if fp8 else int(backend == "cuda")
-    plan = _Plan(target, params, top_k, h, False, bits, choice, pairs_class(choice, pairs), pairs >= e)
-    step = getattr(plan, part)
-    biased = shape == "gpt_oss"
-    constants = step.constants
-    absences = {}
-    pointers = POINTERS | ({"x": "*fp8e4nv"} if choice.fp8 and part in ("up", "down") else {})
-    if part.startswith("quantize"):
-        pointers = POINTERS | {"out": "*fp8e4nv", "scales": "*fp32"}
-    signature = {}
-    for name in step.kernel.arg_names:
-        absent = (
-            (name == "bias" and not biased)
-            or (name in ("x_scales", "bases") and not choice.fp8)
-            or (name == "weights" and part != "combine" and not (part == "down" and choice.down_regime == "vector"))
-        )
-        if absent:
-            absences[name] = None
-        signature[name] = "constexpr" if absent or name in constants else pointers[name]
-    attributes = {
-        (at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")
-    }
-    gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-
-    def compile_once():
-        source = ASTSource(step.kernel, signature, constexprs={**step.constants, **absences}, attrs=attributes)
-        return triton.compile(source, target=gpu, options=dict(step.options))
-
-    kernel = compile_once()
-    if step.settle(kernel.asm["ttgir"]):
-        kernel = compile_once()
-    regime = choice.up_regime if part == "up" else choice.down_regime
-    return kernel, "fp8" if choice.fp8 else regime
 
 
 def spilled(kernel, target: str, tmp_path: Path) -> int:
@@ -118,20 +34,9 @@ def spills_allowed(kernel) -> int:
 
 
 def cases():
-    for target in TARGETS:
-        for shape in SHAPES:
-            # Fewer steps than are loaded ahead, which only sm90's tiles do.
-            if shape == "narrow" and target != "sm90":
-                continue
-            for tokens in TOKENS:
-                quick = target == "sm90" and shape == "qwen3"
-                yield pytest.param(
-                    target,
-                    shape,
-                    tokens,
-                    id=f"{target}-{shape}-{tokens}",
-                    marks=() if quick else pytest.mark.slow,
-                )
+    for target, shape, tokens in layers(TARGETS, TOKENS):
+        marks = () if target == "sm90" and shape == "qwen3" else pytest.mark.slow
+        yield pytest.param(target, shape, tokens, id=f"{target}-{shape}-{tokens}", marks=marks)
 
 
 @pytest.mark.parametrize(("target", "shape", "tokens"), cases())
@@ -147,15 +52,8 @@ def test_kernels(target, shape, tokens, tmp_path):
 
 
 def fp8_cases():
-    for target in FP8_TARGETS:
-        for shape in SHAPES:
-            for tokens in (1, 8, 40, 512, 1024, 1500, 4096):
-                quick = target == "sm90" and shape == "qwen3" and tokens in (40, 1024, 4096)
-                # Fewer steps than are loaded ahead, which only sm90's tiles do.
-                if shape == "narrow" and target != "sm90":
-                    continue
-                marks = () if quick else pytest.mark.slow
-                yield pytest.param(target, shape, tokens, id=f"{target}-{shape}-{tokens}", marks=marks)
+    for target, shape, tokens in layers(FP8_TARGETS, FP8_TOKENS):
+        yield pytest.param(target, shape, tokens, id=f"{target}-{shape}-{tokens}")
 
 
 @pytest.mark.slow

@@ -10,37 +10,14 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
+from cross_compile import compiled_loop, loop_kernels, release
 
-from mxfp4_compile.ops.backends.triton.tiles import Choice, tiles_of
-from mxfp4_compile.spec import Activation, MoEParams
+from mxfp4_compile.ops.backends.triton.tiles import tiles_of
 
 RECORDED = Path(__file__).with_name("triton_loops.json")
-# A shape of whole steps, where rules count registers; 64 pairs are scanned, more are sorted.
-E, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
-
-
-def kernels():
-    """name -> (part, kernel, tiles) of each kernel that rules give few tokens, but for when the next one may start."""
-    from mxfp4_compile.ops.backends.triton.select import load_config
-
-    found = {}
-    for entry in load_config("sm90")["moe"]:
-        for part in ("up", "down"):
-            if entry[part].get("QUADS"):
-                tiles = tiles_of(entry[part]).with_size("PDL", 1)
-                found[f"{part} {entry[part]['kernel']} {tiles}"] = part, entry[part]["kernel"], tiles
-    return found
-
-
-@cache
-def release():
-    triton = pytest.importorskip("triton")
-    return triton.__version__.split("+")[0]
 
 
 def numbers(version):
@@ -51,34 +28,6 @@ def nearest(recorded):
     """The recorded release at or before the installed one; the first where all are newer."""
     versions = sorted(recorded, key=numbers)
     return max((v for v in versions if numbers(v) <= numbers(release())), key=numbers, default=versions[0])
-
-
-def compiled(name):
-    """The kernel, and whether it had to be compiled twice to suit the order of K that Triton chose."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from mxfp4_compile.ops.backends.triton.moe import _Plan, pairs_class
-
-    part, regime, tiles = kernels()[name]
-    choice = Choice(regime, tiles, regime, tiles)
-    params = MoEParams(E, HIDDEN, INNER, Activation("silu"), "halves", 0, False, torch.bfloat16, torch.bfloat16)
-    pairs = 64 if regime == "scan" else 512
-    step = getattr(_Plan("sm90", params, TOP_K, HIDDEN, False, 1, choice, pairs_class(choice, pairs), False), part)
-    pointers = {"x": "*bf16", "out": "*bf16", "codes": "*i32", "scales": "*i32", "ids": "*i64", "offsets": "*i32",
-                "order": "*i32", "pairs": "i32"}  # fmt: skip
-    absent = {n: None for n in ("bias", "weights", "x_scales", "bases") if n in step.kernel.arg_names}
-    signature = {n: "constexpr" if n in absent or n in step.constants else pointers[n] for n in step.kernel.arg_names}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")}
-
-    def once():
-        source = ASTSource(step.kernel, signature, constexprs={**step.constants, **absent}, attrs=aligned)
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(step.options))
-
-    kernel = once()
-    again = step.settle(kernel.asm["ttgir"])
-    return (once() if again else kernel), again, tiles["BM"]
 
 
 def loops(cubin, tmp_path):
@@ -114,7 +63,7 @@ QUICK = ("down scan BM=64 BT=1 QUADS=1 UNROLL=1 WAIT=0 SPLIT_K=2", "down scan BM
 
 
 def cases():
-    names = list(kernels())
+    names = list(loop_kernels())
     quick = [next(name for name in names if name.startswith(start)) for start in QUICK]
     return [pytest.param(n, id=n.replace(" ", "-"), marks=() if n in quick else pytest.mark.slow) for n in names]
 
@@ -122,7 +71,7 @@ def cases():
 @pytest.mark.parametrize("name", cases())
 def test_loops(name, tmp_path):
     recorded = json.loads(RECORDED.read_text())
-    kernel, again, rows = compiled(name)
+    kernel, again, rows = compiled_loop(name)
     assert release() not in recorded or not again, "another order of K than instruction.py expects of this release"
     ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
     # Not through the assertion's message: the texts are long.
@@ -145,7 +94,7 @@ def test_loops(name, tmp_path):
 def test_every_rule_is_recorded():
     recorded = json.loads(RECORDED.read_text())
     assert list(recorded) == sorted(recorded, key=numbers)
-    assert all(set(counts) == set(kernels()) for counts in recorded.values())
+    assert all(set(counts) == set(loop_kernels()) for counts in recorded.values())
 
 
 def step_on(arch, **constants):
@@ -217,7 +166,7 @@ if __name__ == "__main__":
 
     all_recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        counts = {name: count(*loops(compiled(name)[0].asm["cubin"], Path(folder))) for name in kernels()}
+        counts = {name: count(*loops(compiled_loop(name)[0].asm["cubin"], Path(folder))) for name in loop_kernels()}
     all_recorded[release()] = counts
     lines = lambda counts: ",\n".join(f"  {json.dumps(name)}: {json.dumps(c)}" for name, c in counts.items())
     texts = [f' "{version}": {{\n{lines(all_recorded[version])}\n }}' for version in sorted(all_recorded, key=numbers)]

@@ -29,7 +29,7 @@ _MMA_SYNC = re.compile(r"tt\.dot .*?opIdx = 0, parent = #\w+, kWidth = (\d+)")
 
 @dataclass(frozen=True)
 class Product:
-    """How a kernel multiplies: ``quads`` as in decode.py, ``wait`` for wgmma, which needs it (matmul.py)."""
+    """How a kernel multiplies: ``quads`` as in decode.py, ``wait`` for wgmma, which needs it (matmul/)."""
 
     quads: bool
     wait: bool

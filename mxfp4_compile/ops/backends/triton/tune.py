@@ -195,7 +195,7 @@ def _grid(arch: str, regime: Regime, rows: float) -> Iterator[Tiles]:
             itertools.product((*blocks, (256, 8)), (8, 16), (3, 4, 5), (0, 1), (1, 2), none, (1,), (0,)),
             itertools.product(blocks, (8,), (2, 3), (1,), (1,), none, (1,), (2, 4)),
         )
-        # Columns of blocks (matmul.py), seen right on Hopper only.
+        # Columns of blocks (matmul/), seen right on Hopper only.
         if arch == "sm90":
             splits = (1, 2, 4) if regime == "scan" else (1,)
             few = itertools.product(blocks, (1, 2, 4), (2, 3, 4), (1,), (1, 2, 4), none, splits, (0, 1))
@@ -212,7 +212,7 @@ def _grid(arch: str, regime: Regime, rows: float) -> Iterator[Tiles]:
             ((128, 4), (128, 8), (256, 8)), (64, 128, 256), (3, 4, 5, 6), (0, 1), (1, 2), tails, (1,), (0,)
         )
     for (bm, warps), bt, stages, quads, unroll, (tail, merge, fine), split, ahead in tiles:
-        # On Hopper mma.sync where wgmma does not apply, and only there; wgmma needs its WAIT (matmul.py).
+        # On Hopper mma.sync where wgmma does not apply, and only there; wgmma needs its WAIT (matmul/).
         wgmma = arch == "sm90" and bt >= 16 and warps >= 4
         if (arch == "sm90" and quads == wgmma) or tail * 2 > bt or (fine and bt < 64) or bm * bt // (warps * 32) > 128:
             continue
