@@ -142,7 +142,7 @@ def profile(model: Any, batch: int) -> list[dict[str, Any]]:
     if not found:
         return []
     step = min(found, key=lambda s: s.key.rows)
-    step.kv.position.fill_(150)
+    step.cache.position.fill_(150)
     step.replay()
     synchronize()
     with record(activities=[ProfilerActivity.CUDA]) as events:
@@ -227,7 +227,7 @@ def main() -> None:
     import transformers
 
     import mxfp4_compile
-    from mxfp4_compile.runtime.generation import RECORD_PROMPTS
+    from mxfp4_compile.runtime.state import RECORD_PROMPTS
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     config = config_of(args.model, args.layers)

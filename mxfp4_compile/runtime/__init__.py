@@ -1,13 +1,18 @@
 """Decoding under CUDA graphs: how ``model.generate`` of an optimized model becomes fast by itself.
 
-graphs.py: recording a function for replay (CUDA graphs, or a stand-in that calls it).
-sizes.py: batch sizes and cache lengths that are captured.
+hook.py: what stands in for ``model.generate``, and ``capture``.
+session.py: one call of ``generate``; loop.py: its plain loop.
+state.py: what is recorded of a model, made when it is first needed.
+eligibility.py: which models and calls may use it.
+step.py: one decode step, recorded; probe.py: what it is checked against.
+prompts.py: compiled layers for prompts, and recorded prompts.
+layers.py: decoder layers, compiled.
 attention.py: attention of one new token over a static cache.
-cache.py: static keys and values, and the cache object that moves into them after the prefill.
-step.py: one decode step, compiled by the layer, recorded.
-generation.py: ``generate`` and its loops; what may use the recorded step and what may not.
+caches/: static caches, one file a kind.
+graphs.py: recording a function for replay (CUDA graphs, or a stand-in that calls it).
+sizes.py: batch sizes and cache lengths that are recorded.
 """
 
-from .generation import Runtime, attach, capture, detach, runtime_of
+from .hook import attach, capture, detach, runtime_of
 
-__all__ = ["Runtime", "attach", "capture", "detach", "runtime_of"]
+__all__ = ["attach", "capture", "detach", "runtime_of"]

@@ -18,20 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from .cache import CACHE
+from .caches.base import CACHE
 from .graphs import Recorder, brief
-from .step import (
-    LayerFunction,
-    decoder_layers,
-    expand_rows,
-    last_logits,
-    layer_forwards,
-    mask_names,
-    own_code,
-    positions_of,
-    probe_tokens,
-    relative_error,
-)
+from .layers import LayerFunction, decoder_layers, layer_forwards, own_code
+from .probe import last_logits, positions_of, probe_tokens, relative_error
+from .step import expand_rows, mask_kinds
 
 _PROBE_TOKENS = 160
 
@@ -176,18 +167,18 @@ class _Forward:
         return type(self._layer).forward(self._layer, *args, **kwargs)
 
 
-class _Taken(DynamicCache):  # type: ignore[misc]
+class _EmptyCache(DynamicCache):  # type: ignore[misc]
     """A cache that stays empty, as a prompt's layers see it, and hands out what they put in."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
-        self.taken: dict[int, tuple[Tensor, Tensor]] = {}
+        self.given: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Keep one layer's keys and values [B, heads, T, dim]; returns them."""
-        self.taken[layer_idx] = (key_states, value_states)
+        self.given[layer_idx] = (key_states, value_states)
         return key_states, value_states
 
 
@@ -208,15 +199,15 @@ class RecordedPrompt:
         self.output_class: Any = None
         self._model, self._prefill = model, prefill
         self._positions = torch.arange(length, device=device).expand(rows, length)
-        self._cache = _Taken(model.config.get_text_config(decoder=True))
+        self._cache = _EmptyCache(model.config.get_text_config(decoder=True))
         # What transformers makes of no mask depends on whether a graph is being recorded, and so would compilations.
         # Each layer is therefore given what it had outside of one; the model itself, something it only passes on.
         self._masks: dict[int, Any] = {}
         self._mask: Any = None
         self._run()
         whole = torch.ones(rows, 1, length, length, dtype=torch.bool, device=device)
-        names = mask_names(model)
-        self._mask = dict.fromkeys(names, whole) if names else whole
+        kinds = mask_kinds(model)
+        self._mask = dict.fromkeys(kinds, whole) if kinds else whole
         self.recording = recorder.record(self._run, 2)
         self.error = self._error()
         self.seconds = time.perf_counter() - started
@@ -243,7 +234,7 @@ class RecordedPrompt:
         self.tokens[:, count:].copy_(self.tokens[:, count - 1 : count].expand(-1, self.length - count))
         self.last.fill_(count - 1)
         self.recording.replay()
-        for index, (keys, values) in sorted(self._cache.taken.items()):
+        for index, (keys, values) in sorted(self._cache.given.items()):
             cache.update(keys[:batch, :, :count], values[:batch, :, :count], index)
         return self.output_class(logits=self.logits[:batch].clone(), **{CACHE: cache})
 

@@ -1,0 +1,95 @@
+"""The static caches of all layers of one recorded decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .base import Arena, CannotMove, Clock, LayerForm, LayerView, Place
+from .kinds import mask_of
+
+
+class StepCache(Cache):  # type: ignore[misc]
+    """Static tensors of all layers with the position of the next token, for ``rows`` rows and ``length`` tokens."""
+
+    def __init__(
+        self, forms: tuple[LayerForm, ...], rows: int, length: int, device: torch.device, arena: Arena
+    ) -> None:
+        self.forms, self.rows, self.length = forms, rows, length
+        self.clock = Clock(rows, length, device)
+        self.views = [form.make(Place(i, self.clock, arena)) for i, form in enumerate(forms)]
+
+    @property
+    def position(self) -> Tensor:
+        """int64 [1], tokens seen so far."""
+        return self.clock.position
+
+    # what a model's forward may ask of a cache in a decode step
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.views[layer_idx].update(key_states, value_states, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.position[0]
+
+    @property
+    def layers(self) -> list[LayerView]:
+        return self.views
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [f.window is not None for f in self.forms]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self.forms)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self.forms)
+
+    # inside the recorded step
+
+    def masks(self, kinds: Iterable[str]) -> dict[str, Tensor | None]:
+        """bool [rows, 1, 1, slots] by kind of layer: what the token at ``position`` may attend to."""
+        self.clock.tick()
+        return {kind: mask_of(kind, self.clock, self.forms) for kind in kinds}
+
+    # moving in and out
+
+    def fill(self, cache: Any, attention_mask: Tensor | None) -> int:
+        """Take over a dynamic cache [B <= rows]; rows beyond it repeat row 0. Returns the tokens in it.
+
+        attention_mask: [B, >= tokens], nonzero where a position may be attended to, or None for everywhere. Raises
+        CannotMove if the cache is not of this form.
+        """
+        if len(cache.layers) != len(self.views):
+            raise CannotMove(f"the cache has {len(cache.layers)} layers and the step {len(self.views)}")
+        seen = int(cache.get_seq_length())
+        self.clock.set(seen, attention_mask)
+        for view, layer in zip(self.views, cache.layers, strict=True):
+            view.fill(layer, seen)
+        return seen
+
+    def drain(self, cache: Any, batch: int, seen: int) -> None:
+        """The reverse of ``fill``: what ``seen`` tokens left behind, back into a dynamic cache."""
+        for view, layer in zip(self.views, cache.layers, strict=True):
+            view.drain(layer, batch, seen)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` was (int64 [B <= rows]); padded rows stay copies of row 0."""
+        rows = rows.to(self.position.device)
+        if rows.numel() < self.rows:
+            rows = torch.cat([rows, rows[:1].expand(self.rows - rows.numel())])
+        for view in self.views:
+            view.reorder(rows)

@@ -1,0 +1,88 @@
+"""A short eager generation against which a recorded step is checked."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .caches.base import CACHE, LayerForm
+from .caches.kinds import forms_of
+from .step import DecodeStep
+
+
+class Probe:
+    """A short eager generation against which a recorded step is checked, with left padding and past a window."""
+
+    def __init__(self, model: Any, rows: int) -> None:
+        self.model, self.rows = model, rows
+        ids = probe_tokens(model, rows, 10)
+        self.mask = torch.ones_like(ids)
+        if rows > 1:
+            self.mask[1, :3] = 0
+        positions = positions_of(self.mask)
+        self.token, self.positions = ids[:, -1:], positions
+        output = model(
+            input_ids=ids[:, :-1],
+            attention_mask=self._mask(ids.shape[1] - 1),
+            position_ids=positions[:, :-1],
+            use_cache=True,
+            **last_logits(model),  # all of them, for many rows and a large vocabulary, are gigabytes
+        )
+        self.cache = getattr(output, CACHE)
+
+    def _mask(self, length: int) -> Tensor | None:
+        return self.mask[:, :length] if self.rows > 1 else None
+
+    def forms(self) -> tuple[LayerForm, ...]:
+        """The layers of the cache that the model made; CannotMove if one has no static form."""
+        return forms_of(self.cache, self.model.config.get_text_config(decoder=True))
+
+    def error_of(self, step: DecodeStep) -> float:
+        """Relative error of the step's logits for the token after the prompt."""
+        step.cache.fill(self.cache, self._mask(self.mask.shape[1] - 1))
+        step.tokens.copy_(self.token)
+        step.position_ids.copy_(self.positions[:, -1:])
+        step.replay()
+        expected = self.model(
+            input_ids=self.token,
+            attention_mask=self._mask(self.mask.shape[1]),
+            position_ids=self.positions[:, -1:],
+            use_cache=True,
+            **{CACHE: copy.deepcopy(self.cache)},
+        ).logits[:, -1]
+        return relative_error(step.logits, expected)
+
+
+def probe_tokens(model: Any, rows: int, length: int, past_window: bool = True) -> Tensor:
+    """Random tokens int64 [rows, length] on the model's device, the same ones every time.
+
+    past_window: longer by a sliding window that is not too long to go past.
+    """
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) or 0
+    length += window if past_window and window <= 512 else 0
+    ids = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    return ids.to(next(model.parameters()).device)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Positions int64 [B, T] of left-padded tokens, as transformers counts them: the first that is not padding is 0."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Of all elements together, in fp64; infinite where shapes differ or something is not finite."""
+    if got.shape != expected.shape:
+        return float("inf")
+    expected = expected.double()
+    error = (got.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+def last_logits(model: nn.Module) -> dict[str, Any]:
+    """The argument that asks the model's forward for the last token's logits alone, if it has one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

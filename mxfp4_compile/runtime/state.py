@@ -1,0 +1,239 @@
+"""The recorded steps of one model, compiled layers for its prompts, and what both are worth."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..circumstances import exclusively
+from ..report import CaptureReport, PrefillReport, RuntimeReport
+from .caches.base import Arena, CannotMove
+from .eligibility import fingerprint_of, modules_of, refusal_of
+from .graphs import Recorder, brief, recorder_for
+from .layers import compiled_layer
+from .probe import Probe
+from .prompts import Prefill, RecordedPrompt, kind_of
+from .sizes import length_for, prompt_length_for, size_for
+from .step import DecodeStep, StepKey
+
+# Prompts of few tokens are recorded whole if this is 1: not yet by themselves, as captures of it have been seen to
+# work on a GPU for three models only, with eager and sdpa attention (tests/gpu/test_generation_gpu.py, benchmarks).
+RECORD_PROMPTS = "MXFP4_COMPILE_RECORD_PROMPTS"
+
+# Free memory that a capture must leave for activations and whatever else runs on the device.
+_RESERVE_BYTES = 1 << 30
+
+# Relative error of a recorded step's logits against the eager ones, above which it is not used. What this is
+# to catch (a wrong mask, position or cache) comes out near 1; half precision differs by rounding, and by
+# experts that are chosen differently where the router is nearly undecided: on random weights as large as
+# gpt-oss-20b's, bf16 differs from fp32 by 0.28 without any of this.
+_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
+_HALF_TOLERANCE = 0.5
+
+
+class Runtime:
+    """The recorded steps of one model, and what they are worth. Copies and pickles start empty."""
+
+    def __init__(self, model: Any, max_capture_size: int, report: RuntimeReport) -> None:
+        self.model = model
+        self.max_capture_size = max_capture_size
+        self.report = report
+        self.compile_layers = True
+        self.use_attention = True
+        self.record_prompts = os.environ.get(RECORD_PROMPTS) == "1"
+        self.recorder: Recorder | None = None
+        self._free()
+        self._fresh()
+
+    def _free(self) -> None:
+        self.lock = threading.Lock()
+        self.owner: int | None = None  # the thread that holds the lock for a generate
+
+    def _fresh(self) -> None:
+        self.steps: dict[Any, Any] = {}
+        self.refused: dict[Any, str] = {}
+        self.layers: dict[tuple[int, int], Any] = {}
+        self.prefills: dict[Any, Any] = {}
+        self.prompts: dict[tuple[int, int], Any] = {}
+        self.arena: Any = None
+        self.fingerprint: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("model", "max_capture_size", "report", "compile_layers", "use_attention", "record_prompts")
+        return {k: getattr(self, k) for k in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.recorder = None
+        self._free()
+        self._fresh()
+
+    def generating(self) -> bool:
+        """Whether this thread is inside the model's generate."""
+        return self.owner == threading.get_ident()
+
+    def drop(self) -> None:
+        """Let go of every recorded step and its memory."""
+        self._fresh()
+        self.report.captures.clear()
+        self.report.prefills.clear()
+
+    # whether
+
+    def refusal(self) -> str | None:
+        """Why no step of this model may be recorded as it is now, or None."""
+        model: Any = self.model
+        if self.max_capture_size < 1:
+            return "max_capture_size=0"
+        device = next(model.parameters()).device
+        if self.recorder is None:
+            self.recorder = recorder_for(device)
+        if self.recorder is None:
+            return f"there are no CUDA graphs on {device.type}"
+        modules = modules_of(model)
+        reason = refusal_of(model, modules)
+        if reason is not None:
+            return reason
+        fingerprint = fingerprint_of(model, modules)
+        if fingerprint != self.fingerprint:
+            if self.steps or self.refused:
+                self.report.note("weights or modules moved: recorded steps were dropped")
+                self.drop()
+            self.fingerprint = fingerprint
+        return self.refused.get("model")
+
+    def step(self, batch: int, tokens: int, planes: int = 0) -> Any:
+        """The recorded step for ``batch`` rows and ``tokens`` tokens each, made if it can be; None if not.
+
+        ``planes``: kinds of positions that a token has, 0 for just one.
+        """
+        rows = size_for(batch, self.max_capture_size)
+        if rows is None:
+            self.report.note(f"batches above max_capture_size={self.max_capture_size} run without graphs")
+            return None
+        longer = [k for k in self.steps if (k.rows, k.planes) == (rows, planes) and k.length >= tokens]
+        if longer:
+            return self.steps[min(longer, key=lambda k: k.length)]
+        key = StepKey(rows, length_for(tokens), planes)
+        if key in self.refused or "model" in self.refused:
+            return None
+        return self._make(key)
+
+    def prefill(self, batch: int, attention_mask: Tensor | None) -> Any:
+        """Compiled layers for a prompt of ``batch`` rows with the mask [B, T], made if they can be; None if not."""
+        if not self.compile_layers or self.recorder is None or not self.recorder.compiles:
+            return None
+        kind = kind_of(batch, attention_mask)
+        if kind is None or kind in self.refused:
+            return None
+        made = self.prefills.get(kind)
+        if made is None:
+            with exclusively(), torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
+                try:
+                    made = Prefill(self.model, kind)
+                except Exception as failure:
+                    return self._refuse(kind, f"{kind}: layers are not compiled ({brief(failure)})")
+            if made.broken is None and made.error > self._tolerance():
+                made.broken = f"they differ from the eager ones by {made.error:.2g}"
+            if made.broken is None:
+                self.prefills[kind] = made
+                self.report.prefills.append(PrefillReport(str(kind), made.seconds, made.error))
+        if made.broken is not None:
+            self.prefills.pop(kind, None)
+            return self._refuse(kind, f"{kind}: layers are not compiled ({made.broken})")
+        return made
+
+    def recorded_prompt(self, batch: int, tokens: int) -> Any:
+        """The recorded forward for a prompt [batch, tokens] without padding, made if it can be; None if not."""
+        rows = size_for(batch, self.max_capture_size) if self.record_prompts else None
+        length = prompt_length_for(tokens, rows, self.max_capture_size) if rows else None
+        if rows is None or length is None or tokens < 2:
+            return None
+        key = (rows, length)
+        name = f"prompts, batch {rows}, {length} tokens"
+        if key in self.prompts or name in self.refused:
+            return self.prompts.get(key)
+        prefill = self.prefill(rows, None)
+        if prefill is None:
+            return None
+        assert self.recorder is not None
+        with exclusively(), torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
+            try:
+                made = RecordedPrompt(self.model, rows, length, self.recorder, prefill)
+            except Exception as failure:
+                return self._refuse(name, f"{name}: not recorded ({brief(failure)})")
+        if made.error > self._tolerance():
+            return self._refuse(name, f"{name}: not recorded, differs from the eager one by {made.error:.2g}")
+        self.prompts[key] = made
+        how = self.recorder.name
+        self.report.prefills.append(PrefillReport(name, made.seconds, made.error, how, made.bytes))
+        return made
+
+    def _tolerance(self) -> float:
+        return _TOLERANCE.get(_dtype(self.model), _HALF_TOLERANCE)
+
+    # making
+
+    def _make(self, key: Any) -> Any:
+
+        assert self.recorder is not None
+        # Static tensors made in inference mode could not be written outside of it.
+        with exclusively(), torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
+            self.arena = self.arena or Arena()
+            try:
+                probe = Probe(self.model, key.rows)
+                forms = probe.forms()
+            except CannotMove as error:
+                return self._refuse("model", f"{error}: generate runs without graphs")
+            except Exception as error:
+                return self._refuse("model", f"the model's forward is not one a step can be made of ({brief(error)})")
+            need, free = self.arena.missing(forms, key.rows, key.length), self.recorder.free_bytes()
+            if free is not None and need + _RESERVE_BYTES > free:
+                text = f"{key}: not captured, its cache takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
+                return self._refuse(key, text)
+            for layers, use_attention in self._attempts():
+                made = f"{layers} layers, {'own attention' if use_attention else 'the attention of the model'}"
+                try:
+                    function = None
+                    if layers != "eager":
+                        which = (key.rows, 0 if layers == "compiled" else key.length)
+                        function = self.layers.setdefault(which, compiled_layer(key.rows))
+                    step = DecodeStep(
+                        self.model, key, forms, self.recorder, self.arena,
+                        layer=function, any_length=layers == "compiled", use_attention=use_attention,
+                    )  # fmt: skip
+                    difference = probe.error_of(step)
+                except torch.OutOfMemoryError:
+                    return self._refuse(key, f"{key}: not captured, out of memory")
+                except Exception as failure:
+                    self.report.note(f"{key} with {made}: {brief(failure)}")
+                    continue
+                if difference <= self._tolerance():
+                    self.steps[key] = step
+                    size = sum(f.bytes(key.rows, key.length) for f in forms)
+                    how = self.recorder.name
+                    self.report.captures.append(
+                        CaptureReport(key.rows, key.length, how, made, step.seconds, size, step.bytes, difference)
+                    )
+                    return step
+                self.report.note(f"{key} with {made}: not used, logits differ from the eager ones by {difference:.2g}")
+            return self._refuse("model", "no recorded step agrees with the eager one: generate runs without graphs")
+
+    def _attempts(self) -> list[tuple[str, bool]]:
+        """Ways to make a step, best first: how layers run, and whether attention.py stands in for attention."""
+        assert self.recorder is not None
+        compiled = self.compile_layers and self.recorder.compiles
+        ways = ["compiled", "compiled for this length:", "eager"] if compiled else ["eager"]
+        return [(way, own) for own in (True, False) if own <= self.use_attention for way in ways]
+
+    def _refuse(self, what: Any, reason: str) -> None:
+        self.refused[what] = reason
+        self.report.note(reason)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
