@@ -20,7 +20,8 @@ from .registration import register as _register
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError
-    from .checkpoint.loading import Mxfp4CompileConfig, load
+    from .checkpoint.loading import load
+    from .checkpoint.quantizer import Mxfp4CompileConfig
     from .checkpoint.writing import save
     from .dynamo.backend import compile_reports
     from .inspection import inspect
@@ -49,7 +50,7 @@ __all__ = [
 # The module of each public name.
 _MODULES = {
     "CheckpointError": "checkpoint",
-    "Mxfp4CompileConfig": "checkpoint.loading",
+    "Mxfp4CompileConfig": "checkpoint.quantizer",
     "OptimizeError": "planning",
     "Report": "report",
     "SiteReport": "report",

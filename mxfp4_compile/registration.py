@@ -46,7 +46,7 @@ def _compile(gm: Any, example_inputs: Sequence[Any], **arguments: Any) -> Callab
 
 
 def _quantizer() -> None:
-    importlib.import_module(f"{_PACKAGE}.checkpoint.loading")
+    importlib.import_module(f"{_PACKAGE}.checkpoint.quantizer")
 
 
 def _save_and_load() -> None:

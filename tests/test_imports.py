@@ -16,7 +16,7 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import mx, registration
-from mxfp4_compile.checkpoint.formats import FORMATS
+from mxfp4_compile.checkpoint.forms import FORMATS
 from mxfp4_compile.ops.synthetic import parse_shape
 from mxfp4_compile.tools import choices, demo
 from mxfp4_compile.tools.commands import layers

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import mxfp4_compile
 from mxfp4_compile import circumstances, planning
-from mxfp4_compile.checkpoint import plan
+from mxfp4_compile.checkpoint import meta_planning
 from mxfp4_compile.checkpoint.convert import convert
 from mxfp4_compile.lifecycle import GUARD
 from mxfp4_compile.passes.build.module import mxfp4_sites
@@ -87,7 +87,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> Any:
         real(*args, **kwargs)
         Inside.log.append(("out", threading.get_ident()))
 
-    for module in ("mxfp4_compile.pipeline", "mxfp4_compile.planning", "mxfp4_compile.checkpoint.plan"):
+    for module in ("mxfp4_compile.pipeline", "mxfp4_compile.planning", "mxfp4_compile.checkpoint.meta_planning"):
         monkeypatch.setattr(f"{module}.match_all", match_all)
     return Inside
 
@@ -254,7 +254,7 @@ def test_no_fake_tensor_stays_whatever_fails(where: str, monkeypatch: pytest.Mon
 
 
 def test_no_fake_tensor_stays_in_a_skeleton(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = plan.record_calls
+    real = meta_planning.record_calls
     seen: list[nn.Module] = []
 
     def record(model: Any, *args: Any) -> None:
@@ -269,6 +269,6 @@ def test_no_fake_tensor_stays_in_a_skeleton(monkeypatch: pytest.MonkeyPatch) -> 
         seen.append(attention)
         real(model, *args)
 
-    monkeypatch.setattr(plan, "record_calls", record)
+    monkeypatch.setattr(meta_planning, "record_calls", record)
     model = mxfp4_compile.load(saved("qwen3_moe"))
     assert seen and not fakes(model) and not hasattr(seen[0], "remembered")

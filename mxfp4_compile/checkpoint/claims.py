@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from .files import CheckpointError, Stored, Weights
-from .formats import COMPRESSED_TENSORS, Scheme
+from .forms import Form
 from .names import Names, converted_by_expert, literal, recipe_of
 
 ADAPTER = "adapter_config.json"
@@ -127,7 +127,7 @@ class Held:
         return [n for n in names if n in known and not any(q.startswith(f"{n}.") for q in self.quantized)]
 
 
-def check_parameters(model: nn.Module, weights: Weights, scheme: Scheme | None, *, new_head: bool = False) -> Held:
+def check_parameters(model: nn.Module, weights: Weights, form: Form | None, *, new_head: bool = False) -> Held:
     """CheckpointError unless the files hold every parameter and saved buffer of ``model``, in its shape.
 
     ``new_head``: what lies outside of the base model may be missing (a class other than the checkpoint's).
@@ -140,7 +140,7 @@ def check_parameters(model: nn.Module, weights: Weights, scheme: Scheme | None, 
     keys: dict[str, dict[tuple[str | None, str], list[str]]] = {}
     experts: dict[str, int] = {}
     for key, stored in weights.tensors.items():
-        split = _split(scheme, stored)
+        split = _split(form, stored)
         role, base = split or ("values", key)
         name, pattern = naming.rename(base)
         if role == "codes":
@@ -162,9 +162,9 @@ def check_parameters(model: nn.Module, weights: Weights, scheme: Scheme | None, 
         if recipe is not None and recipe.merge and role == "values":
             experts[name] = naming.state[name].shape[0]
         exact[name] = exact.get(name, True) and role == "values" and converted_by_expert(converter)
-    if scheme is not None and not quantized:
+    if form is not None and not quantized:
         raise CheckpointError(
-            f"{weights.files[0].parent / 'config.json'} says that the weights are MXFP4 ({scheme.format}), and no "
+            f"{weights.files[0].parent / 'config.json'} says that the weights are MXFP4 ({form.name}), and no "
             "tensor is; remove its quantization_config if they are not quantized"
         )
     for name, numbers in held.items():
@@ -206,13 +206,12 @@ def _missing(model: nn.Module, naming: Names, weights: Weights, held: set[str], 
     return head
 
 
-def _split(scheme: Scheme | None, stored: Stored) -> tuple[str, str] | None:
+def _split(form: Form | None, stored: Stored) -> tuple[str, str] | None:
     """Role and base name of an MXFP4 tensor, None for others; CheckpointError for what only looks like one."""
-    if scheme is None:
+    if form is None:
         return None
-    if scheme.format == COMPRESSED_TENSORS and stored.name.endswith(("weight_global_scale", "input_global_scale")):
-        raise CheckpointError(f"{stored}: a global scale is part of NVFP4; MXFP4 has none")
-    split = scheme.split(stored.name)
+    form.check_tensor(stored)
+    split = form.split(stored.name)
     if split is None or stored.dtype in _INTEGERS:
         return split
     if split[0] == "scales":

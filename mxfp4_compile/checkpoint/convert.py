@@ -3,7 +3,7 @@
 Contract: anonymous memory is a few experts, whatever the checkpoint's size; the same input gives the same bits,
 also when it was killed and resumed in between; the output directory appears complete or not at all.
 
-1. build the skeleton on the meta device and plan it (``plan.py``): which tensors are experts, and how they lie;
+1. build the skeleton on the meta device and plan it (``meta_planning.py``): which tensors are experts, how they lie;
 2. lay out the output: every tensor's name, dtype, shape and file are known before the first byte is written;
 3. write file by file into DIR.partial; a finished file is never made again; its facts lie beside it;
 4. index, configuration and the source's other files (tokenizer, ...); rename DIR.partial to DIR.
@@ -28,45 +28,20 @@ from .. import mx
 from ..circumstances import exclusive, kept_state
 from ..hf_models import class_of, empty_model, is_auto, read_config
 from ..ops.target import DEFAULT_CAPTURE_SIZE
-from ..passes.build.prep import groups_of
 from ..passes.weights import projections_of
 from ..planning import Site, left_alone
 from ..report import Report, versions_used
 from ..skipping import as_patterns
-from ..spec import MoESpec, SplitSpec
 from .claims import check_numbers, check_parameters, most_common_float, read_config_file, sober
-from .files import (
-    DEFAULT_SHARD_BYTES,
-    CheckpointError,
-    Entry,
-    Stored,
-    Unit,
-    Weights,
-    is_weight_file,
-    shards_of,
-    weight_files,
-)
-from .formats import NOTE, OWN, Scheme, check_format, facts_of_file, is_own, scheme_of
-from .output import (
-    CONFIG,
-    GENERATION,
-    Output,
-    check_apart,
-    config_of,
-    is_checkpoint_file,
-    resolved,
-    working_directories,
-)
-from .plan import expert_parameters, plan_sites, planned
+from .directories import CONFIG, check_apart, check_free, check_links, is_checkpoint_file, other_files
+from .files import DEFAULT_SHARD_BYTES, CheckpointError, Entry, Stored, Unit, Weights, shards_of, weight_files
+from .forms import OWN, ExpertWeight, Form, declared_form, form_to_write
+from .meta_planning import expert_parameters, plan_sites, planned
+from .note import facts_of, new_note, note_of
+from .output import Output
+from .reader import CheckpointReader
 from .requirements import require_transformers_5
-from .sources import ExpertSource
-from .writing import (
-    ExpertWeight,
-    check_expressible,
-    checkpoint_note,
-    expert_units,
-    write_config,
-)
+from .writing import write_config
 
 _PIECE = 32 << 20
 
@@ -125,7 +100,7 @@ def convert(
     Raises CheckpointError for anything wrong with the files, OptimizeError for a model without experts.
     """
     started = time.perf_counter()
-    check_format(format)
+    form = form_to_write(format)
     require_transformers_5("converting a checkpoint")
     mx.check_scale_rule(scale_rule)
     skip = as_patterns(skip)
@@ -134,26 +109,26 @@ def convert(
         raise CheckpointError(f"{origin} holds no config.json: not a model directory")
     check_apart(Path(out), [origin])
     with Weights(weight_files(origin)) as weights, Output(out, overwrite=overwrite) as output:
-        _check_links(weights, output.directory)
+        check_links(weights, output.directory)
         check_free(output.directory, overwrite)
         others, left = other_files(origin)
         output.check_names(others, others)
-        model, scheme, said = skeleton(origin, weights, model_class, trust_remote_code)
+        model, stored_form, declared = skeleton(origin, weights, model_class, trust_remote_code)
         report = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False, versions=versions_used())
-        left_before = [*skip, *said["skip"]]
+        left_before = [*skip, *declared["skip"]]
         with kept_state(model):
             sites = plan_sites(
                 model, report, requested=None, skip=left_before, strict=strict, example_inputs=example_inputs
             )
-        ExpertSource(model, expert_parameters(sites), weights, scheme).leave_unquantized(sites)
+        CheckpointReader(model, expert_parameters(sites), weights, stored_form).leave_unquantized(sites)
         report.sites = [left_alone(s) for s in sites if s.structure is None]
         report.notes += [*output.notes, *left]
         wanted = expert_parameters(sites)
         if not wanted:
             raise CheckpointError(f"{origin}: no experts are left to convert")
-        reader = ExpertSource(model, wanted, weights, scheme)
+        reader = CheckpointReader(model, wanted, weights, stored_form)
         model.mxfp4_report = report  # type: ignore[assignment]
-        units, matrices = _layout(model, sites, reader, weights, format, scale_rule, said)
+        units, matrices = _layout(model, sites, reader, weights, form, scale_rule)
         shards = shards_of(units, max_shard_bytes)
         total, done, resumed = sum(u.bytes for u in units), 0, 0
         job = _job(origin, weights, format, scale_rule, skip, shards)
@@ -180,10 +155,11 @@ def convert(
         output.write_index(shards)
         for name, path in others.items():
             output.copy(path, name)
-        rule = said.get("scale_rule", scale_rule) if scheme is not None else scale_rule
-        errors = said.get("weight_errors", {}) if scheme is not None else _summary(facts.values())
+        rule, errors = scale_rule, _summary(facts.values())
+        if stored_form is not None:
+            rule, errors = declared.get("scale_rule", scale_rule), declared.get("weight_errors", {})
         with output.staged() as folder:
-            write_config(model, folder, format, checkpoint_note(model, rule, errors), matrices)
+            write_config(model, folder, form, new_note(model, rule, errors), matrices)
         before = sum(s.bytes for s in weights.tensors.values())
         output.install()
     seconds = time.perf_counter() - started
@@ -207,20 +183,18 @@ def _summary(facts: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict[str
 
 def skeleton(
     origin: Path, weights: Weights, cls: Any = None, trust_remote_code: bool = False
-) -> tuple[Any, Scheme | None, dict[str, Any]]:
-    """The model of a directory on the meta device, its MXFP4 scheme if it has one, and what it says about itself."""
+) -> tuple[Any, Form | None, dict[str, Any]]:
+    """The model of a directory on the meta device, its MXFP4 form if it has one, and the facts it declares."""
     where = origin / CONFIG
     check_numbers(read_config_file(origin), weights, where)
     with sober(weights, where, "transformers cannot read it"):
         config = read_config(origin, trust_remote_code=trust_remote_code)
     declared = getattr(config, "quantization_config", None)
-    scheme, _ = scheme_of(declared, str(where))
-    said: dict[str, Any] = {}
+    form, _ = declared_form(declared, str(where))
+    facts: dict[str, Any] = {}
     if declared is not None:
-        declared = declared if isinstance(declared, dict) else declared.to_dict()
-        said = declared if is_own(declared) else (getattr(config, NOTE, None) or {})
+        facts = facts_of(note_of(config, declared if isinstance(declared, dict) else declared.to_dict()))
         del config.quantization_config
-    said = facts_of_file(said)
     dtype = getattr(config, "dtype", None) or most_common_float(weights)
     cls = cls or class_of(config, trust_remote_code=trust_remote_code)
     if is_auto(cls) and not trust_remote_code:
@@ -228,26 +202,23 @@ def skeleton(
         raise CheckpointError(f"{where} names {config.architectures}, which this transformers does not have{hint}")
     with sober(weights, where, "no model can be made of it"):
         model = empty_model(config, cls, dtype=dtype, trust_remote_code=trust_remote_code)
-    said["skip"] = check_parameters(model, weights, scheme).left(model, said.get("skip", ()))
-    return model, scheme, said
+    facts["skip"] = check_parameters(model, weights, form).left(model, facts.get("skip", ()))
+    return model, form, facts
 
 
 def _layout(
     model: nn.Module,
     sites: Sequence[Site],
-    reader: ExpertSource,
+    reader: CheckpointReader,
     weights: Weights,
-    format: str,
+    form: Form,
     scale_rule: str,
-    said: dict[str, Any],
 ) -> tuple[list[Unit], list[str]]:
     """Everything that will be written, in order, and the names of unquantized matrices."""
-    specs: dict[str, MoESpec | SplitSpec] = {}
     packed: list[ExpertWeight] = []
     biases: list[Unit] = []
     for site in planned(sites):
         assert site.structure is not None
-        specs[site.name] = site.structure.found.spec
         for projection in projections_of(site.structure.found.spec):
             rows = projection.rows(site.candidate.module)
             for name, n in zip(projection.source.parameters, rows, strict=True):
@@ -256,18 +227,15 @@ def _layout(
                 packed.append(_weight(full, (experts, n, k), projection.source.transposed, reader, scale_rule))
             for name in projection.source.bias:
                 biases += _biases(f"{site.name}.{name}", reader)
-    linears = check_expressible(model, specs, packed, [e.name for unit in biases for e in unit.entries], format)
+    quantized = form.units(model, packed, [e.name for unit in biases for e in unit.entries])
     taken = {key for part in reader.parts.values() for key in part.all()}
     others = [weights[name] for name in sorted(weights.tensors) if name not in taken]
-    units = [_copied(stored, weights) for stored in others]
-    units += biases
-    for weight in packed:
-        units += expert_units(weight, format, linears.get(weight.name, []))
+    units = [*(_copied(stored, weights) for stored in others), *biases, *quantized]
     return units, [s.name for s in others if len(s.shape) == 2]
 
 
 def _weight(
-    name: str, shape: tuple[int, int, int], transposed: bool, reader: ExpertSource, scale_rule: str
+    name: str, shape: tuple[int, int, int], transposed: bool, reader: CheckpointReader, scale_rule: str
 ) -> ExpertWeight:
     """A weight whose codes are those of the checkpoint, or are made from its values; errors are noted by expert."""
     experts, n, k = shape
@@ -306,7 +274,7 @@ def _copied(stored: Stored, weights: Weights) -> Unit:
     return Unit((Entry(stored.name, stored.torch_dtype, stored.shape),), produce)
 
 
-def _biases(name: str, reader: ExpertSource) -> Iterator[Unit]:
+def _biases(name: str, reader: CheckpointReader) -> Iterator[Unit]:
     """A bias [E, n], or each expert's own."""
     whole = reader.wanted[name]
     for number, real in enumerate(whole.names):
@@ -342,72 +310,6 @@ def _job(
     }
 
 
-# what is there already
-
-
-def _check_links(weights: Weights, target: Path) -> None:
-    """CheckpointError if weights that are read are links to what would be replaced."""
-    for file in weights.files:
-        real = resolved(file)
-        if target in real.parents:
-            raise CheckpointError(f"{file} is a link to {real}, in the output directory; give another one")
-
-
-def check_free(directory: Path, overwrite: bool) -> None:
-    """CheckpointError unless an output directory is missing, empty or an MXFP4 checkpoint; ``overwrite``: or whatever.
-
-    Even then only files of the same names are replaced, and the weights of the model that was there.
-    """
-    names = sorted(os.listdir(directory)) if directory.is_dir() else []
-    names = [name for name in names if directory / name not in working_directories(directory)]
-    if not names or overwrite:
-        return
-    config = config_of(directory) or {}
-    if NOTE in config or is_own(config.get("quantization_config")):
-        return
-    what = "holds a model that this library did not make" if config else "is not empty and holds no model"
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    there = [n for n in names if is_checkpoint_file(n)]
-    goes = f"replaces {', '.join(there[:6])}{', ...' if len(there) > 6 else ''}" if there else "writes beside them"
-    raise CheckpointError(f"{directory} {what} ({shown}); give another output directory, or --overwrite, which {goes}")
-
-
-def other_files(origin: Path) -> tuple[dict[str, Path], list[str]]:
-    """What comes along (tokenizer, templates, code, ...), by its path in the directory, and notes on what does not.
-
-    Left out are weights in other forms, hidden folders, what is no file, and links that lead out of the source and of
-    the hub's cache: a checkpoint from somewhere must not make copies of whatever it points to.
-    """
-    real = resolved(origin)
-    # A snapshot in the hub's cache consists of links to blobs/ of the same repository.
-    roots = [real] if real.parent.name != "snapshots" else [real, real.parent.parent / "blobs"]
-    found: dict[str, Path] = {}
-    left: list[str] = []
-    for top, folders, names in os.walk(origin):
-        inside = Path(top).relative_to(origin)
-        hidden = [name for name in folders if name.startswith(".") or (Path(top) / name).is_symlink()]
-        left += [f"{(inside / name).as_posix()}/ is not copied" for name in sorted(hidden)]
-        folders[:] = sorted(set(folders) - set(hidden))
-        for name in sorted(names):
-            path, called = Path(top, name), (inside / name).as_posix()
-            end = resolved(path)
-            if called == CONFIG or (inside == Path(".") and _is_read(name)):
-                continue
-            if not path.is_file():
-                left.append(f"{called} is no file and is not copied")
-            elif not any(root in end.parents for root in roots):
-                left.append(f"{called} is a link that leads out of the source, and is not copied")
-            elif is_weight_file(name):
-                left.append(f"{called} is pickled, or weights in another form, and is not copied")
-            else:
-                found[called] = path
-    return found, left
-
-
-def _is_read(name: str) -> bool:
-    return is_checkpoint_file(name) and name != GENERATION
-
-
 @contextmanager
 def conversion_bar(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar for ``convert``: bytes written and the time left."""
@@ -428,4 +330,4 @@ def conversion_bar(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
         yield show
 
 
-__all__ = ["Converted", "conversion_bar", "convert", "groups_of"]
+__all__ = ["Converted", "conversion_bar", "convert"]

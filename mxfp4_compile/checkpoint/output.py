@@ -27,7 +27,6 @@ import filecmp
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -38,9 +37,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .directories import (
+    CONFIG,
+    GENERATION,
+    JOURNAL,
+    config_of,
+    is_checkpoint_file,
+    resolved,
+    working_directories,
+)
 from .files import (
     INDEX,
-    WEIGHTS,
     CheckpointError,
     Unit,
     create,
@@ -56,78 +63,11 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PARTIAL = ".partial"
-CONFIG = "config.json"
-GENERATION = "generation_config.json"
-_INSIDE = ".mxfp4_compile" + PARTIAL
 _LOCK, _JOB, _SCRATCH, _FILES, _RECORDS = "mxfp4_compile.lock", "job.json", "tmp", "files", "records"
-_JOURNAL, _REPLACED = "install.json", "replaced"
-_KNOWN = {_LOCK, _JOB, _SCRATCH, _FILES, _RECORDS, _JOURNAL, _REPLACED}
+_REPLACED = "replaced"
+_KNOWN = {_LOCK, _JOB, _SCRATCH, _FILES, _RECORDS, JOURNAL, _REPLACED}
 _MADE_BY = "mxfp4_compile"
 _OURS = b"locked by mxfp4_compile while it works here\n"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-
-
-def is_checkpoint_file(name: str) -> bool:
-    """Whether a file of this name in a model directory is part of what ``save`` writes, and replaces."""
-    return name in (CONFIG, GENERATION, WEIGHTS, INDEX) or _SHARD.fullmatch(name) is not None
-
-
-def resolved(path: str | os.PathLike[str]) -> Path:
-    """An absolute path without links; CheckpointError for what no path can be (a circle of links, a long name, ...)."""
-    try:
-        found = Path(path).resolve()
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(found)
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path} cannot be resolved: {reason}") from error
-    return found
-
-
-def check_apart(output: Path, inputs: Iterable[Path]) -> None:
-    """CheckpointError unless the output directory and what is read share nothing, whatever they are called."""
-    output = resolved(output)
-    for given in inputs:
-        found = resolved(given)
-        if _same(found, output):
-            raise CheckpointError(f"{output} is the source itself; the output needs a directory of its own")
-        for inner, outer, words in ((found, output, f"holds the source {given}"), (output, found, "is in the source")):
-            if any(_same(parent, outer) for parent in inner.parents):
-                raise CheckpointError(f"{output} {words}; the output needs a directory of its own")
-
-
-def _same(a: Path, b: Path) -> bool:
-    if a == b:
-        return True
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return False
-
-
-def config_of(directory: Path) -> dict[str, Any] | None:
-    """The config.json of a directory if it is that of a model, else None."""
-    path = directory / CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and ("model_type" in found or "architectures" in found) else None
-
-
-def working_directories(directory: Path) -> list[Path]:
-    """Where the run that makes ``directory`` may work: beside it, and inside where that is on another disk."""
-    directory = resolved(directory)
-    inside = [directory / _INSIDE] if directory.is_dir() else []
-    if inside and (os.path.ismount(directory) or not os.access(directory.parent, os.W_OK)):
-        return inside
-    return [directory.with_name(directory.name + PARTIAL), *inside]
-
-
-def half_installed(directory: Path) -> Path | None:
-    """The working directory that holds what was in ``directory``, if a crash left it half installed."""
-    return next((work for work in working_directories(directory) if (work / _JOURNAL).is_file()), None)
 
 
 class Output:
@@ -294,7 +234,7 @@ class Output:
             strange |= names - {_LOCK, _SCRATCH}
         for name in names & _KNOWN:
             mode = os.lstat(self.work / name).st_mode
-            if not (stat.S_ISREG if name in (_LOCK, _JOB, _JOURNAL) else stat.S_ISDIR)(mode):
+            if not (stat.S_ISREG if name in (_LOCK, _JOB, JOURNAL) else stat.S_ISDIR)(mode):
                 strange.add(name)
         if strange:
             raise self._foreign(strange)
@@ -526,7 +466,7 @@ class Output:
         going = [name for name in new if self._replaces(name, self.files / name)]
         new = [name for name in new if name in going or not os.path.lexists(self.directory / name)]
         going += [name for name in self._stale(self._names) if self._replaces(name, None)]
-        self._write_json(self.work / _JOURNAL, {"new": new, "old": going})
+        self._write_json(self.work / JOURNAL, {"new": new, "old": going})
         try:
             for name in sorted(going, key=_last, reverse=True):
                 _move(self.directory / name, self.work / _REPLACED / name)
@@ -537,7 +477,7 @@ class Output:
         except BaseException:
             self._undo()
             raise
-        (self.work / _JOURNAL).unlink()
+        (self.work / JOURNAL).unlink()
         sync(self.work)
         self.replaced = sorted(going)
 
@@ -548,7 +488,7 @@ class Output:
 
     def _undo(self) -> None:
         """Bring back what was in DIR before an installation that did not end."""
-        journal = self.work / _JOURNAL
+        journal = self.work / JOURNAL
         if not journal.exists():
             return
         try:
@@ -582,7 +522,7 @@ class Output:
 
     def _clean(self) -> None:
         """Remove the working directory; what cannot be removed stays, and is cleared by the next run."""
-        if (self.work / _JOURNAL).exists():  # what it would undo lies here
+        if (self.work / JOURNAL).exists():  # what it would undo lies here
             return
         with contextlib.suppress(OSError, CheckpointError):
             self._clear()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import mx
-from ..checkpoint.formats import OWN
+from ..checkpoint.forms import OWN
 from ..circumstances import exclusively, kept_state, plain_modes
 from ..hf_models import load_plain, read_config
 from ..ops.target import DEFAULT_CAPTURE_SIZE
@@ -117,8 +117,8 @@ def compare(
     if bound is not None and not bound > 0:
         raise ValueError(f"the bound must be above 0, got {bound}")
     if against is not None:
-        said = json.loads((against / "config.json").read_text())
-        rule = (said.get("quantization_config") or {}).get("scale_rule") or (said.get(OWN) or {}).get("scale_rule")
+        config = json.loads((against / "config.json").read_text())
+        rule = (config.get("quantization_config") or {}).get("scale_rule") or (config.get(OWN) or {}).get("scale_rule")
         scale_rule = rule if rule in mx.SCALE_RULES else scale_rule
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     first = _unquantized(model, trust_remote_code).to(place)

@@ -154,7 +154,7 @@ def test_device_map_auto() -> None:
 
 
 def test_hooks_of_an_offloaded_site() -> None:
-    from mxfp4_compile.checkpoint.loading import offload
+    from mxfp4_compile.checkpoint.offloading import offload
 
     model = mxfp4_compile.optimize(loaded("qwen3_moe"))
     want, before = logits(model), codes(model)
@@ -383,7 +383,7 @@ def test_forms_refuse_by_name_before_writing(tmp_path: Path) -> None:
     odd = mxfp4_compile.optimize(tiny_model("qwen3_moe", dtype=torch.bfloat16, moe_intermediate_size=40))
     with pytest.raises(CheckpointError, match=r"down_proj has K = 40, no multiple of 32"):
         mxfp4_compile.save(odd, tmp_path / "m", CT)
-    with pytest.raises(CheckpointError, match="read by implementations of gpt-oss only"):
+    with pytest.raises(CheckpointError, match="only implementations of gpt-oss read it"):
         mxfp4_compile.save(mxfp4_compile.optimize(loaded("qwen3_moe")), tmp_path / "m", GPT_OSS)
     with pytest.raises(CheckpointError, match=r"optimize\(\) it first"):
         mxfp4_compile.save(loaded("qwen3_moe"), tmp_path / "m")
@@ -491,10 +491,10 @@ def test_truncated_corrupt_and_pickled_files(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_forms_are_refused(declared: dict[str, Any], message: str) -> None:
-    from mxfp4_compile.checkpoint.formats import scheme_of
+    from mxfp4_compile.checkpoint.forms import declared_form
 
     with pytest.raises(CheckpointError, match=message):
-        scheme_of(declared, "config.json")
+        declared_form(declared, "config.json")
 
 
 # writing is all or nothing

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 
 import mxfp4_compile
 from mxfp4_compile import CheckpointError
-from mxfp4_compile.checkpoint import claims, loading
+from mxfp4_compile.checkpoint import claims, quantizer
 from mxfp4_compile.checkpoint import convert as converting
 from mxfp4_compile.checkpoint.convert import convert
 from mxfp4_compile.checkpoint.files import INDEX, WEIGHTS, Weights, weight_files
-from mxfp4_compile.checkpoint.formats import facts_of_file, scheme_of
+from mxfp4_compile.checkpoint.forms import declared_form
+from mxfp4_compile.checkpoint.note import facts_of
 from mxfp4_compile.tools.main import main
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -51,7 +52,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("it began to work")
 
     monkeypatch.setattr(converting, "plan_sites", reached)
-    monkeypatch.setattr(loading, "plan_sites", reached)
+    monkeypatch.setattr(quantizer, "plan_sites", reached)
 
 
 def refused(source: Path, message: str, kind: Any = CheckpointError) -> None:
@@ -136,7 +137,7 @@ DECLARED: list[Any] = [
 @pytest.mark.parametrize("declared", DECLARED, ids=str)
 def test_quantization_configs_that_are_none(declared: Any) -> None:
     with pytest.raises(CheckpointError, match=r"x/config\.json"):
-        scheme_of(declared, "x/config.json")
+        declared_form(declared, "x/config.json")
 
 
 def test_a_leftover_configuration_is_refused_in_both_entries(tmp_path: Path, no_work: None) -> None:
@@ -199,7 +200,7 @@ def test_any_configuration_gives_a_model_or_an_error_of_ours(
 @settings(max_examples=60, deadline=None)
 @given(said=st.dictionaries(st.sampled_from(SAID), JSON))
 def test_a_file_turns_nothing_off(said: dict[str, Any]) -> None:
-    assert facts_of_file(said).keys() <= {"scale_rule", "versions", "weight_errors", "skip"}
+    assert facts_of(said).keys() <= {"scale_rule", "versions", "weight_errors", "skip"}
     config = mxfp4_compile.Mxfp4CompileConfig.from_dict({**said, "quant_method": "mxfp4_compile"})
     plain = mxfp4_compile.Mxfp4CompileConfig()
     for name in ("backend", "verify", "strict", "progress", "skip", "example_inputs", "activation_dtype"):
@@ -229,7 +230,7 @@ def test_any_header_is_read_or_refused(header: Any, size: int | None, tmp_path_f
 
 
 def test_scales_of_other_quantizations_are_named() -> None:
-    scheme, _ = scheme_of(
+    form, _ = declared_form(
         {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "config_groups": {}}, "x"
     )
     from mxfp4_compile.checkpoint.files import Stored
@@ -240,7 +241,7 @@ def test_scales_of_other_quantizations_are_named() -> None:
         ("a.weight_global_scale", "F32", "a global scale is part of NVFP4; MXFP4 has none"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            claims._split(scheme, Stored(Path("f"), name, dtype, (1,)))
+            claims._split(form, Stored(Path("f"), name, dtype, (1,)))
 
 
 def test_nothing_in_a_file_reaches_the_terminal_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,9 +26,10 @@ from tqdm import tqdm
 import mxfp4_compile
 from mxfp4_compile import CheckpointError
 from mxfp4_compile.checkpoint import output
-from mxfp4_compile.checkpoint.convert import convert, other_files
+from mxfp4_compile.checkpoint.convert import convert
+from mxfp4_compile.checkpoint.directories import CONFIG, JOURNAL, other_files
 from mxfp4_compile.checkpoint.files import WEIGHTS, Entry, Unit, shards_of
-from mxfp4_compile.checkpoint.output import CONFIG, Output
+from mxfp4_compile.checkpoint.output import Output
 from mxfp4_compile.tools.main import main
 
 SHARD = 30_000
@@ -297,7 +298,7 @@ def test_a_run_that_ends_while_it_installs_leaves_the_old_checkpoint(tmp_path: P
         assert now["tokenizer.json"] == b"{}"
         complete = {k for k in before if now.get(k) == before[k]} == set(before)
         assert complete or "config.json" not in now  # the old one, or none: never a mixture that loads
-        assert complete or output.half_installed(tmp_path / "m") == tmp_path / "m.partial"
+        assert complete or (tmp_path / "m.partial" / JOURNAL).is_file()
         with pytest.raises(Stop), pytest.MonkeyPatch.context() as patch:
             patch.setattr(Output, "write_shard", raising)
             write(tmp_path / "m", 2.0)

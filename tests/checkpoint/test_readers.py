@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 import mxfp4_compile
 from mxfp4_compile import CheckpointError, mx
-from mxfp4_compile.checkpoint.formats import own_config
+from mxfp4_compile.checkpoint.forms import OWN, form_to_write
 from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.tools.families import tiny_model
 
@@ -27,7 +27,7 @@ SIX = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "olmoe"]
 
 def test_transformers_alone_refuses_the_own_form(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no `quant_method` attribute"):
-        AutoHfQuantizer.supports_quant_method(own_config({}))
+        AutoHfQuantizer.supports_quant_method(form_to_write(OWN).quantization_config({}, []))
     config = mxfp4_compile.Mxfp4CompileConfig().to_dict()
     with pytest.raises(ValueError, match="no `quant_method` attribute"):
         AutoHfQuantizer.supports_quant_method(config)
@@ -117,5 +117,5 @@ def test_the_mxfp4_form_of_any_family(tmp_path: Path) -> None:
             mx.dequantize(blocks.flatten(-2), scales, k, torch.bfloat16), site.dequantized(projection)[source]
         )
     left = mxfp4_compile.optimize(tiny_model("mixtral", dtype=torch.bfloat16), skip=["*.layers.0.*"])
-    with pytest.raises(CheckpointError, match="is not in MXFP4, but the mxfp4 form has all experts so"):
+    with pytest.raises(CheckpointError, match="is not in MXFP4, as all experts must be: the mxfp4 form"):
         mxfp4_compile.save(left, tmp_path / "left", "mxfp4")

@@ -19,9 +19,9 @@ from .. import mx
 from ..passes.weights import projections_of
 from ..planning import Site
 from .files import CheckpointError, Weights
-from .formats import GPT_OSS, Scheme
+from .forms import Form
+from .meta_planning import ExpertParameter
 from .names import Names, Recipe, literal, recipe_of
-from .plan import ExpertParameter
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -43,15 +43,15 @@ class Part:
         return "codes" in self.names or "scales" in self.names
 
 
-class ExpertSource:
+class CheckpointReader:
     """Reads parameters of experts from a checkpoint. ``wanted``: as ``expert_parameters`` names them."""
 
     def __init__(
-        self, model: nn.Module, wanted: Mapping[str, ExpertParameter], weights: Weights, scheme: Scheme | None
+        self, model: nn.Module, wanted: Mapping[str, ExpertParameter], weights: Weights, form: Form | None
     ) -> None:
         from transformers.core_model_loading import dot_natural_key
 
-        self.model, self.weights, self.scheme = model, weights, scheme
+        self.model, self.weights, self.form = model, weights, form
         self.wanted = wanted
         self.shapes = {name: p.shape for name, p in wanted.items()}
         self.dtypes = {name: p.dtype for name, p in wanted.items()}
@@ -91,8 +91,8 @@ class ExpertSource:
             self._check(name, part)
 
     def _role(self, key: str) -> tuple[str, str]:
-        if self.scheme is not None:
-            split = self.scheme.split(key)
+        if self.form is not None:
+            split = self.form.split(key)
             integer = self.weights[key].dtype in ("U8", "I8", "F8_E8M0")
             if split is not None and integer:
                 return split
@@ -143,7 +143,7 @@ class ExpertSource:
 
     def leave_unquantized(self, sites: Sequence[Site]) -> None:
         """In an MXFP4 checkpoint, sites whose weights are not in MXFP4 were left so by whoever made it, and stay."""
-        for site in sites if self.scheme is not None else ():
+        for site in sites if self.form is not None else ():
             if site.structure is not None:
                 names = {n for p in projections_of(site.structure.found.spec) for n in p.source.parameters}
                 if not any(self.quantized(f"{site.name}.{n}") for n in names):
@@ -241,7 +241,7 @@ class ExpertSource:
         first = next(n for n, p in self.parts.items() if p is part)
         for pattern, keys in part.names["values"].items():
             for key in keys:
-                converter.add_tensor(first, key, pattern, _Reader(self.weights, key))
+                converter.add_tensor(first, key, pattern, _Lazy(self.weights, key))
         try:
             result = converter.convert(first, model=self.model, config=getattr(self.model, "config", None))
         except CheckpointError:
@@ -288,8 +288,8 @@ class ExpertSource:
             # Codes always lie [N, K/2]: transpositions are of the float parameter, concatenations along N.
             recipe.check_rows(name)
             pieces = [self._stack(names[p], recipe, experts, count) for p in recipe.patterns if p in names]
-        if self.scheme is not None and self.scheme.format == GPT_OSS and role == "codes":
-            pieces = [p.flatten(-2) if p.dim() == 4 else p for p in pieces]
+        if self.form is not None and role == "codes":
+            pieces = [self.form.matrices(p) for p in pieces]
         out = pieces[0] if len(pieces) == 1 else _cat(pieces, 1, names)
         want = (experts.stop - experts.start, *last)
         if tuple(out.shape) != want or out.dtype.itemsize != 1:
@@ -301,7 +301,7 @@ class ExpertSource:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _Lazy:
     """A tensor that is read when it is asked for; stands for a tensor in transformers' converters."""
 
     weights: Weights
