@@ -1,4 +1,4 @@
-"""The circumstances in which models are run, captured and changed here: one at a time, in plain modes, state put back.
+"""The circumstances in which models are run, traced and changed here: one at a time, in plain modes, state put back.
 
 Contract: whatever the caller's thread has switched on (autocast, inference mode) and whatever other threads do, what
 is inside ``working_on`` sees neither; when it is left, by an exception too, no module of the model has an attribute or
@@ -6,7 +6,7 @@ buffer that a forward inside put there, and none holds a fake tensor.
 
 ::
 
-    optimize ------+                                    +-- capture, match, verify
+    optimize ------+                                    +-- trace, match, verify
     load, convert -+-> one lock -> plain modes -> state +
     explain -------+   (torch's lock of compilation,    +-- other threads' calls of the model wait
     restore -------+    then ours; re-entrant)
@@ -172,7 +172,7 @@ class _Kept:
 def constants_of(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a module that its forward reads, by their names in its code and the methods it calls.
 
-    A captured graph holds their values: later changes have no effect in it.
+    A traced graph holds their values: later changes have no effect in it.
     """
     seen: set[str] = set()
     waiting = ["forward"]

@@ -27,9 +27,9 @@ INDEX = "index.md"
 
 # Stage -> what its file shows, in the order in which the compiler gets there.
 STAGES = {
-    "site_captured": "experts as optimize() captured them (ATen, functional), one file for each structure",
+    "site_traced": "experts as optimize() traced them (ATen, functional), one file for each structure",
     "site_rewritten": "the same experts as optimize() rewrote them",
-    "captured": "a whole graph as Dynamo captured it",
+    "traced": "a whole graph as Dynamo traced it",
     "rewritten": 'the same graph after backend="mxfp4_compile" put MXFP4 experts into it',
     "before_lowering": "Inductor's graph before our lowering pass (decomposed)",
     "after_lowering": "Inductor's graph after our lowering pass",
@@ -40,9 +40,9 @@ STAGES = {
 _DEPYF = (
     (r"full_code_for_", "depyf: the whole compiled function, as readable Python with its guards"),
     (r"__transformed_code_", "depyf: the decompiled bytecode that Dynamo made of a function"),
-    (r"__compiled_fn_.*Captured[_ ]graph", "depyf: the captured graph"),
+    (r"__compiled_fn_.*Traced[_ ]graph", "depyf: the traced graph"),
     (r"__compiled_fn_.*exported_program", "depyf: experts while torch.export traced them"),
-    (r"__compiled_fn_\d+\.__compiled_fn_", "depyf: the captured graph"),
+    (r"__compiled_fn_\d+\.__compiled_fn_", "depyf: the traced graph"),
     (r"__compiled_fn_.*BEFORE_PRE_GRAD", "depyf: before Inductor's pre-grad passes"),
     (r"__compiled_fn_.*AFTER_PRE_GRAD", "depyf: after Inductor's pre-grad passes"),
     (r"__compiled_fn_.*Forward[_ ]graph", "depyf: the forward graph from AOTAutograd"),
@@ -201,12 +201,12 @@ def _inductor(inspection: Inspection) -> Iterator[None]:
         def uuid(self) -> str:
             return f"mxfp4_compile.inspect:{self.stage}"
 
-    captured = chained(inductor.pre_grad_custom_pass, Dump("captured"))
+    traced = chained(inductor.pre_grad_custom_pass, Dump("traced"))
     final = chained(inductor.post_grad_custom_post_pass, Dump("final"))
     patches: dict[str, Any] = {
         "force_disable_caches": True,
         "fx_graph_cache": False,
-        "pre_grad_custom_pass": captured,
+        "pre_grad_custom_pass": traced,
         "post_grad_custom_post_pass": final,
     }
     with inductor.patch(patches), functorch.patch(enable_autograd_cache=False):

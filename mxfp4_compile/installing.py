@@ -53,7 +53,7 @@ def build_site(
     dtype = stack(module, projections_of(spec)[0].source.parameters[0]).dtype
     plan = SitePlan(
         spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained,
-        structure.request, structure.captured.out_spec,
+        structure.request, structure.traced.out_spec,
     )  # fmt: skip
     weights, biases, errors, warnings = {}, {}, [], []
     by_name: dict[str, dict[str, float]] = {}
@@ -75,8 +75,8 @@ def build_site(
     counts = {slot: len(tensors) for slot, tensors in weights.items()}
     key = tuple(counts.values())
     if key not in structure.graphs:
-        structure.graphs[key] = rewrite(structure.captured, structure.found, counts, choice.backend, choice.layout)
-        observe("site_captured", structure.captured.graph)
+        structure.graphs[key] = rewrite(structure.traced, structure.found, counts, choice.backend, choice.layout)
+        observe("site_traced", structure.traced.graph)
         observe("site_rewritten", structure.graphs[key].graph)
     built = MXFP4Experts(plan, structure.graphs[key], module, weights, biases)
     built.weight_errors = by_name
@@ -181,7 +181,7 @@ def _try_backends(
 
 
 # Kernels that round where the original does come out at 0.95 to 1.05 times its error. Well above that, the
-# original works in fp32 inside (openai_privacy_filter's default implementation does) though its captured
+# original works in fp32 inside (openai_privacy_filter's default implementation does) though its traced
 # form does not.
 _FINER_ABOVE = 1.25
 
@@ -228,16 +228,16 @@ def _try_finer(site: Site, scale_rule: str, model: nn.Module, before: Trial, rea
 def verify_site(built: MXFP4Experts, site: Site) -> Verification:
     """Verify one built site against the module it would replace."""
     assert site.structure is not None
-    captured = site.structure.captured
+    traced = site.structure.traced
     try:
         with unhooked(site.candidate.module), quietly():
             if is_loop(built) or routes_itself(built):
-                return verify_loop(built, site.candidate.module, sides=captured.sides)
-            return verify(built, site.candidate.module, site.structure.found, sides=captured.sides)
+                return verify_loop(built, site.candidate.module, sides=traced.sides)
+            return verify(built, site.candidate.module, site.structure.found, sides=traced.sides)
     except VerificationError as error:
-        if not captured.branches:
+        if not traced.branches:
             raise
-        raise VerificationError(f"{error}. The module branches on {captured.branches}") from error
+        raise VerificationError(f"{error}. The module branches on {traced.branches}") from error
 
 
 def install_site(

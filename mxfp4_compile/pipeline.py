@@ -1,6 +1,6 @@
 """optimize(), readable top to bottom.
 
-Order: everything that can fail for reasons of the model (discover, capture, match, plan, the scan for
+Order: everything that can fail for reasons of the model (discover, trace, match, plan, the scan for
 NaN and Inf, verification of every site) is finished for ALL sites before the first weight is released.
 Until then a failure leaves the model untouched.
 """
@@ -57,7 +57,7 @@ def optimize(
 ) -> Any:
     """Make a model's mixture-of-experts weights MXFP4, in place, and return the model.
 
-    Every experts module (packed weights [E, N, K] or [E, K, N] in bf16, fp16 or fp32) is captured as a
+    Every experts module (packed weights [E, N, K] or [E, K, N] in bf16, fp16 or fp32) is traced as a
     graph, matched, quantized, rewritten to one fused op (or to grouped projections around a middle no
     kernel knows), verified against the original, and replaced. ``model.mxfp4_report`` says what happened.
 
@@ -167,7 +167,7 @@ def _plan(
 ) -> list[Site]:
     """Every MoE-looking module with its structure, or the reason why it has none; the weights are finite.
 
-    ``changes``: gets what the forwards set, which is put back before anything is captured.
+    ``changes``: gets what the forwards set, which is put back before anything is traced.
     """
 
     def record(model: nn.Module, candidates: list[Candidate], inputs: Any) -> None:
@@ -178,12 +178,12 @@ def _plan(
     sites = apply_skip(model, [Site(c) for c in find_candidates(model)], skip, report, strict)
     check_model(model, [s.candidate for s in sites if not s.outcome])
     activations: Any = report.activation_dtype
-    terms = Request(activation_dtype=activations, max_capture_size=report.max_capture_size)
+    request = Request(activation_dtype=activations, max_capture_size=report.max_capture_size)
     with traceable_experts(model):
-        match_all(model, sites, example_inputs, requested, terms, record=record)
+        match_all(model, sites, example_inputs, requested, request, record=record)
     skip_late(sites, skip, report)
     check_model(model, [s.candidate for s in sites if s.candidate.kind == "block" and not s.outcome])
-    gc.collect()  # exported programs are cyclic garbage that keeps the captured modules' weights alive
+    gc.collect()  # exported programs are cyclic garbage that keeps the traced modules' weights alive
     check_matches(sites, report, strict)
     todo = [s for s in sites if s.structure is not None]
     for site in todo:

@@ -24,11 +24,11 @@ from .passes.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.match.dense_routing import has_dense_products, variants
 from .passes.match.forms import loop
 from .passes.same import structure_key
-from .passes.trace.capture import CallPattern, Captured, CaptureError, call_pattern
 from .passes.trace.collapse import collapse, routed
-from .passes.trace.export import capture
+from .passes.trace.export import trace
 from .passes.trace.failures import in_words
-from .passes.trace.unroll import holds_list, trace
+from .passes.trace.traced import CallPattern, Traced, TraceError, call_pattern
+from .passes.trace.unroll import holds_list, unroll
 from .passes.weights import members, projections_of, source_names, stack
 from .report import Report, SiteReport
 from .skipping import as_patterns, protects, unknown_patterns
@@ -46,10 +46,10 @@ class OptimizeError(RuntimeError):
 
 @dataclass
 class Structure:
-    """What sites of one distinct structure share: captured, matched and planned once."""
+    """What sites of one distinct structure share: traced, matched and planned once."""
 
     pattern: CallPattern
-    captured: Captured
+    traced: Traced
     found: FusedMatch | SplitMatch
     choice: Choice
     retained: tuple[str, ...]
@@ -203,7 +203,7 @@ def skip_late(sites: list[Site], skip: str | Sequence[str], report: Report) -> N
             report.notes.append(f"skip pattern {pattern!r} names no MoE-looking module")
 
 
-# discover, capture, match, plan
+# discover, trace, match, plan
 
 
 StandIn = Callable[[nn.Module, CallPattern], nn.Module]
@@ -218,15 +218,15 @@ def match_all(
     sites: list[Site],
     example_inputs: Any,
     requested: str | None,
-    terms: Request = PLAIN,
+    request: Request = PLAIN,
     *,
     record: Callable[[nn.Module, list[Candidate], Any], None] = record_calls,
     stand_in: StandIn = lambda module, pattern: module,
 ) -> None:
     """Give each site its structure, or its outcome and the reason; drops lists that turn out to be no experts.
 
-    ``terms``: what every site asks of its backend besides what the site itself says. ``record`` and ``stand_in``
-    are how a model without weights is run and captured.
+    ``request``: what every site asks of its backend besides what the site itself says. ``record`` and ``stand_in``
+    are how a model without weights is run and traced.
     """
     waiting = [s for s in sites if not s.outcome]
     waiting_candidates = [s.candidate for s in waiting]
@@ -252,17 +252,17 @@ def match_all(
             site.outcome = "unmatched"
             site.reason = "a list of experts that the model itself calls; only modules within a model are replaced"
             continue
-        _match_site(site, known, patterns, requested, terms, stand_in)
+        _match_site(site, known, patterns, requested, request, stand_in)
         if (site.outcome in ("unmatched", "dense") or _is_split_loop(site)) and site.candidate.owner is not None:
             inside = f"{site.candidate.owner.name}."
             if not any(s is not site and s.name.startswith(inside) for s in sites):
-                _match_owner(site, site.candidate.owner, known, requested, terms, stand_in)
+                _match_owner(site, site.candidate.owner, known, requested, request, stand_in)
     # Modules that no forward reached are matched by the calls of an equal module, if there is one.
     for site in sites:
         if site.outcome == "unreached":
             shape = _shape_key(site.candidate.module)
             if shape in patterns:
-                _match_pattern(site, patterns[shape], known, requested, terms, stand_in)
+                _match_pattern(site, patterns[shape], known, requested, request, stand_in)
             else:
                 site.outcome, site.reason = "unmatched", "no forward with these inputs reached it (pass example_inputs)"
 
@@ -272,7 +272,7 @@ def _match_site(
     known: dict[Any, Structure | NoMatch],
     patterns: dict[Any, CallPattern],
     requested: str | None,
-    terms: Request,
+    request: Request,
     stand_in: StandIn,
 ) -> None:
     calls = site.candidate.calls
@@ -281,11 +281,11 @@ def _match_site(
         return
     try:
         pattern = call_pattern(calls[0], calls[-1])
-    except CaptureError as error:
+    except TraceError as error:
         site.outcome, site.reason = "unmatched", str(error)
         return
     patterns.setdefault(_shape_key(site.candidate.module), pattern)
-    _match_pattern(site, pattern, known, requested, terms, stand_in)
+    _match_pattern(site, pattern, known, requested, request, stand_in)
 
 
 def _is_split_loop(site: Site) -> bool:
@@ -299,14 +299,14 @@ def _match_owner(
     owner: Candidate,
     known: dict[Any, Structure | NoMatch],
     requested: str | None,
-    terms: Request,
+    request: Request,
     stand_in: StandIn,
 ) -> None:
     """Match the module around a site that has no match by itself: what its experts lack, the router may show."""
     if not owner.calls:
         return
     block = Site(owner)
-    _match_site(block, known, {}, requested, terms, stand_in)
+    _match_site(block, known, {}, requested, request, stand_in)
     if site.structure is not None:
         if block.structure is not None and isinstance(block.structure.found, FusedMatch):
             site.candidate, site.structure = owner, block.structure
@@ -321,14 +321,14 @@ def _match_pattern(
     pattern: CallPattern,
     known: dict[Any, Structure | NoMatch],
     requested: str | None,
-    terms: Request,
+    request: Request,
     stand_in: StandIn,
 ) -> None:
     module = site.candidate.module
     with unhooked(module):
         key = (structure_key(module), pattern)
         if key not in known:
-            known[key] = match_structure(stand_in(module, pattern), pattern, requested, terms)
+            known[key] = match_structure(stand_in(module, pattern), pattern, requested, request)
     result = known[key]
     if isinstance(result, NoMatch):
         site.outcome = "dense" if result.dense or site.candidate.unrouted else "unmatched"
@@ -339,63 +339,61 @@ def _match_pattern(
         site.structure, site.outcome, site.reason = result, "", ""
 
 
-def _captured_match(module: nn.Module, pattern: CallPattern) -> tuple[Captured, FusedMatch | SplitMatch | NoMatch]:
+def _match_of(module: nn.Module, pattern: CallPattern) -> tuple[Traced, FusedMatch | SplitMatch | NoMatch]:
     """Match the module as it traces or, where its experts are called in a loop, as its loop does."""
-    traced, captured, found = _traced_match(module, pattern)
-    return replace(captured, sides=traced.sides, branches=traced.branches), found
+    origin, traced, found = _traced_match(module, pattern)
+    return replace(traced, sides=origin.sides, branches=origin.branches), found
 
 
-def _traced_match(
-    module: nn.Module, pattern: CallPattern
-) -> tuple[Captured, Captured, FusedMatch | SplitMatch | NoMatch]:
+def _traced_match(module: nn.Module, pattern: CallPattern) -> tuple[Traced, Traced, FusedMatch | SplitMatch | NoMatch]:
     """The trace, what became of it, and the match."""
     reason = ""
     if not holds_list(module):
         try:
             with kept_state(module):  # no traced value stays in an attribute
-                captured = capture(module, pattern)
-            found = match(captured)
+                traced = trace(module, pattern)
+            found = match(traced)
             if not isinstance(found, NoMatch) or found.dense:
-                return captured, captured, found
+                return traced, traced, found
             reason = found.reason
-        except CaptureError as error:
+        except TraceError as error:
             reason = str(error)
     before = f"{reason}; as a loop over experts: " if reason else ""
     try:
         with kept_state(module):  # no traced value stays in an attribute
-            traced = captured = trace(module, pattern)
-    except CaptureError as error:
-        raise CaptureError(f"{before}{error}") from error
-    dense = has_dense_products(captured)
+            origin = traced = unroll(module, pattern)
+    except TraceError as error:
+        raise TraceError(f"{before}{error}") from error
+    dense = has_dense_products(traced)
     split: SplitMatch | None = None
     try:
-        captured = collapse(module, captured)
-        found = match(captured)
+        traced = collapse(module, traced)
+        found = match(traced)
         if isinstance(found, FusedMatch):
-            return traced, captured, found
+            return origin, traced, found
         if isinstance(found, SplitMatch):
             split = found
         else:
             reason = f"{before}{found.reason}"
-    except CaptureError as error:
+    except TraceError as error:
         if not dense:
-            raise CaptureError(f"{before}{error}") from error
+            raise TraceError(f"{before}{error}") from error
     refusals = []
-    for variant in islice(variants(captured), _MAX_VARIANTS):
+    for variant in islice(variants(traced), _MAX_VARIANTS):
         found = match(variant)
         if isinstance(found, FusedMatch):
-            return traced, variant, found
+            return origin, variant, found
         refusals.append(found.reason if isinstance(found, NoMatch) else found.spec.reason)
     if split is not None:
-        return traced, captured, split
+        return origin, traced, split
     if not dense:
-        return traced, captured, NoMatch(reason)
+        return origin, traced, NoMatch(reason)
     lacks = "no routing matrix with zeros for the experts that a token is not routed to was found"
     every = "every expert is multiplied with every token"
     why = (refusals or [lacks])[0]
     every = why if why.startswith(every) else f"{every}; {why}"
-    chosen = routed(captured.graph)
-    return traced, captured, NoMatch(every if chosen else f"dense: {every}", not chosen)
+    chosen = routed(traced.graph)
+    return origin, traced, NoMatch(every if chosen else f"dense: {every}", not chosen)
 
 
 # A block has a routing matrix or two (a mask and the weights).
@@ -403,25 +401,25 @@ _MAX_VARIANTS = 4
 
 
 def match_structure(
-    module: nn.Module, pattern: CallPattern, requested: str | None, terms: Request = PLAIN
+    module: nn.Module, pattern: CallPattern, requested: str | None, request: Request = PLAIN
 ) -> Structure | NoMatch:
     """Capture, match and plan one module; NoMatch with the reason, or BackendUnavailable for ``requested``."""
     try:
-        captured, found = _captured_match(module, pattern)
+        traced, found = _match_of(module, pattern)
         if isinstance(found, NoMatch):
             return found
-        retained = retained_names(captured, found)
-    except (CaptureError, RewriteError) as error:
+        retained = retained_names(traced, found)
+    except (TraceError, RewriteError) as error:
         return NoMatch(str(error))
     except Exception as error:  # nothing that one module brings about may end the rest
-        return NoMatch(f"its capture or match failed: {in_words(error)}")
+        return NoMatch(f"its trace or match failed: {in_words(error)}")
     params = found.spec.params if isinstance(found, FusedMatch) else None
     device = next(module.parameters()).device
     projections = projections_of(found.spec)
     shapes, biases = tuple(p.shape for p in projections), any(p.source.bias for p in projections)
-    request = replace(terms, params=params, shapes=shapes, biases=biases)
+    request = replace(request, params=params, shapes=shapes, biases=biases)
     choice = choose(params, device, requested, request)
-    return Structure(pattern, captured, found, choice, retained, request, requested)
+    return Structure(pattern, traced, found, choice, retained, request, requested)
 
 
 def _shape_key(module: nn.Module) -> Any:

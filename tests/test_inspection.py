@@ -31,10 +31,10 @@ def test_every_stage_of_both_ways(tmp_path: Path) -> None:
     for stage in STAGES:
         assert seen.files[stage], stage
     grouped, fused = "grouped_mm", "mxfp4.moe"
-    assert grouped in _text(seen.files["captured"][:1]) and fused not in _text(seen.files["captured"][:1])
+    assert grouped in _text(seen.files["traced"][:1]) and fused not in _text(seen.files["traced"][:1])
     for stage in ("site_rewritten", "rewritten", "before_lowering", "after_lowering", "final", "kernels"):
         assert fused in _text(seen.files[stage]) and grouped not in _text(seen.files[stage]), stage
-    assert grouped in _text(seen.files["site_captured"])
+    assert grouped in _text(seen.files["site_traced"])
     names = {p.name for p in seen.directory.iterdir()}
     for part in ("__transformed_code_", "full_code_for_", "BEFORE_PRE_GRAD", "AFTER_POST_GRAD", "kernel"):
         assert any(part in n for n in names), part
@@ -53,7 +53,7 @@ def test_without_depyf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         compiled(**inputs)  # compiled before: it is compiled again inside
         with mxfp4_compile.inspect(tmp_path) as seen:
             compiled(**inputs)
-    assert len(seen.files["captured"]) == len(seen.files["rewritten"]) == 1
+    assert len(seen.files["traced"]) == len(seen.files["rewritten"]) == 1
     assert "mxfp4.moe" in _text(seen.files["rewritten"])
     index = (tmp_path / INDEX).read_text()
     assert "depyf is not installed" in index and "**kernels**" in index

@@ -15,8 +15,8 @@ from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.passes.build.verify import VerificationError
 from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
 from mxfp4_compile.passes.match import FusedMatch, match
-from mxfp4_compile.passes.trace.capture import call_pattern
-from mxfp4_compile.passes.trace.export import capture
+from mxfp4_compile.passes.trace.export import trace
+from mxfp4_compile.passes.trace.traced import call_pattern
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 # models written for the purpose
@@ -480,17 +480,17 @@ def test_report() -> None:
     assert report.versions["torch"] == torch.__version__
 
 
-def test_graphs_captured_on_a_gpu_match_without_one() -> None:
-    """Such a graph names its device and counts int32 ids; both are put into a graph captured here."""
+def test_graphs_traced_on_a_gpu_match_without_one() -> None:
+    """Such a graph names its device and counts int32 ids; both are put into a graph traced here."""
     model = tiny_model("gpt_oss", dtype=torch.bfloat16)
     candidates = find_candidates(model)
     record_calls(model, candidates)
     pattern = call_pattern(candidates[0].calls[0], candidates[0].calls[-1])
     with experts_implementation(model, "grouped_mm"):
-        captured = capture(candidates[0].module, pattern)
-    expected = match(captured)
+        traced = trace(candidates[0].module, pattern)
+    expected = match(traced)
     devices = 0
-    for node in captured.graph.nodes:
+    for node in traced.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
             devices += 1
@@ -500,15 +500,15 @@ def test_graphs_captured_on_a_gpu_match_without_one() -> None:
             cast.meta["val"] = cast.meta["val"].to(torch.int32)
             node.meta["val"] = node.meta["val"].to(torch.int32)
     assert devices
-    found = match(captured)
+    found = match(traced)
     assert isinstance(found, FusedMatch), found
     assert found.spec == expected.spec
 
 
-def test_equal_layers_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     count = []
-    right = planning.capture
-    monkeypatch.setattr(planning, "capture", lambda *a: count.append(1) or right(*a))
+    right = planning.trace
+    monkeypatch.setattr(planning, "trace", lambda *a: count.append(1) or right(*a))
     model = mxfp4_compile.optimize(tiny_model("qwen3_moe", layers=4))
     assert len(mxfp4_sites(model)) == 4
     assert len(count) == 1
@@ -526,12 +526,12 @@ def test_layers_that_differ_in_a_number_are_told_apart() -> None:
 def test_48_layers_are_traced_and_matched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes long does not grow with the layers: half a minute was enough for all of them."""
     calls = []
-    for name in ("capture", "match"):
+    for name in ("trace", "match"):
         right = getattr(planning, name)
         monkeypatch.setattr(planning, name, lambda *a, name=name, right=right: calls.append(name) or right(*a))
     model = mxfp4_compile.optimize(tiny_model("qwen3_moe", dtype=torch.bfloat16, layers=48))
     assert len(mxfp4_sites(model)) == 48
-    assert calls == ["capture", "match"]
+    assert calls == ["trace", "match"]
 
 
 def test_modules_no_forward_reaches_follow_an_equal_one() -> None:

@@ -1,7 +1,7 @@
-"""Plan a model whose weights are not there yet: discover, capture and match on the meta device.
+"""Plan a model whose weights are not there yet: discover, trace and match on the meta device.
 
 Contract: the model's parameters stay on the meta device and are the same objects afterwards. The forward that
-shows how experts are called runs on fake tensors; a module is captured on a stand-in whose weights are
+shows how experts are called runs on fake tensors; a module is traced on a stand-in whose weights are
 allocated and never written.
 """
 
@@ -27,7 +27,7 @@ from ..passes.find.discover import (
     traceable_experts,
 )
 from ..passes.find.discover import record_calls as record_real_calls
-from ..passes.trace.capture import CallPattern
+from ..passes.trace.traced import CallPattern
 from ..passes.weights import members, projections_of, source_names, stack
 from ..planning import Site, apply_skip, check_matches, check_model, match_all, skip_late, weight_ids
 from ..report import Report
@@ -41,7 +41,7 @@ def plan_sites(
     report: Report,
     *,
     requested: str | None,
-    terms: Request = _PLAIN,
+    request: Request = _PLAIN,
     skip: str | Sequence[str] = (),
     strict: bool = True,
     example_inputs: Any = None,
@@ -49,11 +49,11 @@ def plan_sites(
 ) -> list[Site]:
     """Every MoE-looking module of a model on the meta device, each with its structure or the reason why not.
 
-    ``terms``: what every site asks of its backend; ``device_of``: where a module of that name will run.
+    ``request``: what every site asks of its backend; ``device_of``: where a module of that name will run.
     Raises OptimizeError as ``optimize`` does.
     """
     with _plain_defaults(), _as_for_inference(model):
-        return _plan(model, report, requested, terms, skip, strict, example_inputs, device_of)
+        return _plan(model, report, requested, request, skip, strict, example_inputs, device_of)
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def _plan(
     model: nn.Module,
     report: Report,
     requested: str | None,
-    terms: Request,
+    request: Request,
     skip: str | Sequence[str],
     strict: bool,
     example_inputs: Any,
@@ -108,7 +108,7 @@ def _plan(
                     one.calls[:] = [_moved(call, device) for call in one.calls]
 
     with traceable_experts(model):
-        match_all(model, sites, example_inputs, requested, terms, record=record, stand_in=stand_in)
+        match_all(model, sites, example_inputs, requested, request, record=record, stand_in=stand_in)
     skip_late(sites, skip, report)
     gc.collect()  # exported programs are cyclic garbage that keeps the stand-ins' weights alive
     check_matches(sites, report, strict)

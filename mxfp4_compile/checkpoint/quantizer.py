@@ -221,7 +221,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                 model,
                 self.report,
                 requested=requested_backend(config.backend),
-                terms=self.terms,
+                request=self.request,
                 skip=[*config.skip, *left],
                 strict=config.strict,
                 example_inputs=config.example_inputs,
@@ -236,7 +236,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     @property
-    def terms(self) -> Request:
+    def request(self) -> Request:
         """What every site asks of its backend."""
         activations: Any = self.quantization_config.activation_dtype
         return Request(activation_dtype=activations, max_capture_size=self.quantization_config.max_capture_size)
@@ -321,7 +321,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             holder._parameters[leaf] = parameter
         self._replan(model)
         for site in planned(self.sites):
-            _cast_as_captured(site)
+            _cast_as_traced(site)
         todo = planned(self.sites)
         for name in self._others:
             report.notes.append(f"{name} is MXFP4 in the checkpoint; it was dequantized, as only experts stay so")
@@ -399,7 +399,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                 module = stand_in(site.candidate.module, pattern)
                 with traceable_experts(model):
                     requested = requested_backend(self.quantization_config.backend)
-                    known[key] = match_structure(module, pattern, requested, self.terms)
+                    known[key] = match_structure(module, pattern, requested, self.request)
             if isinstance(known[key], NoMatch):
                 raise OptimizeError(f"{site.name} has no match on {device}: {known[key].reason}")
             site.structure = known[key]
@@ -418,7 +418,7 @@ def _patterns(site: Site) -> set[str]:
     return found
 
 
-def _cast_as_captured(site: Site) -> None:
+def _cast_as_traced(site: Site) -> None:
     """What the block's own first forward would cast for good (a router to fp32) is so in the captured graph."""
     assert site.structure is not None
     captured = site.structure.captured

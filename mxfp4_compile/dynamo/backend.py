@@ -107,7 +107,7 @@ def _prove(region: Region, options: CompileOptions, requested: str | None) -> _P
             gc.collect()  # exported programs are cyclic garbage that keeps the weights alive
     found, choice = structure.found, structure.choice
     counts = {p.slot: len(built.weights(p.slot)) for p in projections_of(found.spec)}
-    graph = rewrite(structure.captured, found, counts, choice.backend, choice.layout)
+    graph = rewrite(structure.traced, found, counts, choice.backend, choice.layout)
     constants = tuple(graph.get_buffer(str(n.target)) for n in graph.graph.nodes if n.op == "get_attr")
     names = source_names(projections_of(found.spec))
     recipe = Recipe((region.key, options), structure, names, options.scale_rule)
@@ -186,7 +186,7 @@ def mxfp4_backend(
     Sites that do not match, or fail verification, keep their precision; ``compile_reports()`` says why.
     """
     started = time.perf_counter()
-    observe("captured", gm.graph)
+    observe("traced", gm.graph)
     chosen, rest = _options(options)
     requested = requested_backend(chosen.backend)
     report = Report(chosen.scale_rule, "bf16", 0, chosen.verify, versions={"torch": torch.__version__})

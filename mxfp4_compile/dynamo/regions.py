@@ -1,4 +1,4 @@
-"""Regions: the experts of a mixture, cut out of a whole graph that Dynamo captured.
+"""Regions: the experts of a mixture, cut out of a whole graph that Dynamo traced.
 
 Contract: the graph is read; ``splice`` alone changes it, and only after everything about a region is proven.
 ::
@@ -8,7 +8,7 @@ Contract: the graph is read; ``splice`` alone changes it, and only after everyth
                                                                                          a module (x, ids, weights) -> y
 
 A region becomes a small module of its own with the arguments of an experts module, x [T, H], ids [T, K] and
-weights [T, K], so that capture, match, prep, rewrite and verify run on it as they do on a module.
+weights [T, K], so that trace, match, prep, rewrite and verify run on it as they do on a module.
 
 1. anchors: products of rows with a packed 3-D parameter; those that share one selector (offsets, or ids) form
    one site;
@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from ..passes.calls import TensorInfo
 from ..passes.graph import CALLED_IN_PLACE, CALLED_LAYOUT, CALLED_SIZED, FLOATS, ancestors, descendants
 from ..passes.match.forms.grouped_mm import experts_of_offsets
-from ..passes.trace.capture import CallPattern
+from ..passes.trace.traced import CallPattern
 
 # The token count at which a region is traced: neither 0 nor 1, which tracing specializes.
 _TRACED = 24

@@ -1,8 +1,8 @@
-"""Run parts of a captured graph in fp64, with chosen nodes replaced by chosen values.
+"""Run parts of a traced graph in fp64, with chosen nodes replaced by chosen values.
 
 This is how the matcher learns what a region computes: not from the names of its ops but from what it
 does. Casts between float dtypes become casts to fp64, so that rounding does not hide the function; and
-everything runs on the CPU, wherever the graph was captured.
+everything runs on the CPU, wherever the graph was traced.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _widen(value: Any) -> Any:
 
 
 def _histc(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """A graph captured on a GPU counts integers, which the CPU's histc does not take."""
+    """A graph traced on a GPU counts integers, which the CPU's histc does not take."""
     return torch.histc(values.double(), *args, **kwargs).to(values.dtype)
 
 

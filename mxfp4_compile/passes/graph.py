@@ -214,7 +214,7 @@ ROUTING = _ops(
     "detach max",
 )
 
-# Of a graph that Dynamo captured, whose nodes are Python's functions and methods:
+# Of a graph that Dynamo traced, whose nodes are Python's functions and methods:
 # a packed weight may go through these on its way to a product;
 CALLED_LAYOUT = _ops("transpose permute to contiguous unsqueeze squeeze swapaxes type mT clone bfloat16")
 # a size stands among the arguments of these;

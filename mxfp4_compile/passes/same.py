@@ -3,7 +3,7 @@
 Contract: the module is read, never changed. What is compared: classes, the names and layouts of parameters and buffers
 and which of them are one tensor, and every attribute by its value: containers, enums, dataclasses, partials, bound
 methods, functions by code, defaults and closure, small tensors by content, modules inside by their names. Anything
-else is compared by identity: one capture more is cheap, a wrong graph is not.
+else is compared by identity: one trace more is cheap, a wrong graph is not.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def _explain_group(group: list[Site], model: nn.Module | None) -> SiteExplanatio
         _others(structure, device),
         prep,
         _rewritten(structure, counts),
-        readable(structure.captured.graph),
+        readable(structure.traced.graph),
         sum(
             weight.numel() * weight.element_size()
             for projection in _projections(structure)
@@ -256,7 +256,7 @@ def _prep_programs(structure: Structure, module: nn.Module) -> tuple[tuple[tuple
 
 def _rewritten(structure: Structure, counts: dict[str, int]) -> str:
     choice = structure.choice
-    return _code(rewrite(structure.captured, structure.found, counts, choice.backend, choice.layout))
+    return _code(rewrite(structure.traced, structure.found, counts, choice.backend, choice.layout))
 
 
 def _code(program: fx.GraphModule) -> str:

@@ -13,8 +13,8 @@ from mxfp4_compile.passes.build.module import MXFP4Experts, mxfp4_sites
 from mxfp4_compile.passes.build.rewrite import count_ops
 from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
 from mxfp4_compile.passes.match import FusedMatch, match
-from mxfp4_compile.passes.trace.capture import call_pattern
-from mxfp4_compile.passes.trace.export import capture
+from mxfp4_compile.passes.trace.export import trace
+from mxfp4_compile.passes.trace.traced import call_pattern
 from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
 
 FAMILIES = decorated_families()
@@ -147,7 +147,7 @@ def test_the_same_sites_match_under_batched_mm(family: str) -> None:
         found = {}
         for implementation in ("grouped_mm", "batched_mm"):
             with experts_implementation(model, implementation):
-                found[implementation] = match(capture(candidate.module, pattern))
+                found[implementation] = match(trace(candidate.module, pattern))
         grouped, batched = found["grouped_mm"], found["batched_mm"]
         if isinstance(grouped, FusedMatch):
             assert isinstance(batched, FusedMatch), batched

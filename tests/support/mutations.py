@@ -1,7 +1,7 @@
-"""Mutations of captured experts graphs, and a judge that knows nothing of the matcher.
+"""Mutations of traced experts graphs, and a judge that knows nothing of the matcher.
 
-A mutation edits a copy of a real captured graph. ``CHANGING`` ones compute another function than the
-captured module did, ``PRESERVING`` ones the same function spelled in another way. What a mutated graph
+A mutation edits a copy of a real traced graph. ``CHANGING`` ones compute another function than the
+traced module did, ``PRESERVING`` ones the same function spelled in another way. What a mutated graph
 means is decided by running it: ``execute`` is an executor of its own.
 """
 
@@ -25,8 +25,8 @@ from mxfp4_compile.passes.find.discover import experts_implementation, find_cand
 from mxfp4_compile.passes.graph import graph_symbols
 from mxfp4_compile.passes.match import FusedMatch, SplitMatch
 from mxfp4_compile.passes.match.forms import ExpertGemm, find_gemms
-from mxfp4_compile.passes.trace.capture import Captured, call_pattern
-from mxfp4_compile.passes.trace.export import capture
+from mxfp4_compile.passes.trace.export import trace
+from mxfp4_compile.passes.trace.traced import Traced, call_pattern
 from mxfp4_compile.passes.weights import projections_of
 from mxfp4_compile.tools.families import tiny_model
 
@@ -40,9 +40,9 @@ _FLOATS = (f16, bf16, f32, f64)
 
 @dataclass(frozen=True)
 class Source:
-    """A tiny family's experts module, captured; ``state``: its parameters and buffers by name."""
+    """A tiny family's experts module, traced; ``state``: its parameters and buffers by name."""
 
-    captured: Captured
+    traced: Traced
     state: Mapping[str, Tensor]
     experts: int
     dtype: torch.dtype
@@ -55,11 +55,11 @@ def source(family: str, dtype: torch.dtype = f32, form: str = "grouped_mm", **ov
     record_calls(model, candidates)
     found = next(c for c in candidates if c.kind == "packed" and c.calls)
     with experts_implementation(model, form):
-        captured = capture(found.module, call_pattern(found.calls[0], found.calls[-1]))
+        traced = trace(found.module, call_pattern(found.calls[0], found.calls[-1]))
     # An edit's fake run must not tie the number of tokens to a value for all edits after it.
-    next(n for n in captured.graph.nodes if n.op == "placeholder").meta["val"].fake_mode.shape_env.freeze()
+    next(n for n in traced.graph.nodes if n.op == "placeholder").meta["val"].fake_mode.shape_env.freeze()
     state = {n: t.detach() for n, t in (*found.module.named_parameters(), *found.module.named_buffers())}
-    return Source(captured, state, max(t.shape[0] for t in state.values() if t.dim() == 3), dtype)
+    return Source(traced, state, max(t.shape[0] for t in state.values() if t.dim() == 3), dtype)
 
 
 # ---------------------------------------------------------------- editing
@@ -154,19 +154,19 @@ class V:
 
 
 class Edit:
-    """A copy of a captured graph under change; ``done()`` puts it in order again."""
+    """A copy of a traced graph under change; ``done()`` puts it in order again."""
 
     def __init__(self, source: Source) -> None:
-        captured = source.captured
+        traced = source.traced
         self.source = source
-        self.graph: fx.Graph = copy.deepcopy(captured.graph)
-        self.captured = replace(captured, graph=self.graph, constants=dict(captured.constants))
+        self.graph: fx.Graph = copy.deepcopy(traced.graph)
+        self.traced = replace(traced, graph=self.graph, constants=dict(traced.constants))
         self.mode = next(n for n in self.graph.nodes if n.op == "placeholder").meta["val"].fake_mode
         self.output = next(n for n in self.graph.nodes if n.op == "output")
-        gemms: list[ExpertGemm] = find_gemms(self.captured)
+        gemms: list[ExpertGemm] = find_gemms(self.traced)
         self.ups, self.down = gemms[:-1], gemms[-1]
         self.batched = self.down.form == "batched_mm"
-        x, ids, w = (self.captured.node(n) for n in captured.inputs)
+        x, ids, w = (self.traced.node(n) for n in traced.inputs)
         self.x, self.ids, self.w = V(self, x), V(self, ids), V(self, w)
         self.E, (self.T, self.K) = source.experts, (self.w.val.shape[0], self.w.val.shape[1])
         self.H, self.I = self.down.shape[1], self.down.shape[2]
@@ -260,7 +260,7 @@ class Edit:
         return V(self, first), V(self, second)
 
     def parameter(self, name: str) -> V:
-        return V(self, self.captured.node(next(p for p, n in self.captured.parameters.items() if n == name)))
+        return V(self, self.traced.node(next(p for p, n in self.traced.parameters.items() if n == name)))
 
     # changes
 
@@ -284,11 +284,11 @@ class Edit:
         return v.op(A.sym_size.int, dim)
 
     def constant(self, value: Tensor) -> V:
-        name = f"c_extra_{len(self.captured.constants)}"
+        name = f"c_extra_{len(self.traced.constants)}"
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.placeholder(name)
         node.meta["val"] = self.mode.from_tensor(value)
-        self.captured.constants[node.name] = value
+        self.traced.constants[node.name] = value
         return V(self, node)
 
     def swap(self, v: V, new: Callable[[V], V] | V) -> V:
@@ -311,7 +311,7 @@ class Edit:
     def kwarg(self, v: V, **values: Any) -> None:
         v.node.kwargs = {**v.node.kwargs, **values}
 
-    def done(self, order: Callable[[int], float] = float) -> Captured:
+    def done(self, order: Callable[[int], float] = float) -> Traced:
         """Sorted (``order``: position -> priority), dead code dropped, values of all nodes propagated again."""
         nodes = [n for n in self.graph.nodes if n.op not in ("placeholder", "output")]
         rank = {n: (order(i), i) for i, n in enumerate(nodes)}
@@ -332,7 +332,7 @@ class Edit:
                 self._propagate(node)
         self.graph.lint()
         assert len(graph_symbols(self.graph)) == 1, "an op of this mutation ties the number of tokens to a value"
-        return self.captured
+        return self.traced
 
     def _propagate(self, node: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -343,10 +343,10 @@ class Edit:
 # ---------------------------------------------------------------- judging
 
 
-def execute(captured: Captured, state: Mapping[str, Tensor], inputs: Sequence[Tensor], wide: bool = False) -> Tensor:
-    """Run a captured graph on real tensors; ``wide``: everything in fp64, casts between floats ignored."""
-    names = {**captured.parameters, **captured.buffers}
-    given = dict(zip(captured.inputs, inputs, strict=True))
+def execute(traced: Traced, state: Mapping[str, Tensor], inputs: Sequence[Tensor], wide: bool = False) -> Tensor:
+    """Run a traced graph on real tensors; ``wide``: everything in fp64, casts between floats ignored."""
+    names = {**traced.parameters, **traced.buffers}
+    given = dict(zip(traced.inputs, inputs, strict=True))
     env: dict[fx.Node, Any] = {}
 
     def widen(value: Any) -> Any:
@@ -355,14 +355,14 @@ def execute(captured: Captured, state: Mapping[str, Tensor], inputs: Sequence[Te
         return f64 if isinstance(value, torch.dtype) and value in _FLOATS else value
 
     with torch.no_grad():
-        for node in captured.graph.nodes:
+        for node in traced.graph.nodes:
             if node.op == "placeholder":
                 if node.name in given:
                     value = given[node.name]
                 elif node.name in names:
                     value = state[names[node.name]]
                 else:
-                    value = captured.constants[node.name]
+                    value = traced.constants[node.name]
                 env[node] = widen(value) if wide else value
             elif node.op == "output":
                 return env[node.args[0][0]]
@@ -412,9 +412,9 @@ CALLS = (
 
 def call_inputs(source: Source, call: Call, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1000 + seed)
-    first, _, last = source.captured.inputs
-    hidden = source.captured.node(first).meta["val"].shape[1]
-    top_k = source.captured.node(last).meta["val"].shape[1]
+    first, _, last = source.traced.inputs
+    hidden = source.traced.node(first).meta["val"].shape[1]
+    top_k = source.traced.node(last).meta["val"].shape[1]
     x = torch.randn(call.tokens, hidden, generator=generator) * call.scale
     x = x * torch.linspace(0.5, 1.5, call.tokens).unsqueeze(1)
     usable = source.experts - 1 if call.routing == "skip last" else source.experts
@@ -473,7 +473,7 @@ def quantized(
 
 
 def run_rewritten(
-    captured: Captured,
+    traced: Traced,
     found: FusedMatch | SplitMatch,
     backend: str,
     state: Mapping[str, Tensor],
@@ -488,11 +488,11 @@ def run_rewritten(
         prepared[projection.slot] = get_backend(backend).prepare(
             packed, scales, k=projection.shape[2], role=projection.role, params=params, layout="canonical"
         )
-    module = rewrite(captured, found, {s: len(t) for s, t in prepared.items()}, backend, "canonical")
-    names = {**captured.parameters, **captured.buffers}
+    module = rewrite(traced, found, {s: len(t) for s, t in prepared.items()}, backend, "canonical")
+    names = {**traced.parameters, **traced.buffers}
 
     def run(inputs: Sequence[Tensor], factor: float) -> Tensor:
-        given: dict[str, Tensor] = dict(zip(captured.inputs, inputs, strict=True))
+        given: dict[str, Tensor] = dict(zip(traced.inputs, inputs, strict=True))
         for slot, tensors in prepared.items():
             given |= {f"{slot}_{i}": t for i, t in enumerate(tensors)}
         for p in projections_of(found.spec):
@@ -540,7 +540,7 @@ class Mutation:
         marks = [self.family, *(["bf16"] if self.dtype == bf16 else []), *(["bmm"] if "b" in self.form[0] else [])]
         return f"{self.name}-{'-'.join(marks)}"
 
-    def mutate(self) -> Captured:
+    def mutate(self) -> Traced:
         edit = Edit(self.source)
         self.make(edit)
         return edit.done(self.order)

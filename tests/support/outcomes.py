@@ -22,7 +22,7 @@ from torch import fx
 
 from mxfp4_compile.passes.build.rewrite import RewriteError, rewrite
 from mxfp4_compile.passes.match import FusedMatch, NoMatch, SplitMatch
-from mxfp4_compile.passes.trace.capture import Captured
+from mxfp4_compile.passes.trace.traced import Traced
 from mxfp4_compile.passes.weights import projections_of
 
 FILE = SUPPORT / "outcomes.json"
@@ -33,13 +33,13 @@ def known() -> dict[str, str]:
     return dict(json.loads(FILE.read_text()))
 
 
-def outcome(captured: Captured, found: FusedMatch | SplitMatch | NoMatch) -> str:
+def outcome(traced: Traced, found: FusedMatch | SplitMatch | NoMatch) -> str:
     """No match, a refusal, or what is computed of which weights: a digest of the rewritten graph and of its slots."""
     if isinstance(found, NoMatch):
         return "no match"
     counts = dict.fromkeys((p.slot for p in projections_of(found.spec)), 1)
     try:
-        graph = rewrite(captured, found, counts, "reference", "canonical")
+        graph = rewrite(traced, found, counts, "reference", "canonical")
     except RewriteError:
         return "refused"
     return _text(found, _computation(graph))

@@ -14,9 +14,9 @@ from torch import nn
 
 from mxfp4_compile import planning
 from mxfp4_compile.passes import same
-from mxfp4_compile.passes.trace.capture import CallPattern, Captured
+from mxfp4_compile.passes.trace.traced import CallPattern, Traced
 
-_graphs: dict[Any, Captured] = {}
+_graphs: dict[Any, Traced] = {}
 _matches: dict[int, Any] = {}  # by the graph's id; _graphs keeps it alive
 _KEPT = 200
 
@@ -34,24 +34,24 @@ def _key(module: nn.Module, pattern: CallPattern) -> Any:
 @pytest.fixture
 def remembered_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace and match every experts module once a process."""
-    capture, match = planning.capture, planning.match
+    trace, match = planning.trace, planning.match
 
-    def remembered_capture(module: nn.Module, pattern: CallPattern) -> Captured:
+    def remembered_trace(module: nn.Module, pattern: CallPattern) -> Traced:
         if not type(module).__module__.startswith("transformers."):
-            return capture(module, pattern)
+            return trace(module, pattern)
         key = _key(module, pattern)
         if key not in _graphs:
             if len(_graphs) >= _KEPT:
                 _graphs.clear(), _matches.clear()
-            _graphs[key] = capture(module, pattern)
+            _graphs[key] = trace(module, pattern)
         return _graphs[key]
 
-    def remembered_match(captured: Captured) -> Any:
-        if not any(captured is graph for graph in _graphs.values()):
-            return match(captured)
-        if id(captured) not in _matches:
-            _matches[id(captured)] = match(captured)
-        return _matches[id(captured)]
+    def remembered_match(traced: Traced) -> Any:
+        if not any(traced is graph for graph in _graphs.values()):
+            return match(traced)
+        if id(traced) not in _matches:
+            _matches[id(traced)] = match(traced)
+        return _matches[id(traced)]
 
-    monkeypatch.setattr(planning, "capture", remembered_capture)
+    monkeypatch.setattr(planning, "trace", remembered_trace)
     monkeypatch.setattr(planning, "match", remembered_match)

@@ -4,7 +4,7 @@
 
     call's tensors, retained state of the original, prepared weights  -->  rewritten graph  -->  the original's result
 
-Contract: called in any other way than the captured one, or with other dtypes, it raises TypeError: both are part of the
+Contract: called in any other way than the traced one, or with other dtypes, it raises TypeError: both are part of the
 rewritten graph. Under autocast, which hands on other dtypes than the ones without it, they are cast. ``.to(device)``
 prepares the weights again and rewrites the ops for that device's backend.
 """
@@ -28,7 +28,7 @@ from .state import BLUEPRINT, PreparedWeights, SitePlan, adopt
 class MXFP4Experts(PreparedWeights):
     """Experts in MXFP4, called exactly as the module they replace.
 
-    Raises TypeError when called in another way than the one captured, or with other dtypes: both are
+    Raises TypeError when called in another way than the one traced, or with other dtypes: both are
     part of the rewritten graph.
     """
 
@@ -79,7 +79,7 @@ class MXFP4Experts(PreparedWeights):
     # forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original module's forward on MXFP4 weights; arguments as captured."""
+        """The original module's forward on MXFP4 weights; arguments as traced."""
         pattern = self.plan.pattern
         if len(args) != pattern.positional or len(kwargs) != len(pattern.keywords):
             raise TypeError(
@@ -92,15 +92,15 @@ class MXFP4Experts(PreparedWeights):
         return self._run(leaves)
 
     def _under_autocast(self, leaves: list[Any]) -> Any:
-        """The graph in the dtypes it was captured in; what has the tokens' dtype there has the caller's here."""
+        """The graph in the dtypes it was traced in; what has the tokens' dtype there has the caller's here."""
         floating = [
             (leaf, expected)
             for leaf, expected in zip(leaves, self.plan.pattern.leaves, strict=True)
             if isinstance(expected, TensorInfo) and expected.dtype.is_floating_point and leaf.is_floating_point()
         ]
-        captured = {id(leaf): leaf.to(expected.dtype) for leaf, expected in floating}
+        traced = {id(leaf): leaf.to(expected.dtype) for leaf, expected in floating}
         with torch.autocast(self.device.type, enabled=False):
-            result = self._run([captured.get(id(leaf), leaf) for leaf in leaves])
+            result = self._run([traced.get(id(leaf), leaf) for leaf in leaves])
         if not floating:
             return result
         tokens, expected = floating[0]

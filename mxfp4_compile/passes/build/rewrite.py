@@ -1,15 +1,15 @@
-"""Rewrite: the captured graph with its matched region replaced by op calls on prepared weights.
+"""Rewrite: the traced graph with its matched region replaced by op calls on prepared weights.
 
 ::
 
-    captured graph                              rewritten graph
+    traced graph                              rewritten graph
     inputs, parameters, buffers, constants      inputs, retained parameters and buffers, prepared tensors
          |                                           |
     ... head, GEMMs, middle, tail ...           mxfp4::moe, and what the match's edits say beside it
          |                                           |        (split: a mxfp4::grouped_linear for each GEMM)
     the rest                                    the rest
 
-Contract: the captured graph is not changed; the result is a GraphModule without state whose inputs are
+Contract: the traced graph is not changed; the result is a GraphModule without state whose inputs are
 the site's tensor arguments, then the retained parameters, then the prepared tensors. No expert GEMM may
 be left over: RewriteError if one is.
 
@@ -30,8 +30,8 @@ from torch import Tensor, fx
 from ...ops import schema
 from ..match import FusedMatch, SplitMatch
 from ..match.edits import InputSize
-from ..trace.capture import Captured
 from ..trace.collapse import rows_of_expert
+from ..trace.traced import Traced
 from ..weights import projections_of
 
 aten = torch.ops.aten
@@ -41,30 +41,30 @@ class RewriteError(RuntimeError):
     """A matched graph that could not be rewritten as a whole, with the reason."""
 
 
-def retained_names(captured: Captured, found: FusedMatch | SplitMatch) -> tuple[str, ...]:
+def retained_names(traced: Traced, found: FusedMatch | SplitMatch) -> tuple[str, ...]:
     """Parameters and buffers that the rewritten graph still reads."""
-    graph = _rewritten(captured, found, {p.slot: 1 for p in projections_of(found.spec)}, "reference", "canonical")
-    names = {**captured.parameters, **captured.buffers}
+    graph = _rewritten(traced, found, {p.slot: 1 for p in projections_of(found.spec)}, "reference", "canonical")
+    names = {**traced.parameters, **traced.buffers}
     return tuple(names[n.target] for n in graph.nodes if n.op == "placeholder" and n.target in names)
 
 
 def rewrite(
-    captured: Captured, found: FusedMatch | SplitMatch, counts: Mapping[str, int], backend: str, layout: str
+    traced: Traced, found: FusedMatch | SplitMatch, counts: Mapping[str, int], backend: str, layout: str
 ) -> fx.GraphModule:
     """The rewritten graph; ``counts``: slot -> number of prepared tensors."""
-    graph = _rewritten(captured, found, counts, backend, layout)
+    graph = _rewritten(traced, found, counts, backend, layout)
     root = torch.nn.Module()
     for node in graph.nodes:
         if node.op == "get_attr":
-            root.register_buffer(node.target, captured.constants[node.target], persistent=False)
+            root.register_buffer(node.target, traced.constants[node.target], persistent=False)
     return fx.GraphModule(root, graph, class_name="RewrittenExperts")
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """The new graph; ``mapped``: captured node -> new one; ``slots``: prepared tensors and bias by projection."""
+    """The new graph; ``mapped``: traced node -> new one; ``slots``: prepared tensors and bias by projection."""
 
-    captured: Captured
+    traced: Traced
     graph: fx.Graph
     mapped: dict[fx.Node, fx.Node]
     slots: Mapping[str, tuple[list[fx.Node], fx.Node | None]]
@@ -79,49 +79,49 @@ class _Copy:
 
 
 def _rewritten(
-    captured: Captured, found: FusedMatch | SplitMatch, counts: Mapping[str, int], backend: str, layout: str
+    traced: Traced, found: FusedMatch | SplitMatch, counts: Mapping[str, int], backend: str, layout: str
 ) -> fx.Graph:
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
-    state = {**captured.parameters, **captured.buffers}
-    by_name = {n.name: n for n in captured.graph.nodes if n.op == "placeholder"}
-    for name in (*captured.inputs, *state):
+    state = {**traced.parameters, **traced.buffers}
+    by_name = {n.name: n for n in traced.graph.nodes if n.op == "placeholder"}
+    for name in (*traced.inputs, *state):
         mapped[by_name[name]] = graph.node_copy(by_name[name])
-    copy = _Copy(captured, graph, mapped, _weight_inputs(graph, found, counts), backend, layout)
-    for name in captured.constants:
+    copy = _Copy(traced, graph, mapped, _weight_inputs(graph, found, counts), backend, layout)
+    for name in traced.constants:
         mapped[by_name[name]] = graph.get_attr(name)
     replaced = _Fused(copy, found) if isinstance(found, FusedMatch) else _Split(copy, found)
-    for node in captured.graph.nodes:
+    for node in traced.graph.nodes:
         if node.op == "placeholder":
             continue
         if node.op == "output":
             # Exported programs return a tuple; a module called in a model returns its tensor.
             results = [mapped[r] for r in node.args[0]]  # type: ignore[index, union-attr]
-            graph.output(results[0] if captured.out_spec is None else tuple(results))
+            graph.output(results[0] if traced.out_spec is None else tuple(results))
             continue
         new = replaced.node(node)
         if new is None:
             new = graph.node_copy(node, lambda n: mapped[n])
             if node.target == aten.view.default:
-                # The capture saw contiguous arguments; callers may pass others, as the original's reshape allowed.
+                # The trace saw contiguous arguments; callers may pass others, as the original's reshape allowed.
                 new.target = aten.reshape.default
         mapped[node] = new
     if isinstance(found, SplitMatch):
         _counts_at_once(graph)
-    _drop_unused(graph, set(captured.inputs))
-    _check_gone(captured, found, graph, mapped)
+    _drop_unused(graph, set(traced.inputs))
+    _check_gone(traced, found, graph, mapped)
     graph.lint()
     return graph
 
 
 def _check_gone(
-    captured: Captured, found: FusedMatch | SplitMatch, graph: fx.Graph, mapped: Mapping[fx.Node, fx.Node]
+    traced: Traced, found: FusedMatch | SplitMatch, graph: fx.Graph, mapped: Mapping[fx.Node, fx.Node]
 ) -> None:
     """RewriteError if a product or a weight that was to be replaced is still there."""
     left = {mapped[g.node] for g in found.gemms} & set(graph.nodes) if isinstance(found, FusedMatch) else set()
     if left:
         raise RewriteError(f"the products {sorted(map(str, left))} are also used outside the matched region")
-    state = {**captured.parameters, **captured.buffers}
+    state = {**traced.parameters, **traced.buffers}
     weights = {n for p in projections_of(found.spec) for n in p.source.parameters}
     for node in graph.nodes:
         if node.op == "placeholder" and state.get(node.target) in weights:
@@ -136,7 +136,7 @@ class _Fused:
         self.moe: fx.Node | None = None
 
     def node(self, node: fx.Node) -> fx.Node | None:
-        """What takes the place of a captured node; None for a copy of it."""
+        """What takes the place of a traced node; None for a copy of it."""
         if node is self.found.output:
             self.moe = self._moe()
             self.moe.meta = {**node.meta, "val": self.found.x.meta["val"]}
@@ -173,7 +173,7 @@ class _Fused:
     def _size(self, size: int | InputSize, value: Any) -> int | fx.Node:
         if isinstance(size, int):
             return size
-        source = self.copy.mapped[self.copy.captured.node(size.input)]
+        source = self.copy.mapped[self.copy.traced.node(size.input)]
         return self.copy.call(value, aten.sym_size.int, source, size.dim)
 
     def _plus_handed_on(self, moe: fx.Node, value: Tensor) -> fx.Node:
@@ -201,7 +201,7 @@ class _Split:
         self.parts: dict[fx.Node, fx.Node] = {}
 
     def node(self, node: fx.Node) -> fx.Node | None:
-        """What takes the place of a captured node; None for a copy of it."""
+        """What takes the place of a traced node; None for a copy of it."""
         copy = self.copy
         if node.target is rows_of_expert:
             return _part(copy.graph, node, copy.mapped, self.parts)

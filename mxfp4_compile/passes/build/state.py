@@ -25,7 +25,7 @@ from ...ops.registry import get_backend
 from ...ops.selection import Choice
 from ...ops.target import PLAIN, Request
 from ...spec import MoEParams, MoESpec, SplitSpec
-from ..trace.capture import CallPattern
+from ..trace.traced import CallPattern
 from ..weights import Projection, members, projections_of, restacked, sizes, unstack
 
 BLUEPRINT = "_original"

@@ -154,8 +154,8 @@ def _check_original(squared: Tensor, dtype: torch.dtype, what: str) -> None:
     error = float((squared[1] / squared[2].clamp_min(1e-300)).sqrt())
     if not error <= _ROUNDING[dtype]:
         raise VerificationError(
-            f"{what}: the original block is {error:.3g} away from what its captured loop computes in fp32, more than "
-            f"rounding to {dtype} explains: it does something that the capture did not see"
+            f"{what}: the original block is {error:.3g} away from what its traced loop computes in fp32, more than "
+            f"rounding to {dtype} explains: it does something that the trace did not see"
         )
 
 

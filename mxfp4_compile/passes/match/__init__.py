@@ -1,4 +1,4 @@
-"""Match: what a captured graph computes, as a value (``match.py`` has the contract)."""
+"""Match: what a traced graph computes, as a value (``match.py`` has the contract)."""
 
 from .match import FusedMatch, NoMatch, SplitMatch, match
 

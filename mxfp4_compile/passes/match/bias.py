@@ -19,22 +19,22 @@ def bias_nodes(
     chain: Chain, head: Head, target: fx.Node, stop: Sequence[fx.Node], gemms: Sequence[ExpertGemm]
 ) -> tuple[fx.Node, ...]:
     """The [E, N] parameters read between ``stop`` and ``target``, in the order of ``gemms``; raises Refused."""
-    captured = chain.captured
+    traced = chain.traced
     where = "after the down-projection" if gemms[0] is chain.down else "between the projections"
     read = [
         n
         for n in chain.in_order(ancestors([target], stop=[*stop, head.ids, head.x]))
-        if n.op == "placeholder" and n.name not in captured.inputs and n.name not in captured.constants
+        if n.op == "placeholder" and n.name not in traced.inputs and n.name not in traced.constants
     ]
-    read = [n for n in read if captured.parameters.get(n.name) not in chain.weights]
+    read = [n for n in read if traced.parameters.get(n.name) not in chain.weights]
     for node in read:
-        if node.name not in captured.parameters:
-            raise Refused(f"{captured.buffers.get(node.name, node.name)!r} is read {where}")
+        if node.name not in traced.parameters:
+            raise Refused(f"{traced.buffers.get(node.name, node.name)!r} is read {where}")
     if not read:
         return ()
     wanted = [(g.shape[0], g.shape[1]) for g in gemms]
     if sorted(tuple(n.meta["val"].shape) for n in read) != sorted(wanted):
-        every = sorted(captured.parameters[n.name] for n in read)
+        every = sorted(traced.parameters[n.name] for n in read)
         names = ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
         raise Refused(f"{names} is read {where} and is not one bias per expert and row")
     return tuple(read) if len(read) == 1 else tuple(_of_gemm(g, read) for g in gemms)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..graph import ancestors
-from ..trace.capture import Captured
+from ..trace.traced import Traced
 from .forms import ExpertGemm
 
 
@@ -27,7 +27,7 @@ class Refused(Exception):
 class Chain:
     """The expert GEMMs of one mixture; ``order``: the place of each node in the graph."""
 
-    captured: Captured
+    traced: Traced
     ups: tuple[ExpertGemm, ...]
     down: ExpertGemm
     order: Mapping[fx.Node, int]
@@ -40,7 +40,7 @@ class Chain:
     @property
     def graph(self) -> fx.Graph:
         """The graph they are in."""
-        return self.captured.graph
+        return self.traced.graph
 
     def in_order(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """The nodes in graph order, so that a reason names the same one in every run."""
@@ -77,7 +77,7 @@ class Chain:
         return self.down.shape[2]
 
 
-def chain_of(captured: Captured, gemms: Sequence[ExpertGemm]) -> Chain:
+def chain_of(traced: Traced, gemms: Sequence[ExpertGemm]) -> Chain:
     """The GEMMs by their roles, the last one being the down-projection; raises Refused."""
     down, ups = gemms[-1], tuple(gemms[:-1])
     if not 1 <= len(ups) <= 2:
@@ -93,7 +93,7 @@ def chain_of(captured: Captured, gemms: Sequence[ExpertGemm]) -> Chain:
             raise Refused("the up GEMMs' weights are laid out differently")
     if down.shape[0] != first.shape[0]:
         raise Refused("the projections have different numbers of experts")
-    chain = Chain(captured, ups, down, {node: i for i, node in enumerate(captured.graph.nodes)})
+    chain = Chain(traced, ups, down, {node: i for i, node in enumerate(traced.graph.nodes)})
     if down.shape[1] != chain.hidden:
         raise Refused(f"the experts' output width {down.shape[1]} is not their input width {chain.hidden}")
     return chain

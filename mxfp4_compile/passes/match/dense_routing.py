@@ -6,7 +6,7 @@
         |                                                 |
     X [E, T, K]  --bmm W-->  Y [E, T, N]         -->  rows X[id, t] [T * K, K]  --expert_products-->  among zeros
 
-Contract: the captured graph is not changed; each variant is a copy that computes the same, so that ``match`` can say
+Contract: the traced graph is not changed; each variant is a copy that computes the same, so that ``match`` can say
 what it is. A routing matrix is one that holds zero everywhere but at K known places of a row, which follows from the
 graph alone (``_Places``): ``one_hot``, or a ``scatter`` into a constant, and pointwise ops that keep the zeros.
 
@@ -15,8 +15,8 @@ graph alone (``_Places``): ``one_hot``, or a ``scatter`` into a constant, and po
 2. Of floats (weights): ids are the places, the weights are read there; the matrix is made again from both.
 3. Dense products ``bmm(X [E, T, K], W)`` of every token with every expert become ``expert_products`` on the rows
    X[id, t] alone, put back among zeros. That is the same if X is zero elsewhere, which ``match`` proves by running it
-   (``Captured.dense``): a zero row gives a zero row, since the products have no bias. It is also the same if the
-   output does not depend on what stands there (``Captured.dont_care``), since a zero of the matrix is its factor.
+   (``Traced.dense``): a zero row gives a zero row, since the products have no bias. It is also the same if the
+   output does not depend on what stands there (``Traced.dont_care``), since a zero of the matrix is its factor.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import CASTS, COPIES, FILLED, RESHAPES, op_name
-from ..trace.capture import Captured
 from ..trace.collapse import expert_products, expert_products_transposed
+from ..trace.traced import Traced
 from .forms.anchor import trace_weight
 
 aten = torch.ops.aten
@@ -53,22 +53,22 @@ class _Places:
     zero_one: bool
 
 
-def variants(captured: Captured) -> Iterator[Captured]:
+def variants(traced: Traced) -> Iterator[Traced]:
     """The graph in terms of each routing matrix it has, the last in graph order first."""
-    found = _places(captured.graph)
+    found = _places(traced.graph)
     for node in reversed(list(found)):
         if found[node].background != 0 or any(user in found and found[user].background == 0 for user in node.users):
             continue
         if found[node].columns > 1 and not _distinct(found[node].index):
             continue
-        variant = _Variant(captured, node, found[node]).run()
+        variant = _Variant(traced, node, found[node]).run()
         if variant is not None:
             yield variant
 
 
-def has_dense_products(captured: Captured) -> bool:
+def has_dense_products(traced: Traced) -> bool:
     """Whether every expert's weights are multiplied with rows of every token."""
-    return any(_dense(node, captured) is not None for node in captured.graph.nodes)
+    return any(_dense(node, traced) is not None for node in traced.graph.nodes)
 
 
 def _value(node: Any) -> Tensor | None:
@@ -169,15 +169,15 @@ def _distinct(index: fx.Node) -> bool:
     return len(source.args) < 3 or source.args[2] in (-1, dims - 1)
 
 
-def _dense(node: fx.Node, captured: Captured) -> tuple[fx.Node, fx.Node, bool] | None:
+def _dense(node: fx.Node, traced: Traced) -> tuple[fx.Node, fx.Node, bool] | None:
     """(rows [E, T, K], weights' placeholder, stored [E, K, N]) of a product of all tokens with all experts."""
     if node.op != "call_function" or node.target != aten.bmm.default:
         return None
     rows, weight = node.args
-    traced = trace_weight(weight, captured)
-    if traced is None or traced[2] not in ((0, 1, 2), (0, 2, 1)) or not isinstance(rows, fx.Node):
+    place = trace_weight(weight, traced)
+    if place is None or place[2] not in ((0, 1, 2), (0, 2, 1)) or not isinstance(rows, fx.Node):
         return None
-    _, placeholder, order = traced
+    _, placeholder, order = place
     return rows, placeholder, order == (0, 1, 2)
 
 
@@ -188,8 +188,8 @@ class _NoSize(Exception):
 class _Variant:
     """A copy of a graph in terms of the ids and weights of one routing matrix."""
 
-    def __init__(self, captured: Captured, matrix: fx.Node, places: _Places) -> None:
-        self.captured, self.matrix, self.places = captured, matrix, places
+    def __init__(self, traced: Traced, matrix: fx.Node, places: _Places) -> None:
+        self.traced, self.matrix, self.places = traced, matrix, places
         self.graph = fx.Graph()
         self.mapped: dict[fx.Node, fx.Node] = {}
         self.ids: fx.Node | None = None
@@ -197,7 +197,7 @@ class _Variant:
         self.dense: list[fx.Node] = []
         self.dont_care: list[fx.Node] = []
 
-    def run(self) -> Captured | None:
+    def run(self) -> Traced | None:
         value = self.matrix.meta["val"]
         if not value.is_floating_point() and not self.places.zero_one:
             return None
@@ -206,8 +206,8 @@ class _Variant:
         except _NoSize:
             return None
 
-    def _copied(self, value: Any) -> Captured:
-        old = self.captured
+    def _copied(self, value: Any) -> Traced:
+        old = self.traced
         with value.fake_mode:
             for node in old.graph.nodes:
                 dense = _dense(node, old) if self.ids is not None else None
@@ -220,7 +220,7 @@ class _Variant:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         names = {n.name for n in self.graph.nodes if n.op == "placeholder"}
-        new = Captured(
+        new = Traced(
             self.graph,
             list(old.inputs),
             {k: v for k, v in old.parameters.items() if k in names},
@@ -249,7 +249,7 @@ class _Variant:
     def _size(self, size: Any) -> fx.Node:
         for node in self.graph.nodes:
             value = _value(node)
-            if value is not None and node.name in self.captured.inputs:
+            if value is not None and node.name in self.traced.inputs:
                 for i, d in enumerate(value.shape):
                     if str(d) == str(size):
                         return self._call(aten.sym_size.int, node, i)

@@ -59,13 +59,13 @@ def check_dependence(chain: Chain, head: Head, tail: Tail) -> bool:
         raise Refused(reason)
     # Each is looked at: the first that branches on something else refuses.
     masked = [leaves_out_ids(chain, region, cuts) for region in (regions.choice, regions.rows, regions.tail)]
-    return chain.captured.sentinels > 0 or any(masked)
+    return chain.traced.sentinels > 0 or any(masked)
 
 
 def _check_reads(chain: Chain, head: Head, what: str, region: set[fx.Node]) -> None:
     """Refuse if a region reads the values, not just the sizes, of tokens or other float inputs."""
     for node in chain.in_order(region):
-        is_input = node.op == "placeholder" and node.name in chain.captured.inputs and is_float(node)
+        is_input = node.op == "placeholder" and node.name in chain.traced.inputs and is_float(node)
         if (is_input or node is head.x) and any(user in region and not reads_no_values(user) for user in node.users):
             raise Refused(f"{what} also depends on {node.name}")
 

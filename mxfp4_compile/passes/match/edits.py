@@ -103,7 +103,7 @@ def _only_added_to(head: Head, output: fx.Node) -> bool:
 
 def _lead(chain: Chain, tail: Tail) -> tuple[int | InputSize, ...]:
     """Batch and length of an output [batch, length, H], as sizes of inputs: these depend on no values."""
-    captured = chain.captured
+    traced = chain.traced
     lead: list[int | InputSize] = []
     for size in tail.output.meta["val"].shape[:2]:
         if isinstance(size, int):
@@ -111,8 +111,8 @@ def _lead(chain: Chain, tail: Tail) -> tuple[int | InputSize, ...]:
             continue
         found = [
             InputSize(name, d)
-            for name in captured.inputs
-            for d, own in enumerate(captured.node(name).meta["val"].shape)
+            for name in traced.inputs
+            for d, own in enumerate(traced.node(name).meta["val"].shape)
             if str(own) == str(size)
         ]
         lead.append(found[0] if found else -1)
@@ -128,7 +128,7 @@ def _handed_on(prober: Prober, head: Head, tail: Tail) -> fx.Node | None:
     knows: neither a CUDA graph nor a compiled one takes it. Where it cannot be proven to be this, it stays.
     """
     chain, output = prober.chain, tail.output
-    if chain.captured.sentinels < 1 or tail.weights.meta["val"].shape != head.ids.meta["val"].shape:
+    if chain.traced.sentinels < 1 or tail.weights.meta["val"].shape != head.ids.meta["val"].shape:
         return None
     later = descendants([output]) - {output}
     sums = [n for n in later if is_float(n) and _by_token(chain, head, n)]
@@ -157,7 +157,7 @@ def _hands_on(prober: Prober, head: Head, tail: Tail, final: fx.Node) -> bool:
     regions = Regions(nothing, nothing, nothing, region)
     if check_structure(chain, nothing, cuts, regions, head.top_k) is not None:
         return False
-    everyone = chain.experts + chain.captured.sentinels
+    everyone = chain.experts + chain.traced.sentinels
     for case in head.cases[:-1]:
         for lowest, scale in ((0, 1.0), (0, 1e3), (chain.experts, 1.0), (0, 1e-3)):
             ids = torch.randint(lowest, everyone, case.probe.shape(head.ids), generator=draw.generator)

@@ -1,8 +1,8 @@
-r"""Match: a captured graph -> MoESpec, SplitSpec, or a reason.
+r"""Match: a traced graph -> MoESpec, SplitSpec, or a reason.
 
 ::
 
-    captured graph                                                FusedMatch
+    traced graph                                                FusedMatch
     x [T, H]    ids [T, K]    w [T, K]
        \       /      \          |                                 x   ids   w   prepared weights
         rows [S, H]    \         |      <- head                     \   |    |   /
@@ -45,8 +45,8 @@ from torch import Tensor, fx
 from ...spec import LinearSpec, MoESpec, SplitSpec, WeightSource
 from ..evaluate import EvaluationError
 from ..graph import is_integer
-from ..trace.capture import Captured
 from ..trace.collapse import routed
+from ..trace.traced import Traced
 from .chain import Chain, Refused, chain_of
 from .dependence import check_casts, check_dependence
 from .edits import Edits, closing_cast, edits_of
@@ -89,16 +89,16 @@ class NoMatch:
     dense: bool = False
 
 
-def match(captured: Captured) -> FusedMatch | SplitMatch | NoMatch:
-    """Match one captured experts module: fused if it is proven to be a mixture of experts, else split or no match."""
-    gemms = find_gemms(captured)
+def match(traced: Traced) -> FusedMatch | SplitMatch | NoMatch:
+    """Match one traced experts module: fused if it is proven to be a mixture of experts, else split or no match."""
+    gemms = find_gemms(traced)
     if not gemms:
-        return _no_gemms(captured)
-    problem = _weights_used_twice(gemms) or _weights_used_elsewhere(captured, gemms)
+        return _no_gemms(traced)
+    problem = _weights_used_twice(gemms) or _weights_used_elsewhere(traced, gemms)
     if problem:
         return NoMatch(problem)
     try:
-        return _fused(captured, gemms)
+        return _fused(traced, gemms)
     except (Refused, EvaluationError) as refusal:
         reason = str(refusal)
     if any(g.form not in ("grouped_mm", "loop") for g in gemms):
@@ -109,9 +109,9 @@ def match(captured: Captured) -> FusedMatch | SplitMatch | NoMatch:
 # fused
 
 
-def _fused(captured: Captured, gemms: Sequence[ExpertGemm]) -> FusedMatch:
+def _fused(traced: Traced, gemms: Sequence[ExpertGemm]) -> FusedMatch:
     """The steps of the contract in their order; raises Refused or EvaluationError."""
-    chain = chain_of(captured, gemms)
+    chain = chain_of(traced, gemms)
     prober = prober_of(chain)
     head = find_head(prober)
     middle, head = find_middle(prober, head)
@@ -128,7 +128,7 @@ def _fused(captured: Captured, gemms: Sequence[ExpertGemm]) -> FusedMatch:
         tail.weights,
         tail.output,
         chain.gemms,
-        captured.sentinels,
+        traced.sentinels,
         tail.scale,
         edits_of(prober, head, tail),
     )
@@ -137,7 +137,7 @@ def _fused(captured: Captured, gemms: Sequence[ExpertGemm]) -> FusedMatch:
 def _moe_spec(chain: Chain, head: Head, middle: Middle, tail: Tail) -> MoESpec:
     rounds = chain.down.node.meta["val"].dtype
     accumulates = torch.promote_types(tail.weights.meta["val"].dtype, rounds)
-    names = chain.captured.parameters
+    names = chain.traced.parameters
     return MoESpec(
         middle.params(chain, head.on_input, rounds, accumulates),
         WeightSource(
@@ -158,9 +158,9 @@ def _split_spec(gemms: Sequence[ExpertGemm], reason: str) -> SplitSpec:
     return SplitSpec(tuple(linears), reason)
 
 
-def _no_gemms(captured: Captured) -> NoMatch:
+def _no_gemms(traced: Traced) -> NoMatch:
     """Tell a dense product over all experts from something unknown."""
-    if routed(captured.graph):
+    if routed(traced.graph):
         return NoMatch(
             "its products are of every token, or of as many rows for each expert (a capacity that depends on "
             "the number of tokens), whatever the routing says: no product of rows with the weights of their experts"
@@ -168,10 +168,10 @@ def _no_gemms(captured: Captured) -> NoMatch:
     chooses = {"sort", "topk", "index", "index_select", "gather", "nonzero", "embedding", "scatter", "where"}
     used = {
         str(n.target).split(".")[1]
-        for n in captured.graph.nodes
+        for n in traced.graph.nodes
         if n.op == "call_function" and str(n.target).startswith("aten.")
     }
-    if not used & chooses and not any(is_integer(captured.node(name)) for name in captured.inputs):
+    if not used & chooses and not any(is_integer(traced.node(name)) for name in traced.inputs):
         return NoMatch("dense: every expert serves every token, nothing is routed", dense=True)
     return NoMatch("no product of rows with the weights of their experts (grouped_mm, batched_mm, a loop)")
 
@@ -182,10 +182,10 @@ def _weights_used_twice(gemms: Sequence[ExpertGemm]) -> str | None:
     return f"weight {twice[0]!r} serves two products" if twice else None
 
 
-def _weights_used_elsewhere(captured: Captured, gemms: Sequence[ExpertGemm]) -> str | None:
+def _weights_used_elsewhere(traced: Traced, gemms: Sequence[ExpertGemm]) -> str | None:
     """A reason if a GEMM's weight also serves something that is no anchor."""
     weights = {g.weight for g in gemms}
-    placeholders = {captured.node(p) for p, name in captured.parameters.items() if name in weights}
+    placeholders = {traced.node(p) for p, name in traced.parameters.items() if name in weights}
     known = set()
     for gemm in gemms:
         known.add(gemm.node)
@@ -199,7 +199,7 @@ def _weights_used_elsewhere(captured: Captured, gemms: Sequence[ExpertGemm]) -> 
             if isinstance(value, Tensor) and value.dim() == 3 and node.users and node.op == "call_function":
                 stack.extend(node.users)
             elif not _only_sizes(node):
-                return f"weight {captured.parameters[placeholder.name]!r} is also used by {node.target}"
+                return f"weight {traced.parameters[placeholder.name]!r} is also used by {node.target}"
     return None
 
 

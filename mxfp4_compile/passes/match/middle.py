@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from ...spec import MoEParams
 from ..graph import SHAPING, ancestors, is_integer, op_name
-from ..trace.capture import Captured
+from ..trace.traced import Traced
 from .activation import Recognized, recognize
 from .bias import bias_nodes
 from .chain import Chain, Refused
@@ -51,7 +51,7 @@ def find_middle(prober: Prober, head: Head) -> tuple[Middle, Head]:
     chain = prober.chain
     bias = bias_nodes(chain, head, chain.down.rows, [g.node for g in chain.ups], chain.ups)
     stop = [*(g.node for g in chain.ups), *(g.selector for g in chain.gemms), head.ids, head.x]
-    constants = list(_constants(ancestors([chain.down.rows], stop=stop), chain.captured))
+    constants = list(_constants(ancestors([chain.down.rows], stop=stop), chain.traced))
     # Enough tokens that all pairs of probe values find a place at once where the layer is narrow.
     tokens = max(6, math.ceil(_MIN_PROBES / (chain.intermediate * head.top_k)))
     wide = routed_case(prober, head, tokens + tokens % 2)
@@ -100,11 +100,11 @@ def _check(prober: Prober, head: Head, middle: Middle) -> None:
             raise Refused("the region between the projections is more than a bias and an activation")
 
 
-def _constants(region: set[fx.Node], captured: Captured) -> Iterator[float]:
+def _constants(region: set[fx.Node], traced: Traced) -> Iterator[float]:
     """Every number written in a region's nodes, and the values of one-element constants it reads."""
     for node in region:
         if node.op == "placeholder":
-            constant = captured.constants.get(node.name)
+            constant = traced.constants.get(node.name)
             if constant is not None and constant.numel() == 1:
                 yield float(constant)
             continue

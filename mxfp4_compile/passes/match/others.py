@@ -25,7 +25,7 @@ def check_no_expert(prober: Prober, head: Head, tail: Tail) -> None:
     first, down, probe = chain.ups[0], chain.down, case.probe
     ids = case.ids.clone()
     others = ids.view(-1)[::3]
-    others[:] = chain.experts + torch.arange(len(others)) % max(chain.captured.sentinels, 1)
+    others[:] = chain.experts + torch.arange(len(others)) % max(chain.traced.sentinels, 1)
     weights = draw.normal(probe.shape(tail.weights))
     given: dict[fx.Node, Any] = {head.ids: ids, head.x: case.x, tail.weights: weights}
     rows, selector = probe.run([first.rows, first.selector], given)
@@ -58,7 +58,7 @@ def check_other_experts(prober: Prober, head: Head, middle: Middle, tail: Tail) 
     Either their rows are zero, and so is what becomes of them, as products have no biases (a bias added later
     shows in the output); or the output is the same whatever they give.
     """
-    if prober.chain.captured.dense:
+    if prober.chain.traced.dense:
         for case in head.cases:
             _check_other_experts(prober, head, middle, tail, case)
 
@@ -73,11 +73,11 @@ def _check_other_experts(prober: Prober, head: Head, middle: Middle, tail: Tail,
     for node in (*middle.bias, *tail.bias):
         given[node] = draw.normal(node.meta["val"].shape)
     chosen = torch.zeros(tokens, chain.experts, dtype=torch.bool).scatter_(1, case.ids, True).T
-    if all(bool((rows[~chosen] == 0).all()) for rows in probe.run(chain.captured.dense, given)):
+    if all(bool((rows[~chosen] == 0).all()) for rows in probe.run(chain.traced.dense, given)):
         return
     wanted = [tail.output, chain.down.rows]
     for scale in (1.0, 1e6):
-        free = {n: draw.normal((tokens, *n.meta["val"].shape[1:])) * scale for n in chain.captured.dont_care}
+        free = {n: draw.normal((tokens, *n.meta["val"].shape[1:])) * scale for n in chain.traced.dont_care}
         if not all(map(torch.equal, probe.run(wanted, given), probe.run(wanted, {**given, **free}))):
             raise Refused(
                 "every expert is multiplied with every token, and the rows of tokens that are not routed to "

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from ..evaluate import Evaluator, random_ids
 from ..graph import FLOATS, concrete, graph_symbols, is_float, is_integer, shape_of
-from ..trace.capture import Captured
+from ..trace.traced import Traced
 from .chain import Chain, Refused
 
 # A few tokens, one, and so many on the same experts that counts leave a byte; a fourth probe hits every expert.
@@ -55,26 +55,26 @@ class TokenSizes:
         return all(free_symbols(d) <= {*self.free, *self.counts} for d in node.meta["val"].shape)
 
 
-def token_sizes(captured: Captured) -> TokenSizes:
+def token_sizes(traced: Traced) -> TokenSizes:
     """The free sizes of a graph, one or two besides those that are batch times length; raises Refused."""
-    symbols = graph_symbols(captured.graph)
-    counts = _token_counts(captured, symbols)
+    symbols = graph_symbols(traced.graph)
+    counts = _token_counts(traced, symbols)
     free = tuple(s for s in symbols if s not in counts)
     if not 1 <= len(free) <= 2:
         raise Refused(f"the graph has {len(free)} free sizes, one or two (of the tokens) were expected")
     return TokenSizes(free, frozenset(counts))
 
 
-def _token_counts(captured: Captured, symbols: Sequence[Any]) -> set[Any]:
+def _token_counts(traced: Traced, symbols: Sequence[Any]) -> set[Any]:
     """The free sizes that were batch times length in the recorded call. (The op refuses ids of another number.)"""
     recorded: dict[Any, int] = {}
-    for name, info in zip(captured.inputs, captured.pattern.tensors, strict=True):
-        for size, number in zip(captured.node(name).meta["val"].shape, info.shape, strict=True):
+    for name, info in zip(traced.inputs, traced.pattern.tensors, strict=True):
+        for size, number in zip(traced.node(name).meta["val"].shape, info.shape, strict=True):
             if isinstance(size, torch.SymInt) and size.node.expr in symbols:
                 recorded[size.node.expr] = number
     found = set()
-    for name, info in zip(captured.inputs, captured.pattern.tensors, strict=True):
-        shape = captured.node(name).meta["val"].shape
+    for name, info in zip(traced.inputs, traced.pattern.tensors, strict=True):
+        shape = traced.node(name).meta["val"].shape
         varying = [s for s in symbols if any(s in free_symbols(d) for d in shape[:2])]
         if len(shape) == 3 and len(varying) == 2:
             tokens = math.prod(info.shape[:2])
@@ -156,20 +156,20 @@ class Prober:
 
     def probe(self, tokens: int) -> Probe:
         """The graph at ``tokens`` tokens (a batch of them where a free size of one stands for more)."""
-        captured, sizes = self.chain.captured, self.sizes.of(tokens)
+        traced, sizes = self.chain.traced, self.sizes.of(tokens)
         weights = self.chain.weights
         values: dict[fx.Node, Any] = {}
         for node in self.chain.graph.nodes:
             if node.op != "placeholder":
                 continue
             value = node.meta.get("val")
-            if node.name in captured.constants:
-                constant = captured.constants[node.name].cpu()
+            if node.name in traced.constants:
+                constant = traced.constants[node.name].cpu()
                 values[node] = constant.double() if constant.dtype in FLOATS else constant
-            elif node.name in captured.parameters and captured.parameters[node.name] in weights:
+            elif node.name in traced.parameters and traced.parameters[node.name] in weights:
                 # Only its sizes may be read: a GEMM is always overridden.
                 values[node] = torch.zeros((), dtype=torch.float64).expand(value.shape)
-            elif isinstance(value, Tensor) and node.name in captured.inputs:
+            elif isinstance(value, Tensor) and node.name in traced.inputs:
                 shape = shape_of(node, sizes)
                 values[node] = self.draw.normal(shape) if is_float(node) else self.draw.ids(shape)
             elif isinstance(value, torch.SymInt):
@@ -187,7 +187,7 @@ class Prober:
         return tuple(map(self.probe, (*_FEW_TOKENS, every, math.ceil(_MANY_TOKENS / unit))))
 
     def _tokens_per_size(self) -> int:
-        """How many tokens a free size of one makes: more where a batch of sequences of one length was captured."""
+        """How many tokens a free size of one makes: more where a batch of sequences of one length was traced."""
         two = [n for n in self.chain.graph.nodes if is_integer(n) and n.meta["val"].dim() == 2 and self.sizes.decide(n)]
         one = dict.fromkeys((*self.sizes.free, *self.sizes.counts), 1)
         rows = [shape_of(n, one)[0] for n in two if isinstance(n.meta["val"].shape[0], torch.SymInt)]
@@ -197,7 +197,7 @@ class Prober:
 def prober_of(chain: Chain) -> Prober:
     """The prober of a chain; raises Refused where the free sizes are not those of the tokens."""
     draw = Draw(torch.Generator().manual_seed(1), chain.experts)
-    return Prober(chain, token_sizes(chain.captured), draw)
+    return Prober(chain, token_sizes(chain.traced), draw)
 
 
 def pair_of_row(rows: Tensor, experts: Tensor, pair_rows: Tensor, ids: Tensor) -> Tensor | None:

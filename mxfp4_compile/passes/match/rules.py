@@ -51,7 +51,7 @@ class _Check:
     def __init__(
         self, chain: Chain, products: set[fx.Node], cuts: tuple[fx.Node, ...], regions: Regions, top_k: int
     ) -> None:
-        self.captured, self.weights, self.experts = chain.captured, chain.weights, chain.experts
+        self.traced, self.weights, self.experts = chain.traced, chain.weights, chain.experts
         self.cuts, self.ids, self.top_k = set(cuts), cuts[1], top_k
         given = self.cuts | products
         self.choice, self.rows = regions.choice - given, regions.rows - given
@@ -61,7 +61,7 @@ class _Check:
         self.live = set(given)
 
     def run(self) -> str | None:
-        for node in self.captured.graph.nodes:
+        for node in self.traced.graph.nodes:
             if node not in self.region:
                 continue
             if node.op == "placeholder":
@@ -78,7 +78,7 @@ class _Check:
         return None
 
     def _placeholder(self, node: fx.Node) -> str | None:
-        own = node.name in self.captured.inputs or self.captured.parameters.get(node.name) in self.weights
+        own = node.name in self.traced.inputs or self.traced.parameters.get(node.name) in self.weights
         if own and any(user in self.region and not reads_no_values(user) for user in node.users):
             return f"the values of {node.name} are also read beside the projections"
         return None
@@ -165,7 +165,7 @@ class _Check:
             return False
         sizes = {str(d) for n in self.cuts for d in (*n.meta["val"].shape, n.meta["val"].numel())}
         # Every token for every expert.
-        sizes |= {str(n.meta["val"].shape[0] * n.meta["val"].shape[1]) for n in self.captured.dense}
+        sizes |= {str(n.meta["val"].shape[0] * n.meta["val"].shape[1]) for n in self.traced.dense}
         return str(value) in sizes
 
     def _ids_row_by_row(self, node: fx.Node, data: list[fx.Node]) -> str | None:
@@ -194,7 +194,7 @@ class _Check:
         if isinstance(value.shape[dim], int):
             # Within a row of ids only all columns together are looked at.
             several = source is self.ids or (_ID in self.taint.get(source, ()) and not _is_float(source))
-            if name == "select" and _all_selected(source, dim, self.experts, self.captured.sentinels):
+            if name == "select" and _all_selected(source, dim, self.experts, self.traced.sentinels):
                 return None
             return f"{node.name} takes some of a token's ids" if several and value.shape[dim] > 1 else None
         if name == "slice":

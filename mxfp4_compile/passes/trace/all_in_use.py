@@ -1,8 +1,8 @@
 """What a loop over experts asks of data, answered as if every expert had rows.
 
 Contract: a mode around a trace; nothing but the answers differs from the module's own code, and what an answer took
-for granted is remembered (``taken``, ``places_made``, ``distinct``), so that ``unroll`` and ``collapse`` can prove it
-or refuse.
+for granted is remembered (``branched_sizes``, ``places_made``, ``distinct``), so that ``unroll`` and ``collapse`` can
+prove it or refuse.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
-from .capture import CaptureError
 from .collapse import expression
+from .traced import TraceError
 
 
 class AllInUse(TorchFunctionMode):
@@ -31,7 +31,7 @@ class AllInUse(TorchFunctionMode):
     ``masks``: where a mask is true, by the mask: computed once, so that a branch on whether there is any and all that
     takes rows by the mask share one size. ``asked``: numbers made of a mask that a branch may compare with zero.
     ``met``, ``first``: masks by how they were made, and the first mask that was made as a mask was.
-    ``places_made``: what ``masks`` holds, in the order of the trace. ``taken``: the sizes on which the code has
+    ``places_made``: what ``masks`` holds, in the order of the trace. ``branched_sizes``: those on which the code has
     branched, which must turn out to be numbers of experts' rows (``collapse``).
     ``flattened``: masks of one dimension by the mask of several that they are a view of. ``distinct``: integers whose
     distinct values the code goes through, which must be what chooses the experts' rows: ``compared`` has the experts
@@ -58,7 +58,7 @@ class AllInUse(TorchFunctionMode):
         self.sizes: dict[int, tuple[int, Tensor, Any]] = {}
         self.masks: dict[int, tuple[int, Tensor, Tensor]] = {}
         self.asked: dict[int, tuple[list[int], Tensor, Tensor]] = {}
-        self.taken: set[Any] = set()
+        self.branched_sizes: set[Any] = set()
         self.met: dict[Any, tuple[list[int], Tensor, list[Any]]] = {}
         self.first: dict[int, tuple[list[int], Tensor, Tensor]] = {}
         self.places_made: list[Tensor] = []
@@ -184,13 +184,13 @@ class AllInUse(TorchFunctionMode):
 
     def _known_experts(self, what: str) -> int:
         if self.experts is None:
-            raise CaptureError(f"{what}, and its weights do not say how many experts there are")
+            raise TraceError(f"{what}, and its weights do not say how many experts there are")
         return self.experts
 
     def _bincount(self, ids: Tensor, weights: Any = None, minlength: int = 0) -> Tensor:
         """Counts of all experts: without ``minlength`` those after the last that was hit are left out, with no rows."""
         if weights is not None or minlength > (self.experts or minlength):
-            raise CaptureError("it counts ids with weights, or more of them than there are experts")
+            raise TraceError("it counts ids with weights, or more of them than there are experts")
         experts = minlength or self._known_experts("it counts ids")
         return F.one_hot(ids.long(), max(experts, self.experts or 0)).sum(0)
 
@@ -200,19 +200,17 @@ class AllInUse(TorchFunctionMode):
     ) -> Any:  # fmt: skip
         """The experts that were hit, which are all; ``check`` proves that they are those whose rows are taken."""
         if return_inverse or dim is not None or ids.is_floating_point():
-            raise CaptureError("it goes through distinct values of something else than expert ids")
+            raise TraceError("it goes through distinct values of something else than expert ids")
         experts = self._known_experts("it goes through the distinct ids")
         self.distinct.append(self._source(ids))
         hit = self._know(torch.arange(experts, device=ids.device), -1)
         return (hit, F.one_hot(ids.reshape(-1).long(), experts).sum(0)) if return_counts else hit
 
     def check(self) -> None:
-        """CaptureError if distinct values that the code went through do not choose every expert's rows."""
+        """TraceError if distinct values that the code went through do not choose every expert's rows."""
         for ids in self.distinct:
             if not set(range(self.experts or 0)) <= self.compared.get(id(ids), set()):
-                raise CaptureError(
-                    "it goes through the distinct values of integers that do not choose the experts' rows"
-                )
+                raise TraceError("it goes through the distinct values of integers that do not choose the experts' rows")
 
     def _flat_places(self, mask: Tensor) -> Tensor | None:
         """Where a mask is true that is a view of one of several dimensions: the same places, so as many."""
@@ -398,7 +396,7 @@ class AllInUse(TorchFunctionMode):
         """What a branch asks of the number of places where a mask is true: as if there were some."""
         versions, number, mask = self.asked[id(args[0])]
         if versions != _versions(number, mask):
-            raise CaptureError("its loop over experts asks for the number of trues in a mask it has changed since")
+            raise TraceError("its loop over experts asks for the number of trues in a mask it has changed since")
         count: Any = self._places(mask).shape[0]
         if number.dtype == torch.bool:
             some = self.take(count != 0)
@@ -414,11 +412,11 @@ class AllInUse(TorchFunctionMode):
         answer, symbols = bool(condition), free_unbacked_symbols(condition)
         if symbols:
             if condition.node.expr.subs(dict.fromkeys(symbols, 1)) != answer:
-                raise CaptureError(
+                raise TraceError(
                     "its loop over experts branches on a number of rows, and not only on whether there are any: "
                     f"{condition.node.expr}"
                 )
-            self.taken |= symbols
+            self.branched_sizes |= symbols
         return answer
 
     def _counts(self, tensor: Tensor) -> list[Any]:
@@ -507,7 +505,7 @@ class _Counts(list):  # type: ignore[type-arg]
         return _Counts(part) if isinstance(index, slice) else part
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise CaptureError(f"it asks counts that it took to numpy for {name}, which the trace cannot answer")
+        raise TraceError(f"it asks counts that it took to numpy for {name}, which the trace cannot answer")
 
 
 class _Rows(list):  # type: ignore[type-arg]
@@ -521,7 +519,7 @@ class _Rows(list):  # type: ignore[type-arg]
         return self.seen.take(self.tensor.shape[0] != 0)
 
     def _unknown(self, *_: Any) -> NoReturn:
-        raise CaptureError("it uses a Python list of the rows of an expert as something else than an index")
+        raise TraceError("it uses a Python list of the rows of an expert as something else than an index")
 
     __len__ = __iter__ = __getitem__ = __add__ = __contains__ = __eq__ = _unknown  # type: ignore[assignment]
 

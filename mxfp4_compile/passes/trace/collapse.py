@@ -1,6 +1,6 @@
 """Collapse: an unrolled loop over experts as stacked products, in which each projection of all experts is ONE node.
 
-Contract: the trace (``unroll``) and the module are read, never changed; CaptureError with the reason where the
+Contract: the trace (``unroll``) and the module are read, never changed; TraceError with the reason where the
 loop is not one computation with different weights.
 
 1. Find each expert's products: a matrix that is expert e's share of the weights, times rows of unknown number.
@@ -23,8 +23,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..graph import ancestors, op_name
 from ..weights import families, is_packed, stack
-from .capture import Captured, CaptureError
 from .idle import check_idle
+from .traced import Traced, TraceError
 
 aten = torch.ops.aten
 
@@ -73,8 +73,8 @@ def _operands(node: fx.Node) -> list[Any]:
 _TURNED = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
-def collapse(module: nn.Module, traced: Captured) -> Captured:
-    """The loop over experts of a trace as stacked products; CaptureError with the reason where there is none."""
+def collapse(module: nn.Module, traced: Traced) -> Traced:
+    """The loop over experts of a trace as stacked products; TraceError with the reason where there is none."""
     return _Collapse(module, traced).run()
 
 
@@ -107,11 +107,11 @@ class _Product:
 
 
 class _Collapse:
-    def __init__(self, module: nn.Module, captured: Captured) -> None:
-        self.module, self.captured, self.graph = module, captured, captured.graph
+    def __init__(self, module: nn.Module, traced: Traced) -> None:
+        self.module, self.traced, self.graph = module, traced, traced.graph
         self.families = families(module)
 
-    def run(self) -> Captured:
+    def run(self) -> Traced:
         products: list[_Product] = []
         self.graph.eliminate_dead_code()
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -123,13 +123,13 @@ class _Collapse:
         for product in products:
             roles.setdefault(product.role, []).append(product)
         if len(roles) < 2:
-            raise CaptureError(self._without_choice())
+            raise TraceError(self._without_choice())
         roles, self.sentinels = self._without_weights(roles)
         counts = {role: len(found) for role, found in roles.items()}
         for role, found in roles.items():
             self._check_role(role, found)
         if len(set(counts.values())) != 1:
-            raise CaptureError(f"the projections exist for different numbers of experts: {counts}")
+            raise TraceError(f"the projections exist for different numbers of experts: {counts}")
         self._check_same(roles)
         self._check_idle(roles)
         return self._rebuilt(roles)
@@ -199,7 +199,7 @@ class _Collapse:
         if not isinstance(node, fx.Node):
             return None
         if node.op == "placeholder":
-            name = self.captured.parameters.get(node.name)
+            name = self.traced.parameters.get(node.name)
             return None if name is None else self.families.get(name)
         while node.target in (aten.clone.default, aten.alias.default, aten.squeeze.dim, aten.detach.default):
             node = node.args[0]  # type: ignore[assignment]
@@ -219,9 +219,9 @@ class _Collapse:
         shape = tuple(value.shape)
         while source.op == "call_function" and source.target in (aten.view.default, aten.reshape.default):
             source = source.args[0]  # type: ignore[assignment]
-        if source.op != "placeholder" or source.name not in self.captured.parameters:
+        if source.op != "placeholder" or source.name not in self.traced.parameters:
             return None
-        name = self.captured.parameters[source.name]
+        name = self.traced.parameters[source.name]
         stored = tuple(source.meta["val"].shape)
         if stored == shape:
             return name, expert
@@ -237,10 +237,10 @@ class _Collapse:
         if numbers != list(range(experts)):
             missing = sorted(set(range(experts)) - set(numbers))
             what = self._beside(role, missing[0]) if missing else "an expert is in several"
-            raise CaptureError(f"{role}: {experts} experts, but {len(found)} products in the loop ({what})")
+            raise TraceError(f"{role}: {experts} experts, but {len(found)} products in the loop ({what})")
         found.sort(key=lambda p: p.expert)
         if len({(p.transposed, p.bias is not None) for p in found}) != 1:
-            raise CaptureError(f"{role}: the experts' products differ in layout or bias")
+            raise TraceError(f"{role}: the experts' products differ in layout or bias")
 
     def _beside(self, role: str, expert: int) -> str:
         """What becomes of an expert that the loop has no product of."""
@@ -265,11 +265,11 @@ class _Collapse:
                 if reference.setdefault(role, form) != form:
                     others = self._owners(nodes)[product.rows] - {expert}
                     if others:
-                        raise CaptureError(
+                        raise TraceError(
                             f"the rows of expert {expert} before {role} come out of a tensor that holds the output of "
                             f"expert {min(others)}: the experts depend on their order"
                         )
-                    raise CaptureError(
+                    raise TraceError(
                         f"expert {expert} computes something else than expert 0 before {role}: "
                         "the experts are not the same function with different weights"
                     )
@@ -280,17 +280,17 @@ class _Collapse:
             for p in found:
                 for symbol in free_unbacked_symbols(p.rows.meta["val"].shape[0]):
                     experts.setdefault(symbol, p.expert)
-        self._check_taken(experts)
+        self._check_branched_sizes(experts)
         known = {n: self._share(n) for n in self.graph.nodes}
         check_idle(self.graph, experts, lambda n: None if known[n] is None else known[n][1])  # type: ignore[index]
 
-    def _check_taken(self, experts: Mapping[Any, int]) -> None:
+    def _check_branched_sizes(self, experts: Mapping[Any, int]) -> None:
         """What a branch asked must be whether an expert has rows: then the proof covers what the branch guards.
 
         Or a number beside the experts' that the router may give, as identity experts have: their mask must be an
         expert's but for the number.
         """
-        others = self.captured.taken - set(experts)
+        others = self.traced.branched_sizes - set(experts)
         masks = {
             symbol: _choice(node.args[0])
             for node in self.graph.nodes
@@ -301,7 +301,7 @@ class _Collapse:
         numbers = [mask[1] for mask in masks.values() if mask is not None]
         alike = {mask and mask[0] for mask in (*ours, *map(masks.get, others))}
         if others and (len(alike) != 1 or None in alike or len(set(numbers)) != len(masks)):
-            raise CaptureError(
+            raise TraceError(
                 "it branches on whether a mask is true anywhere, or on a count, that does not choose the rows of an "
                 "expert"
             )
@@ -373,10 +373,10 @@ class _Collapse:
 
     # 3. one node per projection
 
-    def _rebuilt(self, roles: dict[str, list[_Product]]) -> Captured:
-        old = self.captured
+    def _rebuilt(self, roles: dict[str, list[_Product]]) -> Traced:
+        old = self.traced
         graph = fx.Graph()
-        new = Captured(graph, list(old.inputs), {}, dict(old.buffers), dict(old.constants), old.pattern, old.out_spec)
+        new = Traced(graph, list(old.inputs), {}, dict(old.buffers), dict(old.constants), old.pattern, old.out_spec)
         new.sentinels = self.sentinels
         mapped: dict[fx.Node, fx.Node] = {}
         used = self._weights_used_elsewhere(roles)
@@ -411,20 +411,18 @@ class _Collapse:
             waiting.extend([products[node].rows] if node in products else node.all_input_nodes)
         return {n for n in live if n.op == "placeholder"}
 
-    def _stack_placeholder(self, graph: fx.Graph, new: Captured, label: str, role: str, first: _Product) -> fx.Node:
+    def _stack_placeholder(self, graph: fx.Graph, new: Traced, label: str, role: str, first: _Product) -> fx.Node:
         source = stack(self.module, role)
         node = graph.placeholder(label)
         node.meta["val"] = torch.empty(source.shape, dtype=source.dtype, device="meta")
         new.parameters[node.name] = role
         return node
 
-    def _bias_placeholder(
-        self, graph: fx.Graph, new: Captured, label: str, role: str, found: list[_Product]
-    ) -> fx.Node:
+    def _bias_placeholder(self, graph: fx.Graph, new: Traced, label: str, role: str, found: list[_Product]) -> fx.Node:
         shares = [self._share(p.bias) for p in found]
         names = {s[0] for s in shares if s is not None}
         if len(names) != 1 or [s[1] for s in shares if s is not None] != list(range(len(found))):
-            raise CaptureError(f"{role}: the biases of its experts are not one bias per expert")
+            raise TraceError(f"{role}: the biases of its experts are not one bias per expert")
         node = graph.placeholder(label)
         source = stack(self.module, names.pop())
         node.meta["val"] = torch.empty(source.shape, dtype=source.dtype, device="meta")
@@ -455,7 +453,7 @@ class _Collapse:
                 continue
             if not ready:
                 if node in open_:
-                    raise CaptureError("an expert's rows depend on another expert's output")
+                    raise TraceError("an expert's rows depend on another expert's output")
                 open_.add(node)
                 waiting.append((node, True))
                 waiting.extend((n, False) for n in reversed(list(needs(node))) if n not in mapped)
@@ -523,7 +521,7 @@ class _Collapse:
             isinstance(v, Tensor) and v.dtype == torch.bool for v in (n.meta.get("val") for n in rows.all_input_nodes)
         )
         what = "a mask of tokens" if masked else "something"
-        raise CaptureError(f"what chooses an expert's rows is {what}, no index")
+        raise TraceError(f"what chooses an expert's rows is {what}, no index")
 
     def _experts_of_rows(self, graph: fx.Graph, mapped: dict[fx.Node, fx.Node], found: list[_Product]) -> fx.Node:
         """[S] expert of each row."""

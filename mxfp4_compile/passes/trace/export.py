@@ -19,17 +19,17 @@ from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from ..calls import TensorInfo
-from .capture import CallPattern, Captured, CaptureError, free_dims, named_dims
 from .failures import in_words
-from .guards import Sizes, Traced, quietly, settle
+from .guards import Exported, Sizes, quietly, settle
+from .traced import CallPattern, Traced, TraceError, free_dims, named_dims
 
 
-def capture(module: nn.Module, pattern: CallPattern) -> Captured:
-    """Trace ``module`` as ``pattern`` says it is called; CaptureError with the reason if it does not trace."""
-    return settle(lambda called, sizes: _traced(module, called, sizes), pattern)
+def trace(module: nn.Module, pattern: CallPattern) -> Traced:
+    """Trace ``module`` as ``pattern`` says it is called; TraceError with the reason if it does not trace."""
+    return settle(lambda called, sizes: _exported(module, called, sizes), pattern)
 
 
-def _traced(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Traced:
+def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Exported:
     example = [leaf.zeros() if isinstance(leaf, TensorInfo) else leaf for leaf in pattern.leaves]
     args, kwargs = pattern.arrange(example)
     error: Exception | None = None
@@ -54,8 +54,8 @@ def _traced(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Traced:
             error = error or failure
     else:
         assert error is not None
-        raise CaptureError(f"does not trace: {in_words(error)}") from error
-    return Traced(_sort_placeholders(program, pattern), program, sizes)
+        raise TraceError(f"does not trace: {in_words(error)}") from error
+    return Exported(_sort_placeholders(program, pattern), program, sizes)
 
 
 class _Caller(nn.Module):
@@ -68,40 +68,40 @@ class _Caller(nn.Module):
             return self.module(*args, **kwargs)
 
 
-def _sort_placeholders(program: torch.export.ExportedProgram, pattern: CallPattern) -> Captured:
+def _sort_placeholders(program: torch.export.ExportedProgram, pattern: CallPattern) -> Traced:
     signature = program.graph_signature
     for out in signature.output_specs:
         if out.kind != OutputKind.USER_OUTPUT:
-            raise CaptureError(f"the module changes its state ({out.kind.name.lower()} {out.target})")
+            raise TraceError(f"the module changes its state ({out.kind.name.lower()} {out.target})")
     output = program.call_spec.out_spec
     if output is None or not output.is_leaf():
-        raise CaptureError("the module returns something else than one tensor")
-    captured = Captured(program.graph_module.graph, [], {}, {}, {}, pattern)
+        raise TraceError("the module returns something else than one tensor")
+    traced = Traced(program.graph_module.graph, [], {}, {}, {}, pattern)
     strip = len("module.")
     dropped = []
     for spec in signature.input_specs:
         name = spec.arg.name
         if spec.kind == InputKind.PARAMETER:
-            captured.parameters[name] = (spec.target or "")[strip:]
+            traced.parameters[name] = (spec.target or "")[strip:]
         elif spec.kind == InputKind.BUFFER:
-            captured.buffers[name] = (spec.target or "")[strip:]
+            traced.buffers[name] = (spec.target or "")[strip:]
         elif spec.kind == InputKind.CONSTANT_TENSOR:
-            captured.constants[name] = program.constants[spec.target or ""]
+            traced.constants[name] = program.constants[spec.target or ""]
         elif spec.kind == InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
-            captured.inputs.append(name)
+            traced.inputs.append(name)
         elif spec.kind == InputKind.USER_INPUT:
             dropped.append(name)  # a plain value: baked into the graph
         else:
-            raise CaptureError(f"the module takes an input of kind {spec.kind.name.lower()}")
-    for node in list(captured.graph.nodes):
+            raise TraceError(f"the module takes an input of kind {spec.kind.name.lower()}")
+    for node in list(traced.graph.nodes):
         if node.op == "placeholder" and node.name in dropped:
             if node.users:
-                raise CaptureError(f"the plain argument {node.name} is used symbolically")
-            captured.graph.erase_node(node)
-    for node in list(captured.graph.nodes):
+                raise TraceError(f"the plain argument {node.name} is used symbolically")
+            traced.graph.erase_node(node)
+    for node in list(traced.graph.nodes):
         # Export records each cast's assumption; the dtypes of a call are checked where the site is called.
         if node.target == torch.ops.aten._assert_tensor_metadata.default:
-            captured.graph.erase_node(node)
-    if len(captured.inputs) != len(pattern.tensors):
-        raise CaptureError("the trace has another number of tensor inputs than the call")
-    return captured
+            traced.graph.erase_node(node)
+    if len(traced.inputs) != len(pattern.tensors):
+        raise TraceError("the trace has another number of tensor inputs than the call")
+    return traced

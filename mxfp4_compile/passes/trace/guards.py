@@ -1,7 +1,7 @@
 """Guards: what a trace has decided by the sizes of its inputs, and whether that holds for all sizes.
 
 Contract: a trace is returned only if its guards say that it is right for every size that its arguments may have from 1
-on, with the sizes at which verification must show it (``Captured.sides``); else CaptureError says in words what the
+on, with the sizes at which verification must show it (``Traced.sides``); else TraceError says in words what the
 module branches on.
 
 1. trace at the recorded sizes and read every guard (``Condition``). No guard fails anywhere: done.
@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..calls import TensorInfo
-from .capture import CallPattern, Captured, CaptureError
+from .traced import CallPattern, Traced, TraceError
 
 LARGEST = 1 << 14
 """The largest number of tokens that verification runs; a module that changes beyond it is refused."""
@@ -105,10 +105,10 @@ class Condition:
     axes: Axes = field(compare=False, repr=False)
 
     def function(self) -> Callable[..., Any]:
-        """The condition as a function of the axes' sizes; CaptureError if it cannot be told from them."""
+        """The condition as a function of the axes' sizes; TraceError if it cannot be told from them."""
         arguments = ", ".join(f"size{i}" for i in range(len(self.axes.names)))
         if "L[" in self.code:
-            raise CaptureError(f"it branches on something that its arguments' sizes do not tell: {self.code[:200]}")
+            raise TraceError(f"it branches on something that its arguments' sizes do not tell: {self.code[:200]}")
         made = eval(f"lambda {arguments}: {self.code}", {"math": math, "torch": torch})  # export's own code
 
         def holds(*sizes: int) -> Any:
@@ -353,53 +353,53 @@ def _of_torch(frame: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Traced:
+class Exported:
     """One trace: its graph, the program it was made of, and what was seen of sizes and layouts while it ran."""
 
-    captured: Captured
+    traced: Traced
     program: torch.export.ExportedProgram
     sizes: Sizes
 
 
-Take = Callable[[CallPattern, Sizes], Traced]
+Take = Callable[[CallPattern, Sizes], Exported]
 
 
-def settle(take: Take, pattern: CallPattern) -> Captured:
-    """The graph that ``take`` traces, if it is right for all sizes; CaptureError with what it branches on if not."""
+def settle(take: Take, pattern: CallPattern) -> Traced:
+    """The graph that ``take`` traces, if it is right for all sizes; TraceError with what it branches on if not."""
     axes = axes_of(pattern)
     first = take(pattern, Sizes(symbolic=False))
     _check_layout(take, pattern, first)
     conditions = _failing(_conditions(first.program, pattern, axes))
     if not conditions:
-        return first.captured
+        return first.traced
     try:
-        traced = take(pattern, Sizes(symbolic=True))
-    except CaptureError:
-        traced = replace(first, sizes=Sizes(symbolic=False))
-    symbolic = traced.sizes.symbolic
-    found, kinks = [_failing(_conditions(traced.program, pattern, axes))], _kinks(traced, pattern, axes)
-    graph = _spelled(traced.captured.graph)
+        exported = take(pattern, Sizes(symbolic=True))
+    except TraceError:
+        exported = replace(first, sizes=Sizes(symbolic=False))
+    symbolic = exported.sizes.symbolic
+    found, kinks = [_failing(_conditions(exported.program, pattern, axes))], _kinks(exported, pattern, axes)
+    graph = _spelled(exported.traced.graph)
     while (point := _uncovered(found, axes)) is not None:
         reason = _words(found[0])
         if len(found) == _MOST_TRACES or math.prod(point) > LARGEST:
             beyond = f" (verification tries up to {LARGEST} tokens)" if math.prod(point) > LARGEST else ""
-            raise CaptureError(f"it branches on {reason}{beyond}")
+            raise TraceError(f"it branches on {reason}{beyond}")
         resized = axes.resized(pattern, point)
         try:
             other = take(resized, Sizes(symbolic))
-        except CaptureError as error:
-            raise CaptureError(f"it branches on {reason}; with {_shown(point)}: {error}") from error
-        if _spelled(other.captured.graph) != graph:
-            raise CaptureError(f"it branches on {reason}, and does something else with {_shown(point)}")
+        except TraceError as error:
+            raise TraceError(f"it branches on {reason}; with {_shown(point)}: {error}") from error
+        if _spelled(other.traced.graph) != graph:
+            raise TraceError(f"it branches on {reason}, and does something else with {_shown(point)}")
         found.append(_failing(_conditions(other.program, resized, axes)))
         kinks += _kinks(other, pattern, axes)
         if not all(c.function()(*point) for c in found[-1]):
-            raise CaptureError(f"it branches on {reason}")
+            raise TraceError(f"it branches on {reason}")
     changing = list(dict.fromkeys([*itertools.chain(*found), *kinks])) or conditions
     sides = _sides(changing)
     if sides and math.prod(sides[-1]) > LARGEST:
-        raise CaptureError(f"it branches on {_words(changing)} (verification tries up to {LARGEST} tokens)")
-    return replace(traced.captured, sides=tuple(sides), branches=_words(changing))
+        raise TraceError(f"it branches on {_words(changing)} (verification tries up to {LARGEST} tokens)")
+    return replace(exported.traced, sides=tuple(sides), branches=_words(changing))
 
 
 def _failing(conditions: Sequence[Condition]) -> list[Condition]:
@@ -431,27 +431,27 @@ def _uncovered(found: Sequence[Sequence[Condition]], axes: Axes) -> tuple[int, .
     return min(missing, key=lambda p: (min(p) < 2, len(set(p)) < len(p), math.prod(p)), default=None)
 
 
-def _kinks(traced: Traced, pattern: CallPattern, axes: Axes) -> list[Condition]:
-    """What was compared of sizes, as conditions; CaptureError where it is of something else than the axes."""
+def _kinks(exported: Exported, pattern: CallPattern, axes: Axes) -> list[Condition]:
+    """What was compared of sizes, as conditions; TraceError where it is of something else than the axes."""
     import sympy  # type: ignore[import-untyped]
 
     names: dict[Any, Any] = {}
     at = [(i, leaf) for i, leaf in enumerate(pattern.leaves) if isinstance(leaf, TensorInfo)]
     env = None
-    for name, (i, _) in zip(traced.captured.inputs, at, strict=True):
-        for d, size in enumerate(traced.captured.node(name).meta["val"].shape):
+    for name, (i, _) in zip(exported.traced.inputs, at, strict=True):
+        for d, size in enumerate(exported.traced.node(name).meta["val"].shape):
             if isinstance(size, torch.SymInt):
                 env = size.node.shape_env
                 if size.node.expr.is_symbol and (i, d) in axes.of:
                     factors = [sympy.Symbol(f"size{a}", integer=True, positive=True) for a in axes.of[i, d]]
                     names[size.node.expr] = math.prod(factors[1:], start=factors[0])
     made = []
-    for kink in traced.sizes.kinks:
+    for kink in exported.sizes.kinks:
         formula = kink if env is None or not hasattr(kink, "xreplace") else env.replace(kink)
         if isinstance(formula, (bool, sympy.logic.boolalg.BooleanAtom)):
             continue
         if not formula.free_symbols <= names.keys():
-            raise CaptureError(f"it compares a size that its arguments do not tell: {formula}")
+            raise TraceError(f"it compares a size that its arguments do not tell: {formula}")
         made.append(Condition(PythonPrinter().doprint(formula.xreplace(names)), axes))
     return _failing(made)
 
@@ -474,20 +474,20 @@ def _shown(point: tuple[int, ...]) -> str:
     return f"{math.prod(point)} tokens" + (f" ({' x '.join(map(str, point))})" if len(point) > 1 else "")
 
 
-def _check_layout(take: Take, pattern: CallPattern, first: Traced) -> None:
-    """CaptureError if the module does something else with arguments that lie in memory in another way."""
+def _check_layout(take: Take, pattern: CallPattern, first: Exported) -> None:
+    """TraceError if the module does something else with arguments that lie in memory in another way."""
     asked = set(first.sizes.asked)
     if not asked:
         return
     reason = f"it branches on the memory layout of what it computes on ({', '.join(sorted(asked))})"
     if asked != {"is_contiguous"}:
-        raise CaptureError(reason)
+        raise TraceError(reason)
     try:
         other = take(pattern, Sizes(symbolic=False, turned=True))
-    except CaptureError as error:
-        raise CaptureError(f"{reason}: {error}") from error
-    if _spelled(other.captured.graph) != _spelled(first.captured.graph):
-        raise CaptureError(reason)
+    except TraceError as error:
+        raise TraceError(f"{reason}: {error}") from error
+    if _spelled(other.traced.graph) != _spelled(first.traced.graph):
+        raise TraceError(reason)
 
 
 _SAME = (torch.ops.aten.clone.default, torch.ops.aten.alias.default, torch.ops.aten.contiguous.default)
@@ -536,4 +536,4 @@ def quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-__all__ = ["LARGEST", "Axes", "Condition", "Sizes", "Traced", "axes_of", "quietly", "settle"]
+__all__ = ["LARGEST", "Axes", "Condition", "Exported", "Sizes", "axes_of", "quietly", "settle"]

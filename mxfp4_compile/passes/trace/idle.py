@@ -1,6 +1,6 @@
 """Proof on an unrolled loop that an expert without tokens contributes nothing.
 
-Contract: the graph is read, never changed; CaptureError names the expert and the op where the proof fails.
+Contract: the graph is read, never changed; TraceError names the expert and the op where the proof fails.
 
 The trace runs every expert's body, the model skips those without rows. Both are the same if a body's only effect
 is by its rows. So, for each size u that only the routing knows (the number of an expert's rows):
@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from ..graph import FILL_SIZES, HANDS_ON, PLACES, SIZED, WRITES, op_name
-from .capture import CaptureError
+from .traced import TraceError
 
 
 def check_idle(graph: fx.Graph, experts: Mapping[Any, int], share: Callable[[fx.Node], int | None]) -> None:
@@ -179,7 +179,7 @@ class _Idle:
         for operand in node.all_input_nodes:
             for symbol in sorted(self.depends[operand], key=str):
                 origin = self.left.get((operand, symbol), operand)
-                raise CaptureError(
+                raise TraceError(
                     f"{self._who(symbol)} reaches the output beside its rows, through {origin.name} "
                     f"({origin.target}): without tokens it would contribute something, or the model something else"
                 )
@@ -211,7 +211,7 @@ class _Idle:
             if all(self.written[n] or _zeros(n) for n in tensors) and len(tensors) == 2:
                 return
         missing = sorted(everyone - written, key=lambda s: (self.experts.get(s, -1), str(s)))
-        raise CaptureError(
+        raise TraceError(
             f"{node.name} ({node.target}) changes the sum before {self._who(missing[0])} has added its rows: it would "
             "be done for experts with tokens only"
         )

@@ -1,6 +1,6 @@
 """Capture of experts that are called in a data-dependent Python loop: a trace with every expert in use.
 
-Contract: like ``capture``: the module is read, never changed.
+Contract: like ``trace``: the module is read, never changed.
 
 Rows per expert are sizes that the trace does not know (at least two), a loop over the experts that were hit runs over
 all of them, counts are sizes. ``collapse`` makes stacked products of the unrolled loop. What the trace assumes,
@@ -25,10 +25,10 @@ from torch.overrides import handle_torch_function
 from ..calls import TensorInfo
 from ..weights import families, stack
 from .all_in_use import AllInUse
-from .capture import CallPattern, Captured, CaptureError, free_dims, named_dims
 from .collapse import collapse, expression
 from .failures import in_words
-from .guards import Sizes, Traced, quietly, settle
+from .guards import Exported, Sizes, quietly, settle
+from .traced import CallPattern, Traced, TraceError, free_dims, named_dims
 
 aten = torch.ops.aten
 
@@ -112,17 +112,17 @@ def holds_list(module: nn.Module) -> bool:
     return False
 
 
-def capture_loop(module: nn.Module, pattern: CallPattern) -> Captured:
-    """Trace ``module`` and collapse its loop over experts; CaptureError with the reason where that fails."""
-    return collapse(module, trace(module, pattern))
+def trace_loop(module: nn.Module, pattern: CallPattern) -> Traced:
+    """Trace ``module`` and collapse its loop over experts; TraceError with the reason where that fails."""
+    return collapse(module, unroll(module, pattern))
 
 
-def trace(module: nn.Module, pattern: CallPattern) -> Captured:
-    """Trace ``module`` as if every expert had tokens; CaptureError with the reason where it does not trace."""
-    return settle(lambda called, sizes: _traced(module, called, sizes), pattern)
+def unroll(module: nn.Module, pattern: CallPattern) -> Traced:
+    """Trace ``module`` as if every expert had tokens; TraceError with the reason where it does not trace."""
+    return settle(lambda called, sizes: _exported(module, called, sizes), pattern)
 
 
-def _traced(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Traced:
+def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Exported:
     example = [leaf.zeros() if isinstance(leaf, TensorInfo) else leaf for leaf in pattern.leaves]
     args, kwargs = pattern.arrange(example)
     error: Exception | None = None
@@ -141,11 +141,11 @@ def _traced(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Traced:
                     dynamic_shapes={"args": arg_shapes, "kwargs": kwarg_shapes},
                     strict=False,
                 ).run_decompositions({})
-            captured = _sorted(program, pattern)
-            _check_names(captured, caller.seen)
-            captured.taken = frozenset(caller.seen.taken)
-            return Traced(captured, program, sizes)
-        except CaptureError:
+            traced = _sorted(program, pattern)
+            _check_names(traced, caller.seen)
+            traced.branched_sizes = frozenset(caller.seen.branched_sizes)
+            return Exported(traced, program, sizes)
+        except TraceError:
             raise
         except IndexError as failure:
             error = error or failure
@@ -156,7 +156,7 @@ def _traced(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Traced:
             error = failure
             waiting.pop(0)
     assert error is not None
-    raise CaptureError(f"its loop over experts does not trace: {in_words(error)}") from error
+    raise TraceError(f"its loop over experts does not trace: {in_words(error)}") from error
 
 
 def _experts(module: nn.Module) -> int | None:
@@ -170,12 +170,12 @@ def _experts(module: nn.Module) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _check_names(captured: Captured, seen: AllInUse) -> None:
+def _check_names(traced: Traced, seen: AllInUse) -> None:
     """The sizes that were branched on are known by their names: these must mean in the graph what they did before."""
     made = [expression(places.shape[0]) for places in seen.places_made]
-    found = [expression(n.meta["val"].shape[0]) for n in captured.graph.nodes if n.target == aten.nonzero.default]
-    if seen.taken and [size for size in found if size in made] != made:
-        raise CaptureError("it branches on whether a mask is true anywhere, and its graph has that mask no longer")
+    found = [expression(n.meta["val"].shape[0]) for n in traced.graph.nodes if n.target == aten.nonzero.default]
+    if seen.branched_sizes and [size for size in found if size in made] != made:
+        raise TraceError("it branches on whether a mask is true anywhere, and its graph has that mask no longer")
 
 
 @contextmanager
@@ -199,42 +199,42 @@ def _casts_of_nothing() -> Any:
         nn.Module.to = original  # type: ignore[method-assign]
 
 
-def _sorted(program: torch.export.ExportedProgram, pattern: CallPattern) -> Captured:
+def _sorted(program: torch.export.ExportedProgram, pattern: CallPattern) -> Traced:
     signature = program.graph_signature
     for out in signature.output_specs:
         if out.kind != OutputKind.USER_OUTPUT or not isinstance(out.arg, TensorArgument):
-            raise CaptureError(f"the module returns or changes something else than tensors ({out.kind.name.lower()})")
-    captured = Captured(program.graph_module.graph, [], {}, {}, {}, pattern)
+            raise TraceError(f"the module returns or changes something else than tensors ({out.kind.name.lower()})")
+    traced = Traced(program.graph_module.graph, [], {}, {}, {}, pattern)
     spec = program.call_spec.out_spec
-    captured.out_spec = None if spec is None or spec.is_leaf() else spec
+    traced.out_spec = None if spec is None or spec.is_leaf() else spec
     strip = len("module.")
     for entry in signature.input_specs:
         name = entry.arg.name
         target = entry.target or ""
         if entry.kind == InputKind.PARAMETER:
-            captured.parameters[name] = target[strip:]
+            traced.parameters[name] = target[strip:]
         elif entry.kind == InputKind.BUFFER:
-            captured.buffers[name] = target[strip:]
+            traced.buffers[name] = target[strip:]
         elif entry.kind == InputKind.CONSTANT_TENSOR:
-            captured.constants[name] = program.constants[target]
+            traced.constants[name] = program.constants[target]
         elif entry.kind == InputKind.USER_INPUT and isinstance(entry.arg, TensorArgument):
-            captured.inputs.append(name)
+            traced.inputs.append(name)
         elif entry.kind == InputKind.USER_INPUT:
-            node = captured.node(name)
+            node = traced.node(name)
             if node.users:
-                raise CaptureError(f"the plain argument {name} is used symbolically")
-            captured.graph.erase_node(node)
+                raise TraceError(f"the plain argument {name} is used symbolically")
+            traced.graph.erase_node(node)
         else:
-            raise CaptureError(f"the module takes an input of kind {entry.kind.name.lower()}")
-    for node in reversed(list(captured.graph.nodes)):
+            raise TraceError(f"the module takes an input of kind {entry.kind.name.lower()}")
+    for node in reversed(list(traced.graph.nodes)):
         # What the trace assumed about sizes (every expert has rows) must not be asserted at run time.
         if node.target in (aten._assert_scalar.default, aten._assert_tensor_metadata.default) or "sym_constrain" in str(
             node.target
         ):
-            captured.graph.erase_node(node)
-    if len(captured.inputs) != len(pattern.tensors):
-        raise CaptureError("the trace has another number of tensor inputs than the call")
-    return captured
+            traced.graph.erase_node(node)
+    if len(traced.inputs) != len(pattern.tensors):
+        raise TraceError("the trace has another number of tensor inputs than the call")
+    return traced
 
 
-__all__ = ["capture_loop", "holds_list", "trace"]
+__all__ = ["holds_list", "trace_loop", "unroll"]

@@ -16,9 +16,9 @@ from mxfp4_compile.passes.build.rewrite import rewrite
 from mxfp4_compile.passes.calls import describe
 from mxfp4_compile.passes.match import FusedMatch, SplitMatch, match
 from mxfp4_compile.passes.match.edits import Edits, InputSize
-from mxfp4_compile.passes.trace.capture import Captured, call_pattern
-from mxfp4_compile.passes.trace.export import capture
-from mxfp4_compile.passes.trace.unroll import capture_loop
+from mxfp4_compile.passes.trace.export import trace
+from mxfp4_compile.passes.trace.traced import Traced, call_pattern
+from mxfp4_compile.passes.trace.unroll import trace_loop
 
 E, H, MI, K = 4, 64, 32, 2
 aten = torch.ops.aten
@@ -51,12 +51,12 @@ def block(dtype: torch.dtype, make: object) -> Model:
     return Model(make, dtype, layers=1)
 
 
-def captured(model: Model, dtype: torch.dtype, take: object = capture) -> Captured:
+def traced(model: Model, dtype: torch.dtype, take: object = trace) -> Traced:
     sizes = [torch.zeros(b, n, H, dtype=dtype) for b, n in ((2, 9), (3, 11))]
     return take(model.layers[0], call_pattern(*(describe((x,), {}) for x in sizes)))  # type: ignore[operator]
 
 
-def matched(graph: Captured) -> FusedMatch:
+def matched(graph: Traced) -> FusedMatch:
     """The match; the graph must be the same to the letter after it."""
     before = str(graph.graph)
     found = match(graph)
@@ -64,13 +64,13 @@ def matched(graph: Captured) -> FusedMatch:
     assert isinstance(found, FusedMatch), found
     assert {found.x, found.topk_ids, found.topk_weights, found.output} <= set(graph.graph.nodes)
     rewritten = rewrite(graph, found, {"up": 1, "down": 1}, "reference", "canonical").graph
-    assert str(graph.graph) == before, "rewriting changed the captured graph"
+    assert str(graph.graph) == before, "rewriting changed the traced graph"
     assert [n.target for n in rewritten.nodes].count(schema.moe) == 1
     return found
 
 
 def close_to_restored(model: Model, dtype: torch.dtype, tolerance: float) -> None:
-    """On a batch that was not captured: the rewritten block against the restored one, on the same weights."""
+    """On a batch that was not traced: the rewritten block against the restored one, on the same weights."""
     generator = torch.Generator().manual_seed(1)
     example, x = (torch.randn(b, n, H, generator=generator).to(dtype) for b, n in ((2, 9), (4, 5)))
     with torch.no_grad():
@@ -83,8 +83,8 @@ def close_to_restored(model: Model, dtype: torch.dtype, tolerance: float) -> Non
 
 def test_an_output_by_batch_and_length_is_put_in_that_shape_again() -> None:
     model = block(torch.float32, Block)
-    found = matched(captured(model, torch.float32))
-    (name,) = captured(model, torch.float32).inputs
+    found = matched(traced(model, torch.float32))
+    (name,) = traced(model, torch.float32).inputs
     assert found.edits == Edits(lead=(InputSize(name, 0), InputSize(name, 1)))
     assert found.output.meta["val"].dim() == 3
     close_to_restored(model, torch.float32, 1e-5)
@@ -92,7 +92,7 @@ def test_an_output_by_batch_and_length_is_put_in_that_shape_again() -> None:
 
 def test_a_sum_in_fp32_that_is_added_to_is_read_in_fp32() -> None:
     model = block(torch.bfloat16, functools.partial(Block, wide=True))
-    found = matched(captured(model, torch.bfloat16))
+    found = matched(traced(model, torch.bfloat16))
     assert found.edits == Edits(widens_to=torch.float32)
     assert found.output.meta["val"].dtype == torch.float32
     close_to_restored(model, torch.bfloat16, 2e-2)
@@ -100,7 +100,7 @@ def test_a_sum_in_fp32_that_is_added_to_is_read_in_fp32() -> None:
 
 def test_routing_weights_of_all_experts_are_gathered_by_id() -> None:
     model = block(torch.float32, AllWeightsMoE)
-    graph = captured(model, torch.float32, capture_loop)
+    graph = traced(model, torch.float32, trace_loop)
     found = matched(graph)
     assert found.edits == Edits(gathers=True)
     assert found.topk_weights.meta["val"].shape[1] == found.spec.params.num_experts
@@ -132,7 +132,7 @@ def test_experts_that_hand_the_token_on_become_a_product_with_it() -> None:
     with experts_implementation(model, "grouped_mm"):
         planning.match_all(model, sites, tiny_inputs(model), None)
     found = [s.structure for s in sites if s.structure is not None]
-    assert found and all(matched(s.captured).edits.handed_on is not None for s in found)
+    assert found and all(matched(s.traced).edits.handed_on is not None for s in found)
     for structure in found:
-        graph = rewrite(structure.captured, structure.found, {"up": 1, "down": 1}, "reference", "canonical").graph
+        graph = rewrite(structure.traced, structure.found, {"up": 1, "down": 1}, "reference", "canonical").graph
         assert not any(n.target == aten.nonzero.default for n in graph.nodes), "a loop over rows is left"

@@ -45,43 +45,43 @@ RATIO, SLACK = 1.5, 4e-3
 OWN = 2e-2
 
 
-def _changes(mutation: Mutation, captured: object) -> float:
-    """How far the mutated graph's function is from the captured one's, at its farthest."""
+def _changes(mutation: Mutation, traced: object) -> float:
+    """How far the mutated graph's function is from the traced one's, at its farthest."""
     src = mutation.source
     worst = 0.0
     for seed, call in enumerate((*CALLS, *mutation.calls)):
         inputs, state = call_inputs(src, call, seed), with_bias(src.state, call.bias)
         wide = src.dtype != torch.float32 and not mutation.narrows
-        before = execute(src.captured, state, inputs, wide)
-        worst = max(worst, distance(execute(captured, state, inputs, wide), before))
+        before = execute(src.traced, state, inputs, wide)
+        worst = max(worst, distance(execute(traced, state, inputs, wide), before))
     return worst
 
 
-def _judge(mutation: Mutation, captured: object, found: FusedMatch | SplitMatch) -> None:
+def _judge(mutation: Mutation, traced: object, found: FusedMatch | SplitMatch) -> None:
     src = mutation.source
     if mutation.random:
         assert isinstance(found, SplitMatch), "random numbers were fused away"
         return
     state, weights, biases = quantized(src, found)
     for backend in ("reference", "cpu"):
-        run = run_rewritten(captured, found, backend, state, weights, biases)
+        run = run_rewritten(traced, found, backend, state, weights, biases)
         for seed, call in enumerate((*CALLS, *mutation.calls)):
             inputs, given = call_inputs(src, call, seed), with_bias(state, call.bias)
-            ours, eager = run(inputs, call.bias), execute(captured, given, inputs)
+            ours, eager = run(inputs, call.bias), execute(traced, given, inputs)
             where = f"{backend}, {call}: {getattr(found.spec, 'reason', found.spec)}"
             if src.dtype == torch.float32:
                 assert distance(ours, eager) <= FP32, where
             elif mutation.narrows:
                 assert overall(ours, eager) <= OWN, where
             else:
-                exact = execute(captured, given, inputs, wide=True)
+                exact = execute(traced, given, inputs, wide=True)
                 assert overall(ours, exact) <= RATIO * overall(eager, exact) + SLACK, where
 
 
 @functools.cache
 def _mutated(mutation: Mutation) -> tuple[object, FusedMatch | SplitMatch | NoMatch]:
-    captured = mutation.mutate()
-    return captured, match(captured)
+    traced = mutation.mutate()
+    return traced, match(traced)
 
 
 @pytest.fixture
@@ -103,23 +103,23 @@ def _parameters(catalogue: list[Mutation]) -> list[object]:
 
 @pytest.mark.parametrize("mutation", _parameters(CHANGING))
 def test_never_silently_wrong(mutation: Mutation, record: Callable[[Mutation, str], None]) -> None:
-    captured, found = _mutated(mutation)
+    traced, found = _mutated(mutation)
     if not mutation.random:
-        assert _changes(mutation, captured) > 1e-4, "this mutation changes nothing"
+        assert _changes(mutation, traced) > 1e-4, "this mutation changes nothing"
     if not isinstance(found, NoMatch):
         with contextlib.suppress(RewriteError):  # a refusal, which optimize() reports as no match
-            _judge(mutation, captured, found)
-    record(mutation, outcome(captured, found))
+            _judge(mutation, traced, found)
+    record(mutation, outcome(traced, found))
 
 
 @pytest.mark.parametrize("mutation", _parameters(PRESERVING))
 def test_another_spelling_still_matches(mutation: Mutation, record: Callable[[Mutation, str], None]) -> None:
-    captured, found = _mutated(mutation)
+    traced, found = _mutated(mutation)
     wide = mutation.source.dtype != torch.float32
-    assert _changes(mutation, captured) <= (1e-9 if wide else 1e-5), "this mutation changes the function"
+    assert _changes(mutation, traced) <= (1e-9 if wide else 1e-5), "this mutation changes the function"
     assert isinstance(found, FusedMatch), getattr(found, "reason", None) or found.spec.reason
-    _judge(mutation, captured, found)
-    record(mutation, outcome(captured, found))
+    _judge(mutation, traced, found)
+    record(mutation, outcome(traced, found))
 
 
 def _first_of_each_name() -> list[object]:
@@ -132,12 +132,12 @@ def _first_of_each_name() -> list[object]:
 
 @pytest.mark.parametrize("mutation", _first_of_each_name())
 def test_outcomes_are_known_or_right(mutation: Mutation) -> None:
-    captured, found = _mutated(mutation)
+    traced, found = _mutated(mutation)
     if mutation in PRESERVING:
         assert isinstance(found, FusedMatch), getattr(found, "reason", None) or found.spec.reason
-    if outcome(captured, found) != _known().get(mutation.id) and not isinstance(found, NoMatch):
+    if outcome(traced, found) != _known().get(mutation.id) and not isinstance(found, NoMatch):
         with contextlib.suppress(RewriteError):
-            _judge(mutation, captured, found)
+            _judge(mutation, traced, found)
 
 
 @functools.cache

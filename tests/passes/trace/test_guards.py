@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from mxfp4_compile.passes.calls import Call, TensorInfo
-from mxfp4_compile.passes.trace.capture import CaptureError, call_pattern
-from mxfp4_compile.passes.trace.export import capture
+from mxfp4_compile.passes.trace.export import trace
 from mxfp4_compile.passes.trace.guards import LARGEST
+from mxfp4_compile.passes.trace.traced import TraceError, call_pattern
 
 WIDTH = 4
 
@@ -34,20 +34,20 @@ def _module(function):
     return Module()
 
 
-def _run(captured, *args):
-    """What a captured graph computes."""
-    return torch.fx.Interpreter(torch.fx.GraphModule(nn.Module(), captured.graph)).run(*args)[0]
+def _run(traced, *args):
+    """What a traced graph computes."""
+    return torch.fx.Interpreter(torch.fx.GraphModule(nn.Module(), traced.graph)).run(*args)[0]
 
 
-def _same_at(captured, function, shapes):
+def _same_at(traced, function, shapes):
     for shape in shapes:
         x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(_run(captured, x), function(x))
+        torch.testing.assert_close(_run(traced, x), function(x))
 
 
 def test_no_branch_needs_no_sides():
-    captured = capture(_module(lambda x: x.reshape(-1, WIDTH) * 2), BATCHES)
-    assert captured.sides == () and captured.branches == ""
+    traced = trace(_module(lambda x: x.reshape(-1, WIDTH) * 2), BATCHES)
+    assert traced.sides == () and traced.branches == ""
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_no_branch_needs_no_sides():
     ],
 )
 def test_a_branch_that_matters_is_refused_in_words(function, pattern, words):
-    with pytest.raises(CaptureError, match=f"it branches on .*{words}"):
-        capture(_module(function), pattern)
+    with pytest.raises(TraceError, match=f"it branches on .*{words}"):
+        trace(_module(function), pattern)
 
 
 def test_a_branch_on_the_layout_that_only_copies_does_not_matter():
     function = lambda x: (x if x.is_contiguous() else x.contiguous()) * 2
-    assert capture(_module(function), TOKENS).sides == ()
+    assert trace(_module(function), TOKENS).sides == ()
 
 
 def _two_ways(x):
@@ -84,10 +84,10 @@ def _two_ways(x):
 
 
 def test_a_branch_between_two_spellings_of_one_graph_is_verified_on_both_sides():
-    captured = capture(_module(_two_ways), TOKENS)
-    assert {(1, 300), (1, 301), (1, 100), (1, 101)} <= set(captured.sides)
-    assert "more than 300" in captured.branches
-    _same_at(captured, _two_ways, [(1, WIDTH), (300, WIDTH), (301, WIDTH), (1000, WIDTH)])
+    traced = trace(_module(_two_ways), TOKENS)
+    assert {(1, 300), (1, 301), (1, 100), (1, 101)} <= set(traced.sides)
+    assert "more than 300" in traced.branches
+    _same_at(traced, _two_ways, [(1, WIDTH), (300, WIDTH), (301, WIDTH), (1000, WIDTH)])
 
 
 def _capacity(x):
@@ -99,11 +99,11 @@ def _capacity(x):
 
 
 def test_a_capacity_stays_a_computation():
-    captured = capture(_module(_capacity), BATCHES)
+    traced = trace(_module(_capacity), BATCHES)
     # 1.25 n / 4 is 16 from 52 tokens on, and more than 700 from 2244 on.
-    assert captured.sides == ((1, 51), (1, 52), (1, 2243), (1, 2244))
-    assert "the number of tokens" in captured.branches
-    _same_at(captured, _capacity, [(1, 1, WIDTH), (2, 9, WIDTH), (5, 11, WIDTH), (7, 40, WIDTH), (2, 1500, WIDTH)])
+    assert traced.sides == ((1, 51), (1, 52), (1, 2243), (1, 2244))
+    assert "the number of tokens" in traced.branches
+    _same_at(traced, _capacity, [(1, 1, WIDTH), (2, 9, WIDTH), (5, 11, WIDTH), (7, 40, WIDTH), (2, 1500, WIDTH)])
 
 
 def _split(x):
@@ -131,25 +131,25 @@ def _ends(x):
 
 @pytest.mark.parametrize("function", [_split, _chunk, _slices, _ends])
 def test_pieces_of_the_tokens_are_taken_as_one(function):
-    captured = capture(_module(function), TOKENS)
+    traced = trace(_module(function), TOKENS)
     many = 3 if function is _chunk else 32
-    assert {(1, many), (1, many + 1), (1, 2 * many + 1)} <= set(captured.sides)
-    _same_at(captured, function, [(1, WIDTH), (31, WIDTH), (33, WIDTH), (100, WIDTH)])
+    assert {(1, many), (1, many + 1), (1, 2 * many + 1)} <= set(traced.sides)
+    _same_at(traced, function, [(1, WIDTH), (31, WIDTH), (33, WIDTH), (100, WIDTH)])
 
 
 def test_sizes_that_follow_from_each_other_are_no_branch():
     """Rows and weights of rows as separate arguments: that there are as many is no decision."""
     pattern = _pattern(((2, 9, WIDTH), (3, 11, WIDTH)), ((18, 1), (33, 1)))
-    captured = capture(_module(lambda x, w: x.reshape(-1, WIDTH) * w), pattern)
-    assert captured.sides == () and len(captured.inputs) == 2
+    traced = trace(_module(lambda x, w: x.reshape(-1, WIDTH) * w), pattern)
+    assert traced.sides == () and len(traced.inputs) == 2
 
 
 def test_failures_print_nothing(capfd):
     def fails(x):
         raise RuntimeError("of its own")
 
-    with pytest.raises(CaptureError, match="of its own"):
-        capture(_module(fails), TOKENS)
-    with pytest.raises(CaptureError):
-        capture(_module(lambda x: x * 2 if x.sum() > 0 else x), TOKENS)
+    with pytest.raises(TraceError, match="of its own"):
+        trace(_module(fails), TOKENS)
+    with pytest.raises(TraceError):
+        trace(_module(lambda x: x * 2 if x.sum() > 0 else x), TOKENS)
     assert capfd.readouterr() == ("", "")

@@ -14,8 +14,8 @@ from torch import nn
 import mxfp4_compile
 from mxfp4_compile import OptimizeError
 from mxfp4_compile.passes.calls import describe
-from mxfp4_compile.passes.trace.capture import CallPattern, CaptureError, call_pattern
-from mxfp4_compile.passes.trace.unroll import capture_loop
+from mxfp4_compile.passes.trace.traced import CallPattern, TraceError, call_pattern
+from mxfp4_compile.passes.trace.unroll import trace_loop
 
 
 class OtherActivation(LoopMoE):
@@ -386,8 +386,8 @@ def pattern() -> CallPattern:
     [pytest.param(m, id=m.__name__, marks=[] if m in QUICK_UNPROVEN else [pytest.mark.slow]) for m in UNPROVEN],
 )
 def test_contribution_without_tokens_is_refused_by_proof(mutation: type[nn.Module]) -> None:
-    with pytest.raises(CaptureError, match=f"{UNPROVEN[mutation]}.*(reaches the output beside|has added) its rows"):
-        capture_loop(mutation().eval(), pattern())
+    with pytest.raises(TraceError, match=f"{UNPROVEN[mutation]}.*(reaches the output beside|has added) its rows"):
+        trace_loop(mutation().eval(), pattern())
 
 
 class KeepsConstant(LoopMoE):
@@ -578,8 +578,8 @@ OTHER_MASKS = [
     [pytest.param(m, id=m.__name__, marks=[] if i < 3 else [pytest.mark.slow]) for i, m in enumerate(OTHER_MASKS)],
 )
 def test_branches_on_other_masks_are_refused_by_name(mutation: type[nn.Module]) -> None:
-    with pytest.raises(CaptureError, match="branches on whether a mask is true anywhere"):
-        capture_loop(mutation().eval(), pattern())
+    with pytest.raises(TraceError, match="branches on whether a mask is true anywhere"):
+        trace_loop(mutation().eval(), pattern())
 
 
 class AsksForOne(MaskMoE):
@@ -611,8 +611,8 @@ ASK_FOR_MORE = [AsksForOne, AsksForOneItem, AsksForOnePlace, AsksForMany, AsksFo
 
 @pytest.mark.parametrize("mutation", ASK_FOR_MORE)
 def test_branches_on_more_than_whether_there_are_rows_are_refused_by_name(mutation: type[nn.Module]) -> None:
-    with pytest.raises(CaptureError, match="branches on a number of rows, and not only on whether there are any"):
-        capture_loop(mutation().eval(), pattern())
+    with pytest.raises(TraceError, match="branches on a number of rows, and not only on whether there are any"):
+        trace_loop(mutation().eval(), pattern())
 
 
 class AnswerChanged(MaskMoE):
@@ -625,8 +625,8 @@ class AnswerChanged(MaskMoE):
 
 
 def test_an_answer_that_was_changed_is_refused_by_name() -> None:
-    with pytest.raises(CaptureError, match="a mask it has changed since"):
-        capture_loop(AnswerChanged().eval(), pattern())
+    with pytest.raises(TraceError, match="a mask it has changed since"):
+        trace_loop(AnswerChanged().eval(), pattern())
 
 
 class MadeAnewOfOthers(MaskMoE):

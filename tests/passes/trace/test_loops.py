@@ -34,8 +34,8 @@ from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.passes.build.rewrite import count_ops
 from mxfp4_compile.passes.calls import describe
 from mxfp4_compile.passes.match import FusedMatch, match
-from mxfp4_compile.passes.trace.capture import call_pattern
-from mxfp4_compile.passes.trace.unroll import capture_loop
+from mxfp4_compile.passes.trace.traced import call_pattern
+from mxfp4_compile.passes.trace.unroll import trace_loop
 
 
 class DropsSmallMoE(MaskMoE):
@@ -235,13 +235,13 @@ def test_graph_grows_linearly_with_the_experts(style: str, monkeypatch: pytest.M
         monkeypatch.setattr(loop_models, "E", experts)
         block = STYLES[style]().eval()
         pattern = call_pattern(*(describe((torch.zeros(b, 9, H),), {}) for b in (2, 3)))
-        captured = capture_loop(block, pattern)
-        sizes.append(len(captured.graph.nodes))
-        assert isinstance(match(captured), FusedMatch)
+        traced = trace_loop(block, pattern)
+        sizes.append(len(traced.graph.nodes))
+        assert isinstance(match(traced), FusedMatch)
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
 
 
-def test_equal_blocks_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_blocks_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     trace = planning.trace
     monkeypatch.setattr(planning, "trace", lambda *a: calls.append(1) or trace(*a))

@@ -6,17 +6,17 @@ running the regions between the anchors (``passes.match``).
 
 from __future__ import annotations
 
-from ...trace.capture import Captured
+from ...trace.traced import Traced
 from . import batched_mm, grouped_mm, loop
 from .anchor import ExpertGemm
 
 FORMS = (grouped_mm, batched_mm, loop)
 
 
-def find_gemms(captured: Captured) -> list[ExpertGemm]:
-    """All expert GEMMs of a captured graph, in graph order."""
-    found = {gemm.node: gemm for form in FORMS for gemm in form.find(captured)}
-    return [found[node] for node in captured.graph.nodes if node in found]
+def find_gemms(traced: Traced) -> list[ExpertGemm]:
+    """All expert GEMMs of a traced graph, in graph order."""
+    found = {gemm.node: gemm for form in FORMS for gemm in form.find(traced)}
+    return [found[node] for node in traced.graph.nodes if node in found]
 
 
 __all__ = ["FORMS", "ExpertGemm", "find_gemms"]

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ...trace.capture import Captured
+from ...trace.traced import Traced
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ class ExpertGemm:
     as_output: Callable[[Tensor], Tensor]
 
 
-def trace_weight(node: Any, captured: Captured) -> tuple[str, fx.Node, tuple[int, ...]] | None:
+def trace_weight(node: Any, traced: Traced) -> tuple[str, fx.Node, tuple[int, ...]] | None:
     """Follow permutations back from ``node`` to a parameter.
 
     Returns (parameter name, its placeholder, permutation such that value = param.permute(permutation)),
@@ -52,7 +52,7 @@ def trace_weight(node: Any, captured: Captured) -> tuple[str, fx.Node, tuple[int
             return None
         order = order if order is not None else (0, 1, 2)
         if node.op == "placeholder":
-            name = captured.parameters.get(node.name)
+            name = traced.parameters.get(node.name)
             return None if name is None else (name, node, order)
         if node.op != "call_function":
             return None

@@ -8,16 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ...trace.capture import Captured
+from ...trace.traced import Traced
 from .anchor import ExpertGemm, permutation_of, trace_weight
 
 NAME = "batched_mm"
 aten = torch.ops.aten
 
 
-def find(captured: Captured) -> Iterator[ExpertGemm]:
+def find(traced: Traced) -> Iterator[ExpertGemm]:
     """Anchors of this form in graph order."""
-    for node in captured.graph.nodes:
+    for node in traced.graph.nodes:
         if node.op != "call_function" or node.target != aten.bmm.default:
             continue
         left, right = node.args
@@ -29,7 +29,7 @@ def find(captured: Captured) -> Iterator[ExpertGemm]:
             gathered, rows, column = right, left, False
         else:
             continue
-        found = _gather(gathered, captured)
+        found = _gather(gathered, traced)
         if found is None:
             continue
         name, ids, order = found
@@ -38,7 +38,7 @@ def find(captured: Captured) -> Iterator[ExpertGemm]:
         dims = [int(d) for d in gathered.meta["val"].shape[1:]]
         n, k = dims if column else reversed(dims)
         # The gathered matrix is [N, K] for a column operand and [K, N] for a row operand.
-        experts = _experts(name, captured)
+        experts = _experts(name, traced)
         swapped = order == (0, 2, 1)
         yield ExpertGemm(
             node=node,
@@ -54,12 +54,12 @@ def find(captured: Captured) -> Iterator[ExpertGemm]:
         )
 
 
-def _experts(name: str, captured: Captured) -> int:
-    placeholder = next(p for p, target in captured.parameters.items() if target == name)
-    return int(captured.node(placeholder).meta["val"].shape[0])
+def _experts(name: str, traced: Traced) -> int:
+    placeholder = next(p for p, target in traced.parameters.items() if target == name)
+    return int(traced.node(placeholder).meta["val"].shape[0])
 
 
-def _gather(node: Any, captured: Captured) -> tuple[str, fx.Node, tuple[int, ...]] | None:
+def _gather(node: Any, traced: Traced) -> tuple[str, fx.Node, tuple[int, ...]] | None:
     """Follow permutations to the gather, and from there to the parameter."""
     order: tuple[int, ...] = (0, 1, 2)
     while isinstance(node, fx.Node) and node.op == "call_function":
@@ -79,10 +79,10 @@ def _gather(node: Any, captured: Captured) -> tuple[str, fx.Node, tuple[int, ...
             continue
         if not isinstance(ids, fx.Node) or ids.meta["val"].dim() != 1:
             return None
-        traced = trace_weight(source, captured)
-        if traced is None:
+        place = trace_weight(source, traced)
+        if place is None:
             return None
-        name, _, inner = traced
+        name, _, inner = place
         return name, ids, tuple(inner[i] for i in order)
     return None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from ...trace.capture import Captured
+from ...trace.traced import Traced
 from .anchor import ExpertGemm, trace_weight
 
 NAME = "grouped_mm"
@@ -18,17 +18,17 @@ def experts_of_offsets(offsets: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(offsets.to(torch.int64), torch.arange(rows, device=offsets.device), right=True)
 
 
-def find(captured: Captured) -> Iterator[ExpertGemm]:
+def find(traced: Traced) -> Iterator[ExpertGemm]:
     """Anchors of this form in graph order."""
-    for node in captured.graph.nodes:
+    for node in traced.graph.nodes:
         operands = _operands(node)
         if operands is None:
             continue
         rows, stack, offsets = operands
-        traced = trace_weight(stack, captured)
-        if traced is None or traced[2][0] != 0 or rows.meta["val"].dim() != 2:
+        place = trace_weight(stack, traced)
+        if place is None or place[2][0] != 0 or rows.meta["val"].dim() != 2:
             continue
-        name, _, order = traced
+        name, _, order = place
         experts, k, n = stack.meta["val"].shape  # the op reads [E, K, N]
         yield ExpertGemm(
             node=node,

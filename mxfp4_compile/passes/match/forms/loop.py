@@ -6,16 +6,16 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from ...trace.capture import Captured
 from ...trace.collapse import expert_products, expert_products_transposed
+from ...trace.traced import Traced
 from .anchor import ExpertGemm
 
 NAME = "loop"
 
 
-def find(captured: Captured) -> Iterator[ExpertGemm]:
+def find(traced: Traced) -> Iterator[ExpertGemm]:
     """Anchors of this form in graph order."""
-    for node in captured.graph.nodes:
+    for node in traced.graph.nodes:
         if node.op != "call_function" or node.target not in (expert_products, expert_products_transposed):
             continue
         rows, stack, selector = node.args
@@ -25,7 +25,7 @@ def find(captured: Captured) -> Iterator[ExpertGemm]:
         yield ExpertGemm(
             node=node,
             form=NAME,
-            weight=captured.parameters[stack.name],
+            weight=traced.parameters[stack.name],
             transposed=transposed,
             shape=(experts, second, first) if transposed else (experts, first, second),
             rows=rows,

@@ -1,6 +1,6 @@
-"""What a capture is: how a module is called, and its graph with the meaning of the graph's inputs.
+"""What a trace is: how a module is called, and its graph with the meaning of the graph's inputs.
 
-What a call passed that is no tensor becomes part of the capture and is checked at every later call.
+What a call passed that is no tensor becomes part of the trace and is checked at every later call.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from ..calls import Call, TensorInfo
 
 
-class CaptureError(RuntimeError):
-    """A module that could not be captured, with the reason."""
+class TraceError(RuntimeError):
+    """A module that could not be traced, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
 def call_pattern(first: Call, second: Call | None = None) -> CallPattern:
-    """The pattern of two calls of one module; CaptureError if they differ in more than sizes."""
+    """The pattern of two calls of one module; TraceError if they differ in more than sizes."""
     second = second or first
     if len(first.args) != len(second.args) or first.kwargs.keys() != second.kwargs.keys():
-        raise CaptureError("two calls passed different arguments")
+        raise TraceError("two calls passed different arguments")
     keywords = tuple(first.kwargs)
     leaves = (*first.args, *first.kwargs.values())
     others = (*second.args, *(second.kwargs[name] for name in keywords))
@@ -69,7 +69,7 @@ def call_pattern(first: Call, second: Call | None = None) -> CallPattern:
     for a, b in zip(leaves, others, strict=True):
         if isinstance(a, TensorInfo) and isinstance(b, TensorInfo):
             if a.dtype != b.dtype or len(a.shape) != len(b.shape):
-                raise CaptureError("an argument changes its dtype or rank from call to call")
+                raise TraceError("an argument changes its dtype or rank from call to call")
             varied = {d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n}
             if 0 in varied and a.dtype.is_floating_point:
                 varied.update(range(1, len(a.shape) - 1))  # [batch, length, width]: the length may vary, too
@@ -77,15 +77,15 @@ def call_pattern(first: Call, second: Call | None = None) -> CallPattern:
             continue
         for value in (a, b):
             if not isinstance(value, _PLAIN):
-                raise CaptureError(f"an argument of type {type(value).__name__} is neither tensor nor plain value")
+                raise TraceError(f"an argument of type {type(value).__name__} is neither tensor nor plain value")
         if a != b:
-            raise CaptureError(f"a plain argument changes from call to call ({a!r}, then {b!r})")
+            raise TraceError(f"a plain argument changes from call to call ({a!r}, then {b!r})")
         dynamic.append(frozenset())
     return CallPattern(len(first.args), keywords, leaves, tuple(dynamic))
 
 
 @dataclass
-class Captured:
+class Traced:
     """A functional ATen graph and the meaning of its placeholders.
 
     ``parameters`` and ``buffers`` map placeholder names to names in the module; ``constants`` to tensors;
@@ -102,7 +102,7 @@ class Captured:
     dense: tuple[fx.Node, ...] = ()  # [E, T, .] rows of all experts and tokens that must be zero but where ids say
     dont_care: tuple[fx.Node, ...] = ()  # [T, E, .] what stands for dense products where ids do not say: zeros
     sentinels: int = 0  # so many ids from E on, which are no experts, occur
-    taken: frozenset[Any] = frozenset()  # sizes on which the code has branched, as if they were not zero
+    branched_sizes: frozenset[Any] = frozenset()  # sizes on which the code has branched, as if they were not zero
     sides: tuple[tuple[int, ...], ...] = ()  # batch and length at which verification must run (``guards``)
     branches: str = ""  # what the code branches on there, in words
 
