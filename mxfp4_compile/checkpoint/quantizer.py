@@ -382,7 +382,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         holder._parameters[leaf] = nn.Parameter(value.to(self.device_of(owner)), requires_grad=False)
 
     def _replan(self, model: nn.Module) -> None:
-        """Capture again what turned out to run on another device than the one planned for."""
+        """Trace again what turned out to run on another device than the one planned for."""
         known: dict[Any, Any] = {}
         for site in planned(self.sites):
             structure = site.structure
@@ -419,13 +419,13 @@ def _patterns(site: Site) -> set[str]:
 
 
 def _cast_as_traced(site: Site) -> None:
-    """What the block's own first forward would cast for good (a router to fp32) is so in the captured graph."""
+    """What the block's own first forward would cast for good (a router to fp32) is so in the traced graph."""
     assert site.structure is not None
-    captured = site.structure.captured
-    for placeholder, name in captured.parameters.items():
+    traced = site.structure.captured
+    for placeholder, name in traced.parameters.items():
         if name in site.structure.retained:
             parameter = site.candidate.module.get_parameter(name)
-            dtype = captured.node(placeholder).meta["val"].dtype
+            dtype = traced.node(placeholder).meta["val"].dtype
             if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
 
