@@ -32,7 +32,9 @@ from .passes.observe import observe
 from .passes.trace.guards import quietly
 from .passes.weights import Stack, projections_of, source_names, stack
 from .planning import OptimizeError, Site, Structure, Trial
+from .processes import OneProcess
 from .report import SiteReport
+from .spec import SHARD
 
 
 def build_site(
@@ -53,7 +55,7 @@ def build_site(
     dtype = stack(module, projections_of(spec)[0].source.parameters[0]).dtype
     plan = SitePlan(
         spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained,
-        structure.request, structure.traced.out_spec,
+        structure.request, structure.traced.out_spec, getattr(module, SHARD, None),
     )  # fmt: skip
     weights, biases, errors, warnings = {}, {}, [], []
     by_name: dict[str, dict[str, float]] = {}
@@ -250,11 +252,12 @@ def install_site(
     reader: ExpertReader | None = None,
     *,
     last: bool = True,
+    processes: OneProcess | None = None,
 ) -> SiteReport:
     """Put the rewritten module in a site's place; ``reader``: where its weights are, if not in the module.
 
     ``check``: verify it before, if it was not tried. ``last``: no other site is still to be made from the same weights,
-    which are released then.
+    which are released then. ``processes``: those that hold the model; on all of them it is put there, or on none.
     """
     structure = site.structure
     assert structure is not None
@@ -279,9 +282,10 @@ def install_site(
         bytes_before=before,
     )
     trial = site.trial
-    verification = None if trial is None else trial.verification
-    try:
+
+    def make() -> tuple[MXFP4Experts, torch.Tensor, list[str], Verification | None]:
         built, errors, warnings = build_site(site, scale_rule, advance, reader, trial is None)
+        verification = None if trial is None else trial.verification
         if trial is not None:
             if _sums(built) != trial.sums:
                 raise VerificationError("its weights, prepared once more, came out other than those that were verified")
@@ -290,8 +294,21 @@ def install_site(
         if check and trial is None:
             with experts_implementation(model, "eager"):
                 verification = verify_site(built, site)
-    except (VerificationError, BackendError) as error:
-        return replace(base, outcome="failed", reason=str(error))
+        if built.plan.shard is not None:
+            from .ranks.distribute import distribute
+
+            key = tuple(built._counts.values())
+            if key not in structure.spread:
+                structure.spread[key] = distribute(built.rewritten, built.plan.shard)
+                observe("site_spread", structure.spread[key].graph)
+            built.rewritten = structure.spread[key]
+        return built, errors, warnings, verification
+
+    processes = OneProcess() if processes is None else processes
+    made, reason = processes.attempt(site.name, make, (VerificationError, BackendError))
+    if made is None:
+        return replace(base, outcome="failed", reason=reason)
+    built, errors, warnings, verification = made
     built.__dict__["site_name"] = site.name
     for hooks in (
         "_forward_hooks",

@@ -179,6 +179,12 @@ def restore(model: nn.Module) -> Any:
 def _restore(model: nn.Module) -> Any:
     if not mxfp4_sites(model):
         raise OptimizeError("this model is not optimized: there is nothing to restore")
+    split = [name for name, site in mxfp4_sites(model).items() if site.plan.shard is not None]
+    if split:
+        raise OptimizeError(
+            f"{split[0]} holds {mxfp4_sites(model)[split[0]].plan.shard}: restore() does not serve experts on several "
+            "ranks. Save the model and restore() it in one process, or load the original again"
+        )
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, MXFP4Experts):

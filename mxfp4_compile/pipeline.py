@@ -20,7 +20,7 @@ from torch import nn
 
 from . import mx
 from .circumstances import StateChange, exclusively, kept_state, others_wait, plain_modes
-from .installing import install_site, progress_bar, silenced_hooks, try_sites
+from .installing import build_site, install_site, progress_bar, silenced_hooks, try_sites
 from .lifecycle import finish, note_state
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.selection import requested_backend
@@ -39,7 +39,9 @@ from .planning import (
     skip_late,
     weight_ids,
 )
+from .processes import OneProcess, is_spread
 from .report import Report, versions_used
+from .skipping import as_patterns
 
 
 def optimize(
@@ -81,7 +83,21 @@ def optimize(
             return model
         report = Report(scale_rule, activation_dtype, max_capture_size, verify, versions=versions_used())
         with others_wait(model):
-            return _optimize(model, report, requested, skip, strict, example_inputs, progress)
+            processes = _processes_of(model)
+            processes.agree(
+                "optimize", backend=backend, activation_dtype=activation_dtype, max_capture_size=max_capture_size,
+                scale_rule=scale_rule, skip=as_patterns(skip), strict=strict, verify=verify,
+                example_inputs=example_inputs,
+            )  # fmt: skip
+            return _optimize(model, report, requested, skip, strict, example_inputs, progress, processes)
+
+
+def _processes_of(model: nn.Module) -> OneProcess:
+    if not is_spread(model):
+        return OneProcess()
+    from .ranks.session import Ranks
+
+    return Ranks(model)
 
 
 def _optimize(
@@ -92,18 +108,29 @@ def _optimize(
     strict: bool,
     example_inputs: Any,
     progress: bool | None,
+    processes: OneProcess,
 ) -> Any:
     started = time.perf_counter()
     scale_rule, verify = report.scale_rule, report.verified
     with ExitStack() as stack:
+        parts = processes.parts(model, skip, example_inputs)
+        processes.together("finding split experts", lambda: stack.enter_context(parts))
         seen: list[StateChange] = []
         with kept_state(model) as changes:
-            sites = _plan(model, report, requested, skip, strict, example_inputs, seen)
+            sites = processes.together(
+                "planning", lambda: _plan(model, report, requested, skip, strict, example_inputs, seen, processes)
+            )
+            processes.alike("the sites of the model", sites)
             planned = [s for s in sites if s.structure is not None]
             advance = stack.enter_context(progress_bar(planned, progress, 2 if verify else 1))
             if verify:
-                try_sites(planned, scale_rule, model, advance)
+                processes.together("verification", lambda: try_sites(planned, scale_rule, model, advance))
+                processes.fail_alike(planned)
                 _check_trials(sites, report, strict)
+                processes.whole_errors(planned)
+                processes.verify_sums(
+                    planned, lambda site: build_site(site, scale_rule, lambda _: None, None, False)[0]
+                )
         todo = [s for s in sites if s.structure is not None]
         note_state(model, report, list(dict.fromkeys([*seen, *changes])), todo)
         report.notes += dict.fromkeys(n for s in todo if s.structure is not None for n in s.structure.choice.notes)
@@ -117,7 +144,13 @@ def _optimize(
                     report.notes += silenced_hooks(site)
                     waiting[site.candidate.weights] -= 1
                     last = not waiting[site.candidate.weights]
-                    report.sites.append(install_site(model, site, scale_rule, verify, advance, prepared, last=last))
+                    done = install_site(
+                        model, site, scale_rule, verify, advance, prepared, last=last, processes=processes
+                    )
+                    report.sites.append(done)
+                    if done.rewritten:
+                        processes.installed(site)
+            processes.tell(report)
         except BaseException as error:
             # Memory that runs out half-way: what was changed so far is told and guarded.
             if report.rewritten:
@@ -164,6 +197,7 @@ def _plan(
     strict: bool,
     example_inputs: Any,
     changes: list[StateChange],
+    processes: OneProcess,
 ) -> list[Site]:
     """Every MoE-looking module with its structure, or the reason why it has none; the weights are finite.
 
@@ -171,7 +205,7 @@ def _plan(
     """
 
     def record(model: nn.Module, candidates: list[Candidate], inputs: Any) -> None:
-        with kept_state(model) as seen:
+        with kept_state(model) as seen, processes.forwards():
             record_calls(model, candidates, inputs)
         changes.extend(seen)
 
@@ -185,6 +219,7 @@ def _plan(
     check_model(model, [s.candidate for s in sites if s.candidate.kind == "block" and not s.outcome])
     gc.collect()  # exported programs are cyclic garbage that keeps the traced modules' weights alive
     check_matches(sites, report, strict)
+    processes.planned(sites)
     todo = [s for s in sites if s.structure is not None]
     for site in todo:
         site.tied = weight_ids(site)

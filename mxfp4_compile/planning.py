@@ -30,6 +30,7 @@ from .passes.trace.failures import in_words
 from .passes.trace.traced import CallPattern, Traced, TraceError, call_pattern
 from .passes.trace.unroll import holds_list, unroll
 from .passes.weights import members, projections_of, source_names, stack
+from .processes import is_dtensor
 from .report import Report, SiteReport
 from .skipping import as_patterns, protects, unknown_patterns
 
@@ -56,6 +57,7 @@ class Structure:
     request: Request = field(default_factory=Request)
     requested: str | None = None
     graphs: dict[tuple[int, ...], torch.fx.GraphModule] = field(default_factory=dict)
+    spread: dict[tuple[int, ...], torch.fx.GraphModule] = field(default_factory=dict)  # with the sum over ranks
     verified: bool = False
 
 
@@ -111,8 +113,8 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
     for candidate in candidates:
         for name, parameter in candidate.weights.named_parameters():
             path = f"{paths[candidate.weights]}.{name}"
-            if _is_dtensor(parameter):
-                raise OptimizeError(f"{path} is a DTensor: tensor- or expert-parallel experts are not supported yet")
+            if candidate.kind != "list":  # which lists are experts shows in their use
+                check_whole(path, parameter)
             if loaded and parameter.device.type == "meta" and not offload_hook(model):
                 raise OptimizeError(f"{path} is on the meta device: load the model's weights first")
             if parameter.is_floating_point() and parameter.dtype not in _WEIGHT_DTYPES:
@@ -124,8 +126,16 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
             raise OptimizeError(f"{candidate.name} {sharding}, which is not supported yet")
         if candidate.kind != "list":  # which lists are experts shows in their use
             check_wrapped(model, candidate, loaded=loaded)
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise OptimizeError("this model is tensor-parallel (tp_plan), which is not supported yet")
+
+
+def check_whole(path: str, parameter: torch.Tensor) -> None:
+    """OptimizeError if a weight of experts lies on several ranks in a way that is not served."""
+    if is_dtensor(parameter):
+        raise OptimizeError(
+            f"{path} is a DTensor: these experts are split over ranks in a way that is not supported. Packed experts "
+            "(one parameter for all) are, as transformers splits them; leave others whole on each rank, and split "
+            "attention only"
+        )
 
 
 def check_wrapped(model: nn.Module, candidate: Candidate, *, loaded: bool = True) -> None:
@@ -167,10 +177,6 @@ def _sharding(module: nn.Module) -> str:
     if (getattr(module, "ep_size", None) or 1) > 1 or (getattr(module, "tp_size", None) or 1) > 1:
         return "holds a shard of its experts (ep_size or tp_size above 1)"
     return ""
-
-
-def _is_dtensor(parameter: torch.Tensor) -> bool:
-    return type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor"
 
 
 def apply_skip(
@@ -243,6 +249,8 @@ def match_all(
     for site in sites:
         if not site.outcome and site.candidate.kind == "list" and site.candidate.calls:
             check_wrapped(model, site.candidate)
+            for name, parameter in site.candidate.weights.named_parameters():
+                check_whole(f"{site.name}.{name}", parameter)
     known: dict[Any, Structure | NoMatch] = {}
     patterns: dict[Any, CallPattern] = {}
     for site in sites:

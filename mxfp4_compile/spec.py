@@ -257,3 +257,66 @@ class SplitSpec:
     def __str__(self) -> str:
         shapes = ", ".join(f"[{s.num_experts},{s.out_features},{s.in_features}]" for s in self.linears)
         return f"split into {len(self.linears)} grouped_linear {shapes}: {self.reason}"
+
+
+# a part of a site
+
+EMPTY_PART = 32
+"""Columns of the module of a rank that has none: one block, of zeros."""
+
+SHARD = "mxfp4_shard"
+"""The attribute by which a module tells its ``Shard``: with it, equal modules have equal parts."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a site's experts that one rank holds.
+
+    kind: "expert" for whole experts, "tensor" for some of each expert's intermediate columns I. ``parts``: from where
+    to where, of every rank, in experts or columns. ``group``: the name of the torch.distributed group that sums.
+    """
+
+    kind: Literal["expert", "tensor"]
+    rank: int
+    parts: tuple[tuple[int, int], ...]
+    group: str
+
+    @property
+    def start(self) -> int:
+        """The first expert or column of this rank."""
+        return self.parts[self.rank][0]
+
+    @property
+    def stop(self) -> int:
+        """One past the last."""
+        return self.parts[self.rank][1]
+
+    @property
+    def whole(self) -> int:
+        """Experts or columns of all ranks."""
+        return max(stop for _, stop in self.parts)
+
+    @property
+    def count(self) -> int:
+        """Experts or columns of this rank's module: those of its part, or a block of zeros where it has none."""
+        return self.stop - self.start or EMPTY_PART
+
+    def rows(self, params: MoEParams, parameters: int = 1) -> list[slice]:
+        """This rank's rows among all of an up-projection that lies in so many parameters, if it holds columns.
+
+        ``params``: of the whole site or of the part, whose row order is the same. Nothing for a rank without columns.
+        """
+        start, stop, whole = self.start, self.stop, self.whole
+        if start == stop:
+            return []
+        if params.activation.gated and parameters == 1:
+            if params.gate_layout == "halves":
+                return [slice(start, stop), slice(whole + start, whole + stop)]
+            return [slice(2 * start, 2 * stop)]
+        return [slice(start, stop)]
+
+    def __str__(self) -> str:
+        what = "experts" if self.kind == "expert" else "columns of each expert"
+        if self.start == self.stop:
+            return f"none of the {self.whole} {what} (rank {self.rank} of {len(self.parts)})"
+        return f"{what} {self.start} to {self.stop - 1} of {self.whole} (rank {self.rank} of {len(self.parts)})"

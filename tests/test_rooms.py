@@ -14,10 +14,10 @@ PACKAGE = ROOT / "mxfp4_compile"
 # From the bottom up. A module may import modules of its own room and of those before it.
 ROOMS = (
     "registration", "__init__", "text", "activations", "spec", "mx", "timing",
-    "circumstances", "hf_models", "report", "ops",
+    "circumstances", "processes", "hf_models", "report", "ops",
     "passes", "passes.trace", "passes.find", "passes.match", "passes.build",
-    "skipping", "planning", "installing", "runtime", "dynamo", "lifecycle", "pipeline", "checkpoint", "inspection",
-    "tools", "__main__",
+    "skipping", "planning", "ranks", "installing", "runtime", "dynamo", "lifecycle", "pipeline", "checkpoint",
+    "inspection", "tools", "__main__",
 )  # fmt: skip
 # Circles that are known, to be taken out.
 KNOWN_CIRCLES = [{"mxfp4_compile.ops.backends.triton.select", "mxfp4_compile.ops.backends.triton.tuned"}]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..passes.build.module import MXFP4Experts, mxfp4_sites
 from ..passes.weights import members
+from ..processes import is_spread
 from .directories import CONFIG
 from .files import (
     DEFAULT_SHARD_BYTES,
@@ -57,6 +58,11 @@ def save(
     sites = mxfp4_sites(model)
     if not sites:
         raise CheckpointError("this model has no MXFP4 experts: optimize() it first")
+    if is_spread(model):
+        raise CheckpointError(
+            "this model lies on several ranks: a checkpoint of one rank's part would be none. Quantize it in one "
+            "process (mxfp4-compile optimize MODEL --out DIR needs no GPU) and load that on every rank"
+        )
     weights = [w for name, site in sites.items() for w in _weights_of(name, site)]
     biases = {f"{name}.{n}": b for name, site in sites.items() for n, b in site.dequantized_biases().items()}
     experts = form.units(model, weights, biases)

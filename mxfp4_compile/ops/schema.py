@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import mx
 from ..spec import MOE_SCALARS, MoEParams, Role, moe_params
 from ..spec import moe_scalars as moe_scalars  # of an op call, for those who write one
+from . import collective as _collective
 from . import route as _route
 from .backend import BackendError
 from .registry import get_backend
@@ -53,6 +54,7 @@ _LIB.define(
 _LIB.define(
     "route(Tensor logits, int k, str before, str after, float eps, ScalarType dtype) -> (Tensor, Tensor)", tags=_TAGS
 )
+_LIB.define("reduce(Tensor x, str group) -> Tensor", tags=_TAGS)
 
 
 def _quantize(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
@@ -217,6 +219,11 @@ def _grouped_linear_backward_fake(
 
 def _no_backward(name: str) -> Any:
     def backward(ctx: Any, *grads: Any) -> Any:
+        if name == "reduce":
+            raise NotImplementedError(
+                "mxfp4::reduce has no backward: gradients do not pass through experts that lie on several ranks. "
+                "Train with all experts on each rank, or run this under torch.no_grad()."
+            )
         if name.endswith("_backward"):
             raise NotImplementedError(f"mxfp4::{name} has no gradient of its own: second derivatives are not served.")
         raise NotImplementedError(
@@ -276,6 +283,7 @@ for _name, _impl, _fake in (
     ("moe_backward", _moe_backward, _moe_backward_fake),
     ("grouped_linear_backward", _grouped_linear_backward, _grouped_linear_backward_fake),
     ("route", _route.route, _route.fake),
+    ("reduce", _collective.reduce, _collective.fake),
 ):
     _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mxfp4::{_name}", _fake, lib=_LIB)
@@ -295,3 +303,4 @@ grouped_linear = torch.ops.mxfp4.grouped_linear.default
 moe_backward = torch.ops.mxfp4.moe_backward.default
 grouped_linear_backward = torch.ops.mxfp4.grouped_linear_backward.default
 route = torch.ops.mxfp4.route.default
+reduce = torch.ops.mxfp4.reduce.default

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..processes import is_spread
 from .caches.kinds import unknown_kinds
 
 # What a decode step is called with that a recorded one has, or has no need of.
@@ -18,6 +19,8 @@ PLAIN_INPUTS = {
 def refusal_of(model: Any, modules: list[nn.Module]) -> str | None:
     """Why no step of this model may be recorded as it is now, or None."""
     device = next(model.parameters()).device
+    if is_spread(model):
+        return "the model lies on several ranks, whose steps are not recorded yet"
     if len({p.device for module in modules for p in module._parameters.values() if p is not None}) > 1:
         return "the model is spread over several devices"
     if model.config.is_encoder_decoder:

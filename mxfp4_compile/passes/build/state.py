@@ -24,7 +24,7 @@ from ... import mx
 from ...ops.registry import get_backend
 from ...ops.selection import Choice
 from ...ops.target import PLAIN, Request
-from ...spec import MoEParams, MoESpec, SplitSpec
+from ...spec import MoEParams, MoESpec, Shard, SplitSpec
 from ..trace.traced import CallPattern
 from ..weights import Projection, members, projections_of, restacked, sizes, unstack
 
@@ -44,6 +44,7 @@ class SitePlan:
     retained: tuple[str, ...]
     request: Request = PLAIN
     out_spec: Any = None  # how several outputs are arranged; None for one tensor
+    shard: Shard | None = None  # which part of the experts this rank holds; None for all
 
     @property
     def params(self) -> MoEParams | None:

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...processes import is_spread
 from ..calls import Call, describe
 from ..weights import LISTS, listed, numbered
 
@@ -68,7 +69,10 @@ class WeightWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.real = not any(isinstance(p, FakeTensor) or p.device.type == "meta" for p in model.parameters())
+        # Modules run again would run their collectives again, on some ranks more often than on others.
+        self.real = not is_spread(model) and not any(
+            isinstance(p, FakeTensor) or p.device.type == "meta" for p in model.parameters()
+        )
         self.families: list[_Family] = []
         self.of: dict[int, list[tuple[int, int]]] = {}  # parameter -> families and members
         self.of_list: dict[int, int] = {}

@@ -1,0 +1,82 @@
+"""One process or several: whether a model is computed by ranks together, and what is asked of them while it is changed.
+
+Nothing here imports torch.distributed or the room of several ranks (``ranks``): a model in one process meets neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+_T = TypeVar("_T")
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether several processes compute this model together: a parameter is a DTensor, or the model says so."""
+    sizes = [getattr(model, f"_{kind}_size", None) or 1 for kind in ("tp", "fsdp")]
+    return max(sizes) > 1 or any(is_dtensor(p) for p in model.parameters())
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a parameter is a part of one that lies on several devices."""
+    return type(tensor).__name__ == "DTensor" or type(getattr(tensor, "data", None)).__name__ == "DTensor"
+
+
+class OneProcess:
+    """What ``optimize`` asks of all processes that hold its model, answered for one; ``ranks.session`` for several."""
+
+    def agree(self, what: str, **values: Any) -> None:
+        """An error on every rank if a value differs between them."""
+
+    def together(self, what: str, work: Callable[[], _T]) -> _T:
+        """Run ``work``; what it raises on one rank is raised on all."""
+        return work()
+
+    @contextmanager
+    def forwards(self) -> Iterator[None]:
+        """Around forwards of the whole model."""
+        yield
+
+    @contextmanager
+    def parts(self, model: nn.Module, skip: str | Sequence[str], example_inputs: Any) -> Iterator[None]:
+        """Inside the block each process has its part of the experts as plain weights."""
+        yield
+
+    def planned(self, sites: list[Any]) -> None:
+        """An error for a site that cannot lie on several ranks."""
+
+    def alike(self, what: str, sites: list[Any]) -> None:
+        """An error if the ranks found other sites."""
+
+    def fail_alike(self, sites: list[Any]) -> None:
+        """A site that failed on one rank fails on all."""
+
+    def verify_sums(self, sites: list[Any], build: Callable[[Any], Any]) -> None:
+        """An error unless the parts of the ranks make the whole."""
+
+    def whole_errors(self, sites: list[Any]) -> None:
+        """What trying the sites has shown, of the experts of all ranks."""
+
+    def attempt(
+        self,
+        what: str,
+        work: Callable[[], _T],
+        failures: tuple[type[Exception], ...],
+    ) -> tuple[_T | None, str]:
+        """The result of ``work`` and "", or None and why it failed, on this rank or another."""
+        try:
+            return work(), ""
+        except failures as error:
+            return None, str(error)
+
+    def installed(self, site: Any) -> None:
+        """A site was replaced: its weights are not needed any more."""
+
+    def tell(self, report: Any) -> None:
+        """The report is one of all processes."""
+
+
+__all__ = ["OneProcess", "is_dtensor", "is_spread"]
