@@ -195,7 +195,7 @@ def test_sharded_experts() -> None:
         mesh = init_device_mesh("cpu", (1,))
         sharded = distribute_tensor(model.experts[0].down.data, mesh, [Replicate()])
         model.experts[0].down = nn.Parameter(sharded, requires_grad=False)
-        with pytest.raises(OptimizeError, match=r"experts.0: its experts are split in a way that is not known \(down R"):
+        with pytest.raises(OptimizeError, match=r"experts.0: .* split in a way that is not known \(down R"):
             mxfp4_compile.optimize(model, example_inputs=tokens())
     finally:
         dist.destroy_process_group()
