@@ -421,7 +421,7 @@ def _patterns(site: Site) -> set[str]:
 def _cast_as_traced(site: Site) -> None:
     """What the block's own first forward would cast for good (a router to fp32) is so in the traced graph."""
     assert site.structure is not None
-    traced = site.structure.captured
+    traced = site.structure.traced
     for placeholder, name in traced.parameters.items():
         if name in site.structure.retained:
             parameter = site.candidate.module.get_parameter(name)
