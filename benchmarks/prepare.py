@@ -23,6 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mxfp4_compile import mx
+from mxfp4_compile.ops.arguments import Slot
 from mxfp4_compile.ops.registry import get_backend
 from mxfp4_compile.ops.synthetic import LayerShape, parse_shape
 from mxfp4_compile.passes.build.prep import prep_program, run_prep
@@ -70,7 +71,7 @@ def parts(shape: LayerShape, module: nn.Module, backend: str, layout: str, devic
             out["quantize"] += seconds(lambda some=some: mx.quantize(some), device)
             packed, scales = mx.quantize(some)
             prepare = lambda p=p, packed=packed, scales=scales: get_backend(backend).prepare(
-                packed, scales, k=p.shape[2], role=p.role, params=shape.params, layout=layout
+                packed, scales, Slot(p.role, shape.params, layout), k=p.shape[2]
             )
             out["layout"] += seconds(prepare, device)
             error = lambda some=some, packed=packed, scales=scales: mx.relative_error(some, packed, scales)

@@ -60,6 +60,7 @@ def run_cases() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
+    from mxfp4_compile.ops.arguments import MoEInputs, Slot
     from mxfp4_compile.ops.backends.triton.moe import architecture
     from mxfp4_compile.ops.backends.triton.select import choose
     from mxfp4_compile.ops.registry import get_backend
@@ -83,9 +84,9 @@ def run_cases() -> None:
             for role in ("up", "down"):
                 e, n, _ = params.shape(role)  # type: ignore[arg-type]
                 biases[role] = torch.randn(e, n, device=device, dtype=torch.bfloat16)
-                prepared[role] = backend.prepare_bias(biases[role], role=role, params=params, layout=layout)  # type: ignore[arg-type]
+                prepared[role] = backend.prepare_bias(biases[role], Slot(role, params, layout))  # type: ignore[arg-type]
         both = (weights["up"], weights["down"], prepared["up"], prepared["down"])
-        got = backend.moe(x, ids, w, *both, params, layout)
+        got = backend.moe(MoEInputs(x, ids, w, *both, params, layout))
         error = relative_error(got, _reference(layer, x, ids, w, biases))
         choice = choose(architecture(device), *sizes, tokens, fp8=bool(dtype))
         regimes |= {choice.up_regime, choice.down_regime}

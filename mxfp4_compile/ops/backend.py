@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..spec import MoEParams, Role
 from . import gradients
+from .arguments import MoEInputs, Slot
 from .target import Request, Target
 
 
@@ -64,59 +67,33 @@ class Backend(ABC):
         """From how many tokens on activations are of fewer bits, which ``slack`` is about; None: never."""
         return 1 if self.slack(layout) else None
 
-    def prepare(
-        self, packed: Tensor, scales: Tensor, *, k: int, role: Role | None, params: MoEParams | None, layout: str
-    ) -> list[Tensor]:
+    def prepare(self, packed: Tensor, scales: Tensor, slot: Slot, *, k: int) -> list[Tensor]:
         """Canonical -> prepared weights of any number of experts.
 
-        packed: uint8 [e, N, ceil(K/2)], scales: uint8 [e, N, ceil(K/32)], ``k`` = K. ``role`` is None for
-        grouped_linear. The first dimension of every result must be e: sites are prepared expert by
-        expert and the results laid one after the other.
+        packed: uint8 [e, N, ceil(K/2)], scales: uint8 [e, N, ceil(K/32)], ``k`` = K. The first dimension of every
+        result must be e: sites are prepared expert by expert and the results laid one after the other.
         """
         return [packed, scales]
 
-    def recover(
-        self,
-        tensors: Sequence[Tensor],
-        *,
-        n: int,
-        k: int,
-        role: Role | None,
-        params: MoEParams | None,
-        layout: str,
-    ) -> tuple[Tensor, Tensor]:
+    def recover(self, tensors: Sequence[Tensor], slot: Slot, *, n: int, k: int) -> tuple[Tensor, Tensor]:
         """Prepared -> canonical (packed [e, N, ceil(K/2)], scales [e, N, ceil(K/32)]), bit for bit."""
         packed, scales = tensors
         return packed, scales
 
-    def prepare_bias(self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def prepare_bias(self, bias: Tensor, slot: Slot) -> Tensor:
         """Bias [e, N] in the model's row order and dtype -> as the kernel reads it (first dimension e).
 
         A kernel that reads another dtype casts inside the call, or keeps one that holds every value exactly.
         """
         return bias
 
-    def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def recover_bias(self, bias: Tensor, slot: Slot, *, n: int) -> Tensor:
         """Inverse of ``prepare_bias``, exact."""
         return bias
 
     @abstractmethod
-    def moe(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
-        """x [T,H], topk_ids [T,K] int32/int64, topk_weights [T,K] -> a new tensor [T,H] in x's dtype.
-
-        Ids >= E contribute nothing. ``up``, ``down`` and the biases are what ``prepare`` returned.
-        """
+    def moe(self, inputs: MoEInputs) -> Tensor:
+        """The layer of ``inputs``: a new tensor [T, H] in x's dtype."""
 
     @abstractmethod
     def grouped_linear(
@@ -137,49 +114,48 @@ class Backend(ABC):
         """The dtype in which gradients are multiplied, for tokens of ``dtype``."""
         return round_dtype
 
-    def moe_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> tuple[Tensor, Tensor]:
+    def moe_backward(self, grad: Tensor, inputs: MoEInputs) -> tuple[Tensor, Tensor]:
         """Gradients of ``moe`` with respect to x [T,H] and topk_weights [T,K], given that of its result [T,H].
 
         By default through the canonical weights, dequantized a few experts at a time (``gradients``).
         """
-        dtype = self.gradient_dtype(x.dtype, params.round_dtype)
+        params = inputs.params
+        dtype = self.gradient_dtype(inputs.x.dtype, params.round_dtype)
 
         def dense(role: Role, tensors: Sequence[Tensor]) -> gradients.Dense:
             _, n, k = params.shape(role)
-            recover = partial(self.recover, n=n, k=k, role=role, params=params, layout=layout)
+            recover = partial(self.recover, slot=inputs.slot(role), n=n, k=k)
             return gradients.dense_weights(recover, tensors, k, dtype)
 
         def plain(role: Role, bias: Tensor | None) -> Tensor | None:
-            if bias is None:
-                return None
-            return self.recover_bias(bias, n=params.shape(role)[1], role=role, params=params, layout=layout)
+            return None if bias is None else self.recover_bias(bias, inputs.slot(role), n=params.shape(role)[1])
 
-        return gradients.moe_backward(
-            grad, x, topk_ids, topk_weights, dense("up", up), dense("down", down),
-            plain("up", up_bias), plain("down", down_bias), params, dtype,
-        )  # fmt: skip
+        canonical = replace(
+            inputs, up_bias=plain("up", inputs.up_bias), down_bias=plain("down", inputs.down_bias), layout="canonical"
+        )
+        return gradients.moe_backward(grad, canonical, dense("up", inputs.up), dense("down", inputs.down), dtype)
 
     def grouped_linear_backward(
         self, grad: Tensor, offsets: Tensor, weight: Sequence[Tensor], k: int, dtype: torch.dtype, layout: str
     ) -> Tensor:
         """Gradient of the rows of ``grouped_linear``, [S,K] in ``dtype``, given that of its result [S,N]."""
         products = self.gradient_dtype(dtype, grad.dtype)
-        recover = partial(self.recover, n=grad.shape[1], k=k, role=None, params=None, layout=layout)
+        recover = partial(self.recover, slot=Slot(None, None, layout), n=grad.shape[1], k=k)
         return gradients.linear_backward(
             grad, offsets, gradients.dense_weights(recover, weight, k, products), k, dtype, products
         )
+
+
+def known_layout(layout: str, backend: str, layouts: Sequence[str]) -> str:
+    """``layout``; ValueError unless it is one of a backend's."""
+    if layout not in layouts:
+        raise ValueError(f"unknown layout {layout!r} of backend {backend}; known: {', '.join(layouts)}")
+    return layout
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it ``device`` is the current one, where kernels are launched; nothing for what is no GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_parallel(request: Request) -> Requirement:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import mx
 from ..spec import MoEParams
+from .arguments import MoEInputs
 
 # Dense weights that lie in memory together, in bytes: some tens of experts of today's models.
 SCRATCH_BYTES = 256 << 20
@@ -52,23 +53,14 @@ class Groups:
             start += sum(counts)
 
 
-def moe_backward(
-    grad: Tensor,
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    up: Dense,
-    down: Dense,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    params: MoEParams,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def moe_backward(grad: Tensor, inputs: MoEInputs, up: Dense, down: Dense, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Gradients of the tokens [T, H] and of the routing weights [T, K], in the dtypes of these.
 
-    grad: [T, H]. up, down: the dense weights [e, N, K] of some experts, in ``dtype``, which the products have.
-    up_bias [E, N], down_bias [E, H]: in the model's row order.
+    grad: [T, H]. inputs: with biases in the model's row order. up, down: the dense weights [e, N, K] of some experts,
+    in ``dtype``, which the products have.
     """
+    x, topk_ids, topk_weights, params = inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.params
+    up_bias, down_bias = inputs.up_bias, inputs.down_bias
     tokens, top_k = topk_ids.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     flat = topk_ids.reshape(-1)

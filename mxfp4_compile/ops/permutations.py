@@ -7,11 +7,13 @@ are exact, run on any device, and the way back is the same permutation the other
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..spec import MoEParams, Role
+from ..spec import GateLayout, MoEParams
+from .arguments import Slot
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -53,62 +55,65 @@ def bytes_of(code: Tensor) -> Tensor:
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
-def _gated(role: Role | None, params: MoEParams | None) -> bool:
-    return role == "up" and params is not None and params.activation.gated
+@dataclass(frozen=True)
+class RowOrder:
+    """The rows of a gated up-projection as a kernel reads them: halves or pairs, and which of the two is activated."""
+
+    gate: GateLayout
+    activated: int
 
 
-def arrange_rows(
-    x: Tensor,
-    role: Role | None,
-    params: MoEParams | None,
-    *,
-    layout: str,
-    activated: int,
-    multiple: int,
-    value: int = 0,
-) -> Tensor:
+def arrange_rows(x: Tensor, slot: Slot, order: RowOrder, multiple: int, value: int = 0) -> Tensor:
     """[e, N, ...] in the model's row order -> the rows as a kernel reads them, padded with ``value``.
 
-    A gated up-projection becomes halves or interleaved pairs (``layout``) with the activated rows first
-    (``activated`` 0) or second (1); either half is filled up to ``multiple`` rows. Other projections are
-    filled up to ``multiple`` rows in their order.
+    Either half of a gated up-projection is filled up to ``multiple`` rows. Other projections are filled up to
+    ``multiple`` rows in their order.
     """
-    if not _gated(role, params):
+    if not slot.gated:
         return pad(x, 1, round_up(x.shape[1], multiple), value)
-    assert params is not None
-    halves = _halves(x, params)  # [e, 2 (activated, other), I, ...]
-    if activated == 1:
-        halves = halves.flip(1)
-    halves = pad(halves, 2, round_up(halves.shape[2], multiple), value)
-    return (halves if layout == "halves" else halves.transpose(1, 2)).flatten(1, 2).contiguous()
+    both = halves(x, slot)
+    if order.activated == 1:
+        both = both.flip(1)
+    both = pad(both, 2, round_up(both.shape[2], multiple), value)
+    return _of_gate(both, order.gate)
 
 
-def recover_rows(
-    x: Tensor, n: int, role: Role | None, params: MoEParams | None, *, layout: str, activated: int
-) -> Tensor:
+def recover_rows(x: Tensor, n: int, slot: Slot, order: RowOrder) -> Tensor:
     """Inverse of ``arrange_rows``; ``n`` is the model's number of rows."""
-    if not _gated(role, params):
+    if not slot.gated:
         return x[:, :n].contiguous()
-    assert params is not None
-    shape = (2, x.shape[1] // 2) if layout == "halves" else (x.shape[1] // 2, 2)
-    halves: Tensor = x.unflatten(1, shape)
-    if layout != "halves":
-        halves = halves.transpose(1, 2)
-    if activated == 1:
-        halves = halves.flip(1)
-    halves = halves[:, :, : n // 2]
-    if params.activated_half == 1:
-        halves = halves.flip(1)
-    return (halves if params.gate_layout == "halves" else halves.transpose(1, 2)).flatten(1, 2).contiguous()
+    both = _to_halves(x, order.gate)
+    if order.activated == 1:
+        both = both.flip(1)
+    return of_halves(both[:, :, : n // 2], slot)
 
 
-def _halves(x: Tensor, params: MoEParams) -> Tensor:
-    n = x.shape[1]
-    if params.gate_layout == "halves":
-        halves: Tensor = x.unflatten(1, (2, n // 2))
-    else:
-        halves = x.unflatten(1, (n // 2, 2)).transpose(1, 2)
-    return halves.flip(1) if params.activated_half == 1 else halves
+def halves(x: Tensor, slot: Slot) -> Tensor:
+    """Rows [e, N, ...] of a gated up-projection in the model's order -> [e, 2 (activated, other), N/2, ...]."""
+    params = _params(slot)
+    both = _to_halves(x, params.gate_layout)
+    return both.flip(1) if params.activated_half == 1 else both
+
+
+def of_halves(both: Tensor, slot: Slot) -> Tensor:
+    """Inverse of ``halves``."""
+    params = _params(slot)
+    return _of_gate(both.flip(1) if params.activated_half == 1 else both, params.gate_layout)
+
+
+def _params(slot: Slot) -> MoEParams:
+    assert slot.params is not None
+    return slot.params
+
+
+def _to_halves(x: Tensor, gate: GateLayout) -> Tensor:
+    half = x.shape[1] // 2
+    both: Tensor = x.unflatten(1, (2, half)) if gate == "halves" else x.unflatten(1, (half, 2)).transpose(1, 2)
+    return both
+
+
+def _of_gate(both: Tensor, gate: GateLayout) -> Tensor:
+    return (both if gate == "halves" else both.transpose(1, 2)).flatten(1, 2).contiguous()
 
 
 def twiddle(x: Tensor) -> Tensor:

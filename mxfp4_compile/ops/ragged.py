@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as pad_last
+
+from .arguments import MoEInputs
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ def sort_pairs(topk_ids: Tensor, num_experts: int) -> Sorted:
     offsets = torch.searchsorted(ids, torch.arange(num_experts + 1, device=ids.device, dtype=ids.dtype))
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return Sorted(offsets.int(), order.int(), place.int())
+
+
+def gathered(inputs: MoEInputs, rows: Sorted, columns: int) -> tuple[Tensor, Tensor | None]:
+    """The bf16 rows [pairs, columns] that the experts see, zeros beyond H, and the weights that are left to apply."""
+    x, weights = inputs.x, inputs.topk_weights
+    token = torch.div(rows.order, inputs.topk_ids.shape[1], rounding_mode="trunc")
+    seen = pad_last(x, (0, columns - x.shape[1])).index_select(0, token)
+    if not inputs.params.weight_on_input:
+        return seen.to(torch.bfloat16), weights
+    return (seen * weights.reshape(-1).index_select(0, rows.order).unsqueeze(1)).to(torch.bfloat16), None
 
 
 def combine(

@@ -7,6 +7,7 @@ what they compute); the other ops have none, and a backward through them raises 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..spec import MOE_SCALARS, MoEParams, Role, moe_params
 from ..spec import moe_scalars as moe_scalars  # of an op call, for those who write one
 from . import collective as _collective
 from . import route as _route
+from .arguments import MoEInputs, Slot
 from .backend import BackendError
 from .registry import get_backend
 
@@ -83,35 +85,30 @@ def _fresh(tensors: list[Tensor], packed: Tensor, scales: Tensor) -> list[Tensor
 
 def _prepare_moe(packed: Tensor, scales: Tensor, k: int, role: Role, *rest: Any) -> list[Tensor]:
     *scalars, backend, layout = rest
-    tensors = get_backend(backend).prepare(packed, scales, k=k, role=role, params=moe_params(*scalars), layout=layout)
+    tensors = get_backend(backend).prepare(packed, scales, Slot(role, moe_params(*scalars), layout), k=k)
     return _fresh(tensors, packed, scales)
 
 
 def _prepare_linear(packed: Tensor, scales: Tensor, k: int, backend: str, layout: str) -> list[Tensor]:
-    tensors = get_backend(backend).prepare(packed, scales, k=k, role=None, params=None, layout=layout)
+    tensors = get_backend(backend).prepare(packed, scales, Slot(None, None, layout), k=k)
     return _fresh(tensors, packed, scales)
 
 
-def _moe(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    up: list[Tensor],
-    down: list[Tensor],
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    *scalars, backend, layout = rest
+def _moe_inputs(*given: Any) -> tuple[MoEInputs, str]:
+    """The arguments of an op call as a backend takes them, and the backend's name."""
+    x, topk_ids, topk_weights, up, down, up_bias, down_bias, *scalars, backend, layout = given
     params = moe_params(*scalars)
-    _check_moe(x, topk_ids, topk_weights, params)
-    implementation = get_backend(backend)
-    try:
-        return implementation.moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout)
-    except _OWN:
-        raise
-    except Exception as error:
-        raise _failure(backend, layout, "moe", x, error, f"top-k {topk_ids.shape[1]}, {params}") from error
+    return MoEInputs(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout), backend
+
+
+def _moe(*given: Any) -> Tensor:
+    inputs, backend = _moe_inputs(*given)
+    _check_moe(inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.params)
+    return _call("moe", backend, inputs.layout, inputs.x, lambda: _site(inputs), inputs)  # type: ignore[no-any-return]
+
+
+def _site(inputs: MoEInputs) -> str:
+    return f"top-k {inputs.topk_ids.shape[1]}, {inputs.params}"
 
 
 def _check_moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, params: MoEParams) -> None:
@@ -141,25 +138,27 @@ def _grouped_linear(
     backend: str,
     layout: str,
 ) -> Tensor:
-    implementation = get_backend(backend)
-    try:
-        return implementation.grouped_linear(x, offsets, weight, n, round_dtype, layout)
-    except _OWN:
-        raise
-    except Exception as error:
-        raise _failure(backend, layout, "grouped_linear", x, error, f"N {n}") from error
+    given = (x, offsets, weight, n, round_dtype, layout)
+    return _call("grouped_linear", backend, layout, x, lambda: f"N {n}", *given)  # type: ignore[no-any-return]
 
 
 # What the caller did wrong, and what callers handle, goes through as it is.
 _OWN = (IndexError, torch.cuda.OutOfMemoryError, BackendError)
 
 
-def _failure(backend: str, layout: str, op: str, x: Tensor, error: Exception, site: str) -> BackendError:
-    what = f"{type(error).__name__}: {error}".strip()
-    return BackendError(
-        f"backend {backend!r} (layout {layout}) failed in mxfp4::{op} on {x.device} for x {list(x.shape)} {x.dtype}, "
-        f"{site}: {what}"
-    )
+def _call(op: str, backend: str, layout: str, x: Tensor, site: Callable[[], str], *given: Any) -> Any:
+    """The method ``op`` of a backend; what it raises names the backend, the op, and what it was given."""
+    method = getattr(get_backend(backend), op)
+    try:
+        return method(*given)
+    except _OWN:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".strip()
+        raise BackendError(
+            f"backend {backend!r} (layout {layout}) failed in mxfp4::{op} on {x.device} for x {list(x.shape)} "
+            f"{x.dtype}, {site()}: {what}"
+        ) from error
 
 
 def _grouped_linear_fake(
@@ -168,28 +167,10 @@ def _grouped_linear_fake(
     return x.new_empty((x.shape[0], n), dtype=round_dtype)
 
 
-def _moe_backward(
-    grad: Tensor,
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    up: list[Tensor],
-    down: list[Tensor],
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    *scalars, backend, layout = rest
-    params = moe_params(*scalars)
-    implementation = get_backend(backend)
-    try:
-        return implementation.moe_backward(
-            grad, x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout
-        )
-    except _OWN:
-        raise
-    except Exception as error:
-        raise _failure(backend, layout, "moe_backward", x, error, f"top-k {topk_ids.shape[1]}, {params}") from error
+def _moe_backward(grad: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    inputs, backend = _moe_inputs(*given)
+    site = lambda: _site(inputs)
+    return _call("moe_backward", backend, inputs.layout, inputs.x, site, grad, inputs)  # type: ignore[no-any-return]
 
 
 def _moe_backward_fake(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -199,13 +180,8 @@ def _moe_backward_fake(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *_
 def _grouped_linear_backward(
     grad: Tensor, offsets: Tensor, weight: list[Tensor], k: int, dtype: torch.dtype, backend: str, layout: str
 ) -> Tensor:
-    implementation = get_backend(backend)
-    try:
-        return implementation.grouped_linear_backward(grad, offsets, weight, k, dtype, layout)
-    except _OWN:
-        raise
-    except Exception as error:
-        raise _failure(backend, layout, "grouped_linear_backward", grad, error, f"K {k}") from error
+    given = (grad, offsets, weight, k, dtype, layout)
+    return _call("grouped_linear_backward", backend, layout, grad, lambda: f"K {k}", *given)  # type: ignore[no-any-return]
 
 
 def _grouped_linear_backward_fake(

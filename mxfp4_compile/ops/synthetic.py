@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import mx
 from ..spec import Activation, MoEParams, Role
+from .arguments import MoEInputs, Slot
 from .backend import Backend
 from .target import Request, Target
 
@@ -154,16 +155,15 @@ def prepare(layer: Layer, backend: Backend, device: torch.device) -> Prepared:
     layout = backend.plan(layer.shape.request, Target.of(device))
 
     def weight(role: Role, packed: Tensor, scales: Tensor) -> list[Tensor]:
-        k = params.shape(role)[2]
+        slot, k = Slot(role, params, layout), params.shape(role)[2]
         count = max(_PREPARE_BYTES // packed[0].numel(), 1)
         parts = [
-            backend.prepare(p, s, k=k, role=role, params=params, layout=layout)
-            for p, s in zip(packed.split(count), scales.split(count), strict=True)
+            backend.prepare(p, s, slot, k=k) for p, s in zip(packed.split(count), scales.split(count), strict=True)
         ]
         return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
     def bias(role: Role, values: Tensor | None) -> Tensor | None:
-        return None if values is None else backend.prepare_bias(values, role=role, params=params, layout=layout)
+        return None if values is None else backend.prepare_bias(values, Slot(role, params, layout))
 
     return Prepared(
         weight("up", *layer.up),
@@ -183,16 +183,12 @@ def random_inputs(shape: LayerShape, tokens: int, device: torch.device, experts:
     return Inputs(x, ids, (weights / weights.sum(-1, keepdim=True)).to(shape.dtype))
 
 
+def moe_inputs(shape: LayerShape, prepared: Prepared, inputs: Inputs) -> MoEInputs:
+    """The call of a backend's ``moe`` on it."""
+    p = prepared
+    return MoEInputs(inputs.x, inputs.ids, inputs.weights, p.up, p.down, p.up_bias, p.down_bias, shape.params, p.layout)
+
+
 def call(backend: Backend, shape: LayerShape, prepared: Prepared, inputs: Inputs) -> Tensor:
     """``backend.moe`` on it: [T, H]."""
-    return backend.moe(
-        inputs.x,
-        inputs.ids,
-        inputs.weights,
-        prepared.up,
-        prepared.down,
-        prepared.up_bias,
-        prepared.down_bias,
-        shape.params,
-        prepared.layout,
-    )
+    return backend.moe(moe_inputs(shape, prepared, inputs))

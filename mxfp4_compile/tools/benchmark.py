@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import mx
 from .. import ops as _ops  # noqa: F401  (registers the backends)
+from ..ops.arguments import MoEInputs, Slot
 from ..ops.registry import get_backend, known_backends
 from ..ops.selection import requirements
 from ..ops.synthetic import LayerShape
@@ -131,9 +132,7 @@ class Layer:
         for role, (packed, scales) in self.canonical.items():
             k = self.params.shape(role)[2]
             parts = [
-                backend.prepare(
-                    packed[i : i + step], scales[i : i + step], k=k, role=role, params=self.params, layout=layout
-                )
+                backend.prepare(packed[i : i + step], scales[i : i + step], Slot(role, self.params, layout), k=k)
                 for i in range(0, self.shape.num_experts, step)
             ]
             out[role] = [torch.cat(p) for p in zip(*parts, strict=True)]
@@ -145,7 +144,8 @@ class Layer:
         backend, params = get_backend(name), self.params
 
         def at(x: Tensor, ids: Tensor, w: Tensor) -> Run:
-            return lambda: backend.moe(x, ids, w, weights["up"], weights["down"], None, None, params, layout)
+            inputs = MoEInputs(x, ids, w, weights["up"], weights["down"], None, None, params, layout)
+            return lambda: backend.moe(inputs)
 
         return at
 

@@ -15,6 +15,7 @@ import torch
 import mxfp4_compile
 from mxfp4_compile.mx import dequantize, quantize
 from mxfp4_compile.ops import schema
+from mxfp4_compile.ops.arguments import Slot
 from mxfp4_compile.ops.registry import get_backend
 from mxfp4_compile.ops.selection import choose, requirements
 from mxfp4_compile.ops.target import Request, Target
@@ -66,17 +67,17 @@ class Layer:
         self.canonical, self.prepared, self.bias, self.prepared_bias = {}, {}, {}, {}
         for role in ("up", "down"):
             _, n, k = self.params.shape(role)
-            kwargs = {"role": role, "params": self.params, "layout": self.layout}
+            slot = Slot(role, self.params, self.layout)
             w = quantize(torch.randn((e, n, k), generator=g, device="cuda") / math.sqrt(k))
             self.canonical[role] = w
-            self.prepared[role] = [t.contiguous() for t in self.backend.prepare(*w, k=k, **kwargs)]
-            back = self.backend.recover(self.prepared[role], n=n, **{"k": k, **kwargs})
+            self.prepared[role] = [t.contiguous() for t in self.backend.prepare(*w, slot, k=k)]
+            back = self.backend.recover(self.prepared[role], slot, n=n, k=k)
             assert all(torch.equal(a, b) for a, b in zip(back, w, strict=True))
             self.bias[role] = self.prepared_bias[role] = None
             if bias:
                 b = torch.randn((e, n), generator=g, device="cuda").to(BF16)
-                self.bias[role], self.prepared_bias[role] = b, self.backend.prepare_bias(b, **kwargs)
-                assert torch.equal(self.backend.recover_bias(self.prepared_bias[role], n=n, **kwargs), b)
+                self.bias[role], self.prepared_bias[role] = b, self.backend.prepare_bias(b, slot)
+                assert torch.equal(self.backend.recover_bias(self.prepared_bias[role], slot, n=n), b)
 
     def inputs(self, tokens, *, sentinels=False, skew=False, id_dtype=torch.int64, weight_dtype=torch.float32):
         p = self.params
@@ -211,7 +212,7 @@ def test_grouped_linear(name: str) -> None:
     e, n, k, rows = 6, 72, 201, 301
     packed, scales = quantize(torch.randn((e, n, k), generator=g, device="cuda"))
     layout = choose(None, torch.device("cuda", 0), name, Request(shapes=((e, n, k),))).layout
-    weight = get_backend(name).prepare(packed, scales, k=k, role=None, params=None, layout=layout)
+    weight = get_backend(name).prepare(packed, scales, Slot(None, None, layout), k=k)
     x = torch.randn((rows, k), generator=g, device="cuda").to(BF16)
     ends = [0, 17, 17, 200, 201, 290]
     poison()
@@ -243,10 +244,10 @@ def test_layouts_are_the_librarys_own() -> None:
         pad_k_to_multiple=128, has_bias=True, torch_dtype=BF16, device=packed.device,
     )  # fmt: skip
     layout = backend.plan(Request(), Target.of(torch.device("cuda", 0)))
-    words, ours = backend.prepare(packed, scales, k=k, role=None, params=None, layout=layout)
+    words, ours = backend.prepare(packed, scales, Slot(None, None, layout), k=k)
     assert torch.equal(words.flatten(), theirs["weight"].flatten())
     assert torch.equal(ours.flatten(), theirs["weight_scale"].view(torch.uint8).flatten())
-    prepared = backend.prepare_bias(bias, role=None, params=None, layout=layout)
+    prepared = backend.prepare_bias(bias, Slot(None, None, layout))
     assert torch.equal(prepared.flatten(), theirs["bias"].flatten())
 
 

@@ -10,6 +10,7 @@ import torch
 from fp8_oracle import as_fp8
 
 from mxfp4_compile.mx import dequantize
+from mxfp4_compile.ops.arguments import MoEInputs, Slot
 from mxfp4_compile.ops.target import Request, Target
 from mxfp4_compile.spec import Activation, MoEParams
 
@@ -85,16 +86,16 @@ class Layer:
         self.canonical, self.prepared, self.bias, self.prepared_bias = {}, {}, {}, {}
         for role in ("up", "down"):
             n, k = self.params.shape(role)[1:]
-            kwargs = {"role": role, "params": self.params, "layout": self.layout}
+            slot = Slot(role, self.params, self.layout)
             w = random_weight(e, n, k, self.g)
             if spread:
                 w[1].sub_(torch.randint(0, spread, w[1].shape, generator=self.g, device="cuda", dtype=torch.uint8))
             self.canonical[role] = w
-            self.prepared[role] = backend().prepare(*w, k=k, **kwargs)
+            self.prepared[role] = backend().prepare(*w, slot, k=k)
             self.bias[role] = self.prepared_bias[role] = None
             if bias:
                 b = torch.randn((e, n), generator=self.g, device="cuda").to(dtype)
-                self.bias[role], self.prepared_bias[role] = b, backend().prepare_bias(b, **kwargs)
+                self.bias[role], self.prepared_bias[role] = b, backend().prepare_bias(b, slot)
 
     def inputs(self, tokens, skew=0.0, *, id_dtype=torch.int64, weight_dtype=torch.float32, sentinels=False):
         e = self.params.num_experts
@@ -110,10 +111,8 @@ class Layer:
         return x, ids.to(id_dtype), weights.to(weight_dtype)
 
     def __call__(self, x, ids, weights):
-        return backend().moe(
-            x, ids, weights, self.prepared["up"], self.prepared["down"], self.prepared_bias["up"],
-            self.prepared_bias["down"], self.params, self.layout,
-        )  # fmt: skip
+        weights_and_biases = [of[role] for of in (self.prepared, self.prepared_bias) for role in ("up", "down")]
+        return backend().moe(MoEInputs(x, ids, weights, *weights_and_biases, self.params, self.layout))
 
     @property
     def quantized_from(self):
@@ -304,7 +303,7 @@ def test_grouped_linear(n, k, dtype):
     e, rows = 6, 301
     packed, scales = random_weight(e, n, k, g)
     layout = backend().plan(None, torch.device("cuda"))
-    weight = backend().prepare(packed, scales, k=k, role=None, params=None, layout=layout)
+    weight = backend().prepare(packed, scales, Slot(None, None, layout), k=k)
     x = torch.randn((rows, k), generator=g, device="cuda").to(dtype)
     ends = [0, 17, 17, 200, 201, 290]
     poison()

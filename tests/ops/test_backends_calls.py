@@ -19,6 +19,7 @@ from signatures.extract import RESULT
 from test_ops import make_inputs, oracle, relative
 
 from mxfp4_compile.ops import schema
+from mxfp4_compile.ops.arguments import MoEInputs, Slot
 from mxfp4_compile.ops.backends import flashinfer, humming, marlin
 from mxfp4_compile.ops.backends.triton_kernels import api as tk
 from mxfp4_compile.ops.registry import get_backend
@@ -79,18 +80,16 @@ def layer_of(backend: Any, p: MoEParams, layout: str):
         dense = []
         for role, tensors in (("up", up), ("down", down)):
             _, n, k = p.shape(role)
-            packed, scales = backend.recover(tensors, n=n, k=k, role=role, params=p, layout=layout)
+            packed, scales = backend.recover(tensors, Slot(role, p, layout), n=n, k=k)
             dense.append((packed, scales))
         biases = [
-            None if b is None else backend.recover_bias(b, n=p.shape(r)[1], role=r, params=p, layout=layout).to(BF16)
+            None if b is None else backend.recover_bias(b, Slot(r, p, layout), n=p.shape(r)[1]).to(BF16)
             for r, b in (("up", up_bias), ("down", down_bias))
         ]
         assert int(ids.max()) < p.num_experts and int(ids.min()) >= 0
         assert ids.dtype == torch.int32 and weights.dtype == torch.float32
         assert not x[:, p.hidden :].any()
-        out = get_backend("reference").moe(
-            x[:, : p.hidden], ids, weights, dense[0], dense[1], biases[0], biases[1], p, "canonical"
-        )
+        out = get_backend("reference").moe(MoEInputs(x[:, : p.hidden], ids, weights, *dense, *biases, p, "canonical"))
         return torch.nn.functional.pad(out, (0, x.shape[1] - p.hidden))
 
     return compute
@@ -102,9 +101,9 @@ def run(name: str, layout: str, p: MoEParams, bias: bool, tokens: int = 9) -> No
     backend = get_backend(name)
     prepared, ready = [], []
     for role, (w, s), b in zip(("up", "down"), packed, biases, strict=True):
-        common = {"role": role, "params": p, "layout": layout}
-        prepared.append(backend.prepare(w, s, k=p.shape(role)[2], **common))
-        ready.append(None if b is None else backend.prepare_bias(b, **common))
+        slot = Slot(role, p, layout)
+        prepared.append(backend.prepare(w, s, slot, k=p.shape(role)[2]))
+        ready.append(None if b is None else backend.prepare_bias(b, slot))
     ids[0, 1], ids[3, 0] = p.num_experts, p.num_experts + 9
     weights[0, 1] = float("nan")
     with torch.no_grad():
@@ -166,10 +165,10 @@ def test_tile_of_tokens_is_handed_to_builds_that_take_it(monkeypatch: pytest.Mon
     for tokens in (9, 40):
         x, ids, weights, packed, _, _ = make_inputs(p, tokens, 2, bias=False)
         prepared = [
-            flashinfer.TRTLLM.prepare(*w, k=p.shape(r)[2], role=r, params=p, layout="bf16-64")
+            flashinfer.TRTLLM.prepare(*w, Slot(r, p, "bf16-64"), k=p.shape(r)[2])
             for r, w in zip(("up", "down"), packed, strict=True)
         ]
-        flashinfer.TRTLLM.moe(x, ids, weights, *prepared, None, None, p, "bf16-64")
+        flashinfer.TRTLLM.moe(MoEInputs(x, ids, weights, *prepared, None, None, p, "bf16-64"))
     # 9 tokens of 2 among 5 experts: 4.7 with the imbalance; 40: 20.8.
     assert seen == [8, 32]
 

@@ -10,8 +10,8 @@ import torch
 from signatures.extract import RESULT, K, N, digest, pattern, scale_pattern
 
 import mxfp4_compile  # noqa: F401  (registers the backends)
-from mxfp4_compile.ops import permutations as refold
-from mxfp4_compile.ops import schema
+from mxfp4_compile.ops import permutations, schema
+from mxfp4_compile.ops.arguments import Slot
 from mxfp4_compile.ops.backends.flashinfer import CUTLASS, TRTLLM
 from mxfp4_compile.ops.backends.triton_kernels import layout as tk
 from mxfp4_compile.ops.backends.triton_kernels.backend import scale_warps
@@ -62,23 +62,23 @@ def test_recover_is_exact(name: str, layout: str, gate: str, half: int, gated: b
         for role in ("up", "down"):
             e, n, k = p.shape(role)
             packed, scales = pattern(e, n, (k + 1) // 2), pattern(e, n, -(-k // 32), salt=5) % limit
-            common = {"role": role, "params": p, "layout": layout}
-            prepared = backend.prepare(packed, scales, k=k, **common)
+            slot = Slot(role, p, layout)
+            prepared = backend.prepare(packed, scales, slot, k=k)
             assert all(t.shape[0] == e for t in prepared)
-            back = backend.recover(prepared, n=n, k=k, **common)
+            back = backend.recover(prepared, slot, n=n, k=k)
             assert torch.equal(back[0], packed) and torch.equal(back[1], scales)
             # Expert by expert is the same as all at once: that is how sites are prepared.
-            one = backend.prepare(packed[1:2], scales[1:2], k=k, **common)
+            one = backend.prepare(packed[1:2], scales[1:2], slot, k=k)
             assert all(torch.equal(a[1:2], b) for a, b in zip(prepared, one, strict=True))
             bias = torch.randn(e, n).to(torch.bfloat16)
-            assert torch.equal(backend.recover_bias(backend.prepare_bias(bias, **common), n=n, **common), bias)
+            assert torch.equal(backend.recover_bias(backend.prepare_bias(bias, slot), slot, n=n), bias)
 
 
 @pytest.mark.parametrize(("name", "layout"), [x for x in LAYOUTS if x[0] not in FUSED_ONLY])
 def test_recover_is_exact_for_single_projections(name: str, layout: str) -> None:
     packed, scales = pattern(2, 40, 35), pattern(2, 40, 3) % 160
-    weight = get_backend(name).prepare(packed, scales, k=70, role=None, params=None, layout=layout)
-    back = get_backend(name).recover(weight, n=40, k=70, role=None, params=None, layout=layout)
+    weight = get_backend(name).prepare(packed, scales, Slot(None, None, layout), k=70)
+    back = get_backend(name).recover(weight, Slot(None, None, layout), n=40, k=70)
     assert torch.equal(back[0], packed) and torch.equal(back[1], scales)
 
 
@@ -116,17 +116,18 @@ def by_definition(p: MoEParams, x: torch.Tensor, layout: str, activated: int, in
 def test_gate_and_up_go_where_a_kernel_reads_them(layout: str, activated: int, gate: str, half: int) -> None:
     p = params(layout=gate, half=half, i=10)
     x = pattern(2, 20, 3)
-    got = refold.arrange_rows(x, "up", p, layout=layout, activated=activated, multiple=16)
+    slot, order = Slot("up", p, "any"), permutations.RowOrder(layout, activated)
+    got = permutations.arrange_rows(x, slot, order, 16)
     assert torch.equal(got, by_definition(p, x, layout, activated, 16))
-    assert torch.equal(refold.recover_rows(got, 20, "up", p, layout=layout, activated=activated), x)
+    assert torch.equal(permutations.recover_rows(got, 20, slot, order), x)
 
 
 def test_row_orders_of_the_backends() -> None:
     """Halves or turns, and which comes first, as each library documents it."""
-    assert (TRTLLM.rounding.layout, TRTLLM.rounding.activated) == ("interleaved", 1)  # up0, gate0, up1, ...
-    assert (CUTLASS.rounding.layout, CUTLASS.rounding.activated) == ("halves", 1)  # up; gate
-    assert (get_backend("marlin").rounding.layout, get_backend("marlin").rounding.activated) == ("halves", 0)
-    assert (get_backend("aiter").rounding.layout, get_backend("aiter").rounding.activated) == ("halves", 0)
+    assert TRTLLM.rounding.rows == permutations.RowOrder("interleaved", 1)  # up0, gate0, up1, ...
+    assert CUTLASS.rounding.rows == permutations.RowOrder("halves", 1)  # up; gate
+    assert get_backend("marlin").rounding.rows == permutations.RowOrder("halves", 0)
+    assert get_backend("aiter").rounding.rows == permutations.RowOrder("halves", 0)
 
 
 def test_rounding_of_the_backends() -> None:
@@ -146,13 +147,13 @@ def test_rounding_of_the_backends() -> None:
 
 def swizzled(backend, role: str, kind: int) -> torch.Tensor:
     p = params(h=K if role == "up" else N, i=N // 2 if role == "up" else K)
-    return backend.swizzle(pattern(1, N, K // 2), scale_pattern(1, N, K // 32), role, p, "bf16-512")[kind]
+    return backend.swizzle(pattern(1, N, K // 2), scale_pattern(1, N, K // 32), Slot(role, p, "bf16-512"))[kind]
 
 
 OURS = {
-    "marlin codes": lambda: refold.marlin_codes(pattern(1, N, K // 2)),
+    "marlin codes": lambda: permutations.marlin_codes(pattern(1, N, K // 2)),
     "marlin scales": lambda: swizzled(get_backend("marlin"), "down", 1),
-    "marlin bias": lambda: refold.marlin_bias(pattern(1, N)),
+    "marlin bias": lambda: permutations.marlin_bias(pattern(1, N)),
     "aiter up codes": lambda: swizzled(get_backend("aiter"), "up", 0),
     "aiter down codes": lambda: swizzled(get_backend("aiter"), "down", 0),
     "aiter up scales": lambda: swizzled(get_backend("aiter"), "up", 1),
@@ -160,11 +161,10 @@ OURS = {
     "trtllm rows": lambda: swizzled(TRTLLM, "down", 0),
     # The library is given [up; gate]: the model's second half is the activated one.
     "trtllm gated rows": lambda: TRTLLM.swizzle(
-        refold.arrange_rows(
-            pattern(1, N, K // 2), "up", params(half=1, e=1, h=K, i=N // 2), layout=TRTLLM.rounding.layout,
-            activated=TRTLLM.rounding.activated, multiple=128,
+        permutations.arrange_rows(
+            pattern(1, N, K // 2), Slot("up", params(half=1, e=1, h=K, i=N // 2), "bf16-512"), TRTLLM.rounding.rows, 128
         ),
-        scale_pattern(1, N, K // 32), "up", params(), "bf16-512",
+        scale_pattern(1, N, K // 32), Slot("up", params(), "bf16-512"),
     )[0],
     "cutlass scales": lambda: swizzled(CUTLASS, "down", 1),
     "hopper codes": lambda: tk.swizzle_values(pattern(1, N, K // 2), "hopper-w8"),
@@ -212,7 +212,7 @@ def test_cutlass_codes_thread_by_thread() -> None:
                 for i in range(4):
                     out[to_row * cols // 2 + to_col + i] = moved >> 8 * i & 255
     p = params(h=cols, i=rows // 2)
-    got = CUTLASS.swizzle(packed, pattern(1, 64, 4), "up", p, "sm90-512")[0]  # the scales are not looked at
+    got = CUTLASS.swizzle(packed, pattern(1, 64, 4), Slot("up", p, "sm90-512"))[0]  # the scales are not looked at
     assert got.flatten().tolist() == out
 
 
@@ -220,8 +220,8 @@ def test_block_scales_one_at_a_time() -> None:
     """tcgen05's 128x4 blocks: offset of (row, group) within a block is (row % 32)*16 + (row // 32)*4 + group."""
     n, groups = 256, 8
     scales = pattern(1, n, groups)
-    rows = TRTLLM.swizzle(pattern(1, n, 16), scales, "down", params(), "bf16-512")[1].flatten()
-    shuffled = TRTLLM.swizzle(scales, scales, "down", params(), "bf16-512")[0][0]
+    rows = TRTLLM.swizzle(pattern(1, n, 16), scales, Slot("down", params(), "bf16-512"))[1].flatten()
+    shuffled = TRTLLM.swizzle(scales, scales, Slot("down", params(), "bf16-512"))[0][0]
     for row in range(n):
         for group in range(groups):
             block = (row // 128) * (groups // 4) + group // 4
@@ -252,7 +252,7 @@ def test_humming_codes_thread_by_thread() -> None:
                         word = sum(eight[source] << 4 * place for place, source in enumerate(order))
                         out[i, block * 128 + thread * 4 + j] = word
         words = torch.where(out >= 1 << 31, out - (1 << 32), out).to(torch.int32)
-        assert torch.equal(refold.marlin_codes(packed, native=native)[0], words)
+        assert torch.equal(permutations.marlin_codes(packed, native=native)[0], words)
 
 
 # against installed libraries
@@ -277,7 +277,7 @@ def test_hopper_and_blackwell_against_the_installed_library() -> None:
                 kind = kind.make_transformation(list(ours.shape), ours is weight)
             want = plain.mT
             if api.new and ours is weight:  # its canonical form is packed along N
-                want = refold.bytes_of(refold.codes(plain).mT)
+                want = permutations.bytes_of(permutations.codes(plain).mT)
             back = kind.unswizzle_data(ours.storage.data)
             assert torch.equal(back[:, : want.shape[1], : want.shape[2]], want)
             if hasattr(kind, "storage_shape"):

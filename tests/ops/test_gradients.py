@@ -12,6 +12,7 @@ from torch import Tensor
 import mxfp4_compile  # noqa: F401  (registers the ops)
 from mxfp4_compile import mx
 from mxfp4_compile.ops import gradients, schema
+from mxfp4_compile.ops.arguments import Slot
 from mxfp4_compile.ops.registry import get_backend
 from mxfp4_compile.spec import Activation, MoEParams
 
@@ -218,7 +219,7 @@ def test_other_layouts_give_the_same_gradients() -> None:
         e, n, k = params.shape(role)
         codes, scales = mx.quantize(torch.randn(e, n, k, generator=g) / k**0.5)
         canonical.append([codes, scales])
-        prepared.append(backend.prepare(codes, scales, k=k, role=role, params=params, layout="strided"))
+        prepared.append(backend.prepare(codes, scales, Slot(role, params, "strided"), k=k))
     x, grad = (torch.randn(7, 128, generator=g).bfloat16() for _ in range(2))
     ids, weights = torch.randint(3, (7, 2), generator=g), torch.rand(7, 2, generator=g).bfloat16()
     scalars = schema.moe_scalars(params)

@@ -18,6 +18,7 @@ from fp8_oracle import as_fp8
 from interpreter import interpret
 
 import mxfp4_compile
+from mxfp4_compile.ops.arguments import MoEInputs, Slot
 from mxfp4_compile.spec import Activation, MoEParams
 
 # One process runs all cases, so one worker has all tests.
@@ -111,11 +112,12 @@ def case(**overrides):
         for packed, scales in (up, down):
             scales -= torch.randint(0, 10, scales.shape, generator=g, dtype=torch.uint8)
             packed[:, ::3, :16], scales[:, ::3, 0] = 0, 160
+    slot = lambda role: Slot(role, params, o["bits"])
     prepared = []
     for role, w in (("up", up), ("down", down)):
         e, n, k = params.shape(role)
-        p = BACKEND.prepare(*w, k=k, role=role, params=params, layout=o["bits"])
-        back = BACKEND.recover(p, n=n, k=k, role=role, params=params, layout=o["bits"])
+        p = BACKEND.prepare(*w, slot(role), k=k)
+        back = BACKEND.recover(p, slot(role), n=n, k=k)
         assert torch.equal(back[0], w[0]) and torch.equal(back[1], w[1])
         prepared.append(p)
     biases = [None, None]
@@ -124,8 +126,8 @@ def case(**overrides):
         for at, role in enumerate(("up", "down")):
             e, n, k = params.shape(role)
             biases[at] = torch.randn((e, n), generator=g).to(dtype)
-            kernel_biases[at] = BACKEND.prepare_bias(biases[at], role=role, params=params, layout=o["bits"])
-            back = BACKEND.recover_bias(kernel_biases[at], n=n, role=role, params=params, layout=o["bits"])
+            kernel_biases[at] = BACKEND.prepare_bias(biases[at], slot(role))
+            back = BACKEND.recover_bias(kernel_biases[at], slot(role), n=n)
             assert torch.equal(back, biases[at])
     x = torch.randn((o["t"], o["h"]), generator=g).to(dtype)
     if o["strided"]:
@@ -154,7 +156,7 @@ def case(**overrides):
         }[o["regime"]]
         tiles = tuple({**dict(tiles), **o["tiles"]}.items())
         choice = Choice(o["regime"], Tiles(4, 1, tiles), o["regime"], Tiles(4, 1, tiles), o["fp8"])
-    got = moe(x, ids, weights, *prepared, *kernel_biases, params, o["bits"], choice)
+    got = moe(MoEInputs(x, ids, weights, *prepared, *kernel_biases, params, o["bits"]), choice)
     assert got.dtype == x.dtype and got.shape == x.shape and got.is_contiguous()
     want = reference(x, ids, weights, up, down, *biases, params, o["fp8"])
     if not want.numel() or not want.any():
@@ -169,7 +171,7 @@ def linear_case(rows, e, n, k, ends):
     g = torch.Generator().manual_seed(1)
     w = random_weight(e, n, k, g)
     x = torch.randn((rows, k), generator=g)
-    prepared = BACKEND.prepare(*w, k=k, role=None, params=None, layout="nibbles")
+    prepared = BACKEND.prepare(*w, Slot(None, None, "nibbles"), k=k)
     got = BACKEND.grouped_linear(x, torch.tensor(ends, dtype=torch.int32), prepared, n, torch.float32, "nibbles")
     want = torch.zeros(rows, n)
     start = 0

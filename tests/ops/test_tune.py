@@ -20,6 +20,7 @@ import pytest
 import torch
 from interpreter import interpret
 
+from mxfp4_compile.ops.arguments import MoEInputs
 from mxfp4_compile.ops.backends.triton import select, tuned
 from mxfp4_compile.ops.backends.triton.select import choose
 from mxfp4_compile.ops.backends.triton.tiles import Choice, Tiles, check_entry, entry_of, tiles_of
@@ -394,7 +395,7 @@ def test_kernels_of_a_first_call_are_compiled_side_by_side(
     x, ids, weights = new(tokens, 128), new(tokens, 2, dtype=torch.int64), new(tokens, 2)
     choice = select.choose("sm90", 16, 2, 128, 64, tokens)
     moe._plan.cache_clear()
-    moe.moe(x, ids, weights, weight, weight, bias, bias, shape.params, "sm80", choice)
+    moe.moe(MoEInputs(x, ids, weights, weight, weight, bias, bias, shape.params, "sm80"), choice)
     assert {step.kernel.__name__ for step, _, _ in launches} == names
     for step, _, _ in launches:
         # Both products are one function: two threads at once would make its cache twice, and lose one kernel.

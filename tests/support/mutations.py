@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from mxfp4_compile import mx
+from mxfp4_compile.ops.arguments import Slot
 from mxfp4_compile.ops.registry import get_backend
 from mxfp4_compile.passes.build.rewrite import rewrite
 from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
@@ -486,7 +487,7 @@ def run_rewritten(
     for projection in projections_of(found.spec):
         packed, scales = weights[projection.slot]
         prepared[projection.slot] = get_backend(backend).prepare(
-            packed, scales, k=projection.shape[2], role=projection.role, params=params, layout="canonical"
+            packed, scales, Slot(projection.role, params, "canonical"), k=projection.shape[2]
         )
     module = rewrite(traced, found, {s: len(t) for s, t in prepared.items()}, backend, "canonical")
     names = {**traced.parameters, **traced.buffers}
@@ -498,7 +499,7 @@ def run_rewritten(
         for p in projections_of(found.spec):
             if p.slot in biases:
                 given[f"{p.slot}_bias"] = get_backend(backend).prepare_bias(
-                    biases[p.slot] * factor, role=p.role, params=params, layout="canonical"
+                    biases[p.slot] * factor, Slot(p.role, params, "canonical")
                 )
         kept = with_bias(state, factor)
         given |= {p: kept[n] for p, n in names.items()}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from mxfp4_compile.ops.arguments import Slot
 from mxfp4_compile.ops.backends.cpu import CpuBackend
 from mxfp4_compile.ops.registry import known_backends, register_backend
 
@@ -16,29 +19,31 @@ class ToyBackend(CpuBackend):
     def plan(self, request, target):
         return "sideways"
 
-    def prepare(self, packed, scales, *, k, role, params, layout):
-        assert layout == "sideways"
+    def prepare(self, packed, scales, slot, *, k):
+        assert slot.layout == "sideways"
         return [torch.cat([packed, scales], dim=2).flip(1)]
 
-    def recover(self, tensors, *, n, k, role, params, layout):
+    def recover(self, tensors, slot, *, n, k):
         whole = tensors[0].flip(1)
         return whole[..., : (k + 1) // 2].contiguous(), whole[..., (k + 1) // 2 :].contiguous()
 
-    def prepare_bias(self, bias, *, role, params, layout):
+    def prepare_bias(self, bias, slot):
         return -bias
 
-    def recover_bias(self, bias, *, n, role, params, layout):
+    def recover_bias(self, bias, slot, *, n):
         return -bias
 
-    def moe(self, x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout):
-        up = self.recover(up, n=params.up_rows, k=params.hidden, role="up", params=params, layout=layout)
-        down = self.recover(down, n=params.hidden, k=params.intermediate, role="down", params=params, layout=layout)
-        up_bias = None if up_bias is None else -up_bias
-        down_bias = None if down_bias is None else -down_bias
-        return super().moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, "canonical")
+    def moe(self, inputs):
+        weights = {}
+        for role in ("up", "down"):
+            _, n, k = inputs.params.shape(role)
+            weights[role] = self.recover(getattr(inputs, role), inputs.slot(role), n=n, k=k)
+            bias = getattr(inputs, f"{role}_bias")
+            weights[f"{role}_bias"] = None if bias is None else -bias
+        return super().moe(replace(inputs, **weights, layout="canonical"))
 
     def grouped_linear(self, x, offsets, weight, n, round_dtype, layout):
-        weight = self.recover(weight, n=n, k=x.shape[1], role=None, params=None, layout=layout)
+        weight = self.recover(weight, Slot(None, None, layout), n=n, k=x.shape[1])
         return super().grouped_linear(x, offsets, weight, n, round_dtype, "canonical")
 
 

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...spec import MoEParams, Role
+from ...spec import Role
+from ..arguments import MoEInputs, Slot
 from ..backend import Requirement, check_activation_dtype, check_parallel
 from ..library import find
-from ..permutations import fold, unfold
+from ..permutations import RowOrder, fold, unfold
 from ..target import Request, Target
 from .fused_layer import GPT_OSS, FusedLayerBackend, Rounding, check_dtype, check_fused, check_weight_on_output
 
@@ -26,7 +27,7 @@ class AiterBackend(FusedLayerBackend):
     """aiter's ``fused_moe`` with 4-bit weights in blocks of 32."""
 
     name = "aiter"
-    rounding = Rounding(256, 256, "halves", 0)
+    rounding = Rounding(256, 256, RowOrder("halves", 0))
 
     def supports(self, request: Request, target: Target) -> list[Requirement]:
         """aiter, gfx950, gpt-oss's activation (the only one it has for bf16 tokens)."""
@@ -53,34 +54,21 @@ class AiterBackend(FusedLayerBackend):
         """One layout."""
         return "a16w4"
 
-    def swizzle(self, packed: Tensor, scales: Tensor, role: Role, params: MoEParams, layout: str) -> list[Tensor]:
+    def swizzle(self, packed: Tensor, scales: Tensor, slot: Slot) -> list[Tensor]:
         _, n, k2 = packed.shape
         return [
-            fold(packed, *_value_fold(n, k2, role)).view_as(packed),
-            fold(scales, *_scale_fold(n, scales.shape[2], role)).view_as(scales),
+            fold(packed, *_value_fold(n, k2, slot.role)).view_as(packed),
+            fold(scales, *_scale_fold(n, scales.shape[2], slot.role)).view_as(scales),
         ]
 
-    def unswizzle(
-        self, tensors: Sequence[Tensor], n: int, k: int, role: Role, params: MoEParams, layout: str
-    ) -> tuple[Tensor, Tensor]:
+    def unswizzle(self, tensors: Sequence[Tensor], n: int, k: int, slot: Slot) -> tuple[Tensor, Tensor]:
         values, scales = tensors
         return (
-            unfold(values, *_value_fold(n, k // 2, role)).view_as(values),
-            unfold(scales, *_scale_fold(n, k // 32, role)).view_as(scales),
+            unfold(values, *_value_fold(n, k // 2, slot.role)).view_as(values),
+            unfold(scales, *_scale_fold(n, k // 32, slot.role)).view_as(scales),
         )
 
-    def layer(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
+    def layer(self, inputs: MoEInputs) -> Tensor:
         from aiter import ActivationType, QuantType
         from aiter.fused_moe import fused_moe
 
@@ -89,32 +77,33 @@ class AiterBackend(FusedLayerBackend):
             shuffled.is_shuffled = True  # type: ignore[attr-defined]  # how it knows the order
             return shuffled
 
-        experts = params.num_experts
+        experts, up, down = inputs.params.num_experts, inputs.up, inputs.down
+        up_bias, down_bias = inputs.biases(torch.float32)
         out: Tensor = fused_moe(
-            x,
+            inputs.x,
             fp4(up[0]),
             fp4(down[0]),
-            weights,
-            ids,
+            inputs.topk_weights,
+            inputs.topk_ids,
             activation=ActivationType.Swiglu,
             quant_type=QuantType.per_1x32,
             doweight_stage1=False,
             w1_scale=up[1].reshape(experts * up[1].shape[1], -1),
             w2_scale=down[1].reshape(experts * down[1].shape[1], -1),
-            bias1=None if up_bias is None else up_bias.float(),
-            bias2=None if down_bias is None else down_bias.float(),
+            bias1=up_bias,
+            bias2=down_bias,
         )
         return out
 
 
-def _value_fold(n: int, k2: int, role: Role) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _value_fold(n: int, k2: int, role: Role | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """16 rows of 4 x 16 bytes; of the up-projection gate and up tiles in turns."""
     if role == "up":
         return (2, n // 32, 16, k2 // 64, 4, 16), (1, 0, 3, 4, 2, 5)
     return (n // 16, 16, k2 // 64, 4, 16), (0, 2, 3, 1, 4)
 
 
-def _scale_fold(n: int, groups: int, role: Role) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _scale_fold(n: int, groups: int, role: Role | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if role == "up":
         return (2, n // 32, 16, groups // 8, 2, 4), (1, 3, 5, 2, 4, 0)
     return (n // 32, 2, 16, groups // 8, 2, 4), (0, 3, 5, 2, 4, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import mx
-from ...spec import MoEParams
+from ..arguments import MoEInputs
 from ..backend import Backend, Requirement, check_activation_dtype, check_parallel
 from ..target import Request, Target
 from .reference import _check_ids
@@ -30,8 +30,9 @@ def _tables(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return mx.pair_table(dtype, cpu), mx.scale_table(dtype, cpu)
 
 
-def _dequantize(packed: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    """mx.dequantize in three passes without its chunks; same bits. Weights [..., ceil(K/2)] -> [..., K]."""
+def _dequantize(weight: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
+    """mx.dequantize in three passes without its chunks; same bits. (packed [..., ceil(K/2)], scales) -> [..., K]."""
+    packed, scales = weight
     if k % mx.BLOCK or dtype not in (torch.bfloat16, torch.float32):
         return mx.dequantize(packed, scales, k, dtype)
     pairs, factors = _tables(dtype)
@@ -52,41 +53,30 @@ class CpuBackend(Backend):
             check_parallel(request),
         ]
 
-    def moe(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
-        _check_ids(topk_ids)
-        tokens, top_k = topk_ids.shape
+    def moe(self, inputs: MoEInputs) -> Tensor:
+        params = inputs.params
+        _check_ids(inputs.topk_ids)
+        tokens, top_k = inputs.topk_ids.shape
         pairs = tokens * top_k
         if pairs == 0:
-            return torch.zeros_like(x)
-        result_dtype = x.dtype
-        x = x.to(params.round_dtype)
-        flat_ids = topk_ids.reshape(-1)
-        weights = topk_weights.reshape(-1, 1)
+            return torch.zeros_like(inputs.x)
+        x = inputs.x.to(params.round_dtype)
+        flat_ids = inputs.topk_ids.reshape(-1)
+        weights = inputs.topk_weights.reshape(-1, 1)
         matrix = params.up_rows * params.hidden + params.hidden * params.intermediate
         if pairs * matrix * x.itemsize <= _GATHER_BYTES and int(flat_ids.max()) < params.num_experts:
-            inputs = x if top_k == 1 else x.repeat_interleave(top_k, 0)
+            seen = x if top_k == 1 else x.repeat_interleave(top_k, 0)
             if params.weight_on_input:
-                inputs = (inputs * weights).to(params.round_dtype)
-            out = _gathered(inputs, flat_ids, up, down, up_bias, down_bias, params)
+                seen = (seen * weights).to(params.round_dtype)
+            out = _gathered(seen, flat_ids, inputs)
         else:
-            out = _looped(x, flat_ids, weights, top_k, up, down, up_bias, down_bias, params)
+            out = _looped(x, flat_ids, weights, inputs)
         out = out.to(params.accum_dtype)
         if not params.weight_on_input:
             out = out * weights.to(params.accum_dtype)
         if top_k > 1:
             out = out.view(tokens, top_k, -1).sum(1)
-        return out.to(result_dtype)
+        return out.to(inputs.x.dtype)
 
     def grouped_linear(
         self,
@@ -101,45 +91,28 @@ class CpuBackend(Backend):
         start = 0
         for expert, end in enumerate(offsets.tolist()):
             if end > start:
-                w = _dequantize(weight[0][expert], weight[1][expert], x.shape[1], x.dtype)
+                w = _dequantize([t[expert] for t in weight], x.shape[1], x.dtype)
                 out[start:end] = linear(x[start:end], w)
             start = max(start, end)
         return out
 
 
-def _gathered(
-    inputs: Tensor,
-    ids: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    params: MoEParams,
-) -> Tensor:
-    """inputs [S, H], ids [S] -> [S, H]; every pair brings its own copy of its expert."""
-    dtype = inputs.dtype
-    w = _dequantize(up[0].index_select(0, ids), up[1].index_select(0, ids), params.hidden, dtype)
-    y = torch.bmm(w, inputs.unsqueeze(-1)).squeeze(-1)
-    if up_bias is not None:
-        y = y + up_bias.index_select(0, ids).to(dtype)
-    h = params.activate(y)
-    w = _dequantize(down[0].index_select(0, ids), down[1].index_select(0, ids), params.intermediate, dtype)
+def _gathered(x: Tensor, ids: Tensor, inputs: MoEInputs) -> Tensor:
+    """x [S, H], ids [S] -> [S, H]; every pair brings its own copy of its expert."""
+    of = lambda tensors: [t.index_select(0, ids) for t in tensors]
+    w = _dequantize(of(inputs.up), inputs.params.hidden, x.dtype)
+    y = torch.bmm(w, x.unsqueeze(-1)).squeeze(-1)
+    if inputs.up_bias is not None:
+        y = y + inputs.up_bias.index_select(0, ids).to(x.dtype)
+    h = inputs.params.activate(y)
+    w = _dequantize(of(inputs.down), inputs.params.intermediate, x.dtype)
     y = torch.bmm(w, h.unsqueeze(-1)).squeeze(-1)
-    return y if down_bias is None else y + down_bias.index_select(0, ids).to(dtype)
+    return y if inputs.down_bias is None else y + inputs.down_bias.index_select(0, ids).to(x.dtype)
 
 
-def _looped(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    top_k: int,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    params: MoEParams,
-) -> Tensor:
-    """x [T, H], ids [S] -> [S, H] in the pairs' order; rows of ids >= E are zero."""
+def _looped(x: Tensor, ids: Tensor, weights: Tensor, inputs: MoEInputs) -> Tensor:
+    """x [T, H] in the dtype that results round to, ids [S], weights [S, 1] -> [S, H], pair by pair."""
+    params, top_k = inputs.params, inputs.topk_ids.shape[1]
     sorted_ids, order = ids.sort(stable=True)
     experts, counts = sorted_ids.unique_consecutive(return_counts=True)
     out = x.new_zeros((ids.shape[0], params.hidden))
@@ -149,17 +122,17 @@ def _looped(
         start += count
         if expert >= params.num_experts:
             continue
-        inputs = x.index_select(0, rows // top_k)
+        seen = x.index_select(0, rows // top_k)
         if params.weight_on_input:
-            inputs = (inputs * weights.index_select(0, rows)).to(params.round_dtype)
-        w = _dequantize(up[0][expert], up[1][expert], params.hidden, x.dtype)
-        y = linear(inputs, w)
-        if up_bias is not None:
-            y = y + up_bias[expert].to(y.dtype)
+            seen = (seen * weights.index_select(0, rows)).to(params.round_dtype)
+        w = _dequantize([t[expert] for t in inputs.up], params.hidden, x.dtype)
+        y = linear(seen, w)
+        if inputs.up_bias is not None:
+            y = y + inputs.up_bias[expert].to(y.dtype)
         h = params.activate(y)
-        w = _dequantize(down[0][expert], down[1][expert], params.intermediate, x.dtype)
+        w = _dequantize([t[expert] for t in inputs.down], params.intermediate, x.dtype)
         y = linear(h, w)
-        out[rows] = y if down_bias is None else y + down_bias[expert].to(y.dtype)
+        out[rows] = y if inputs.down_bias is None else y + inputs.down_bias[expert].to(y.dtype)
     return out
 
 

@@ -20,12 +20,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, float8_e4m3fn
+from torch import Tensor, float8_e4m3fn, float32
 
-from ...spec import MoEParams, Role
+from ..arguments import MoEInputs, Slot
 from ..backend import Requirement, check_activation_dtype, check_parallel
 from ..library import find
-from ..permutations import fold, twiddle, unfold, untwiddle
+from ..permutations import RowOrder, fold, twiddle, unfold, untwiddle
 from ..target import Request, Target
 from .fused_layer import (
     FusedLayerBackend,
@@ -80,7 +80,7 @@ class TrtllmBackend(FusedLayerBackend):
     """trtllm-gen kernels through the entry point that takes finished routing."""
 
     name = "flashinfer_trtllm"
-    rounding = Rounding(256, 256, "interleaved", 1)
+    rounding = Rounding(256, 256, RowOrder("interleaved", 1))
 
     def supports(self, request: Request, target: Target) -> list[Requirement]:
         """SM100 or SM103, swiglu, bf16 models; sm_103 has mxfp8 activations only."""
@@ -104,40 +104,28 @@ class TrtllmBackend(FusedLayerBackend):
         """What mxfp8 activations add."""
         return MXFP8_SLACK if layout.startswith("mxfp8") else 0.0
 
-    def swizzle(self, packed: Tensor, scales: Tensor, role: Role, params: MoEParams, layout: str) -> list[Tensor]:
+    def swizzle(self, packed: Tensor, scales: Tensor, slot: Slot) -> list[Tensor]:
         rows = _shuffle_rows(scales)
         e, n, groups = rows.shape
         blocks = fold(rows, *_block_fold(n, groups)).view(e, n, groups)
         return [_shuffle_rows(packed), blocks]
 
-    def unswizzle(
-        self, tensors: Sequence[Tensor], n: int, k: int, role: Role, params: MoEParams, layout: str
-    ) -> tuple[Tensor, Tensor]:
+    def unswizzle(self, tensors: Sequence[Tensor], n: int, k: int, slot: Slot) -> tuple[Tensor, Tensor]:
         packed, blocks = tensors
         rows = unfold(blocks, *_block_fold(n, k // 32)).view(blocks.shape[0], n, k // 32)
         return _unshuffle_rows(packed), _unshuffle_rows(rows)
 
-    def swizzle_bias(self, bias: Tensor, role: Role, params: MoEParams) -> Tensor:
+    def swizzle_bias(self, bias: Tensor) -> Tensor:
         return _shuffle_rows(bias.unsqueeze(2)).squeeze(2)
 
-    def unswizzle_bias(self, bias: Tensor, role: Role, params: MoEParams) -> Tensor:
+    def unswizzle_bias(self, bias: Tensor) -> Tensor:
         return _unshuffle_rows(bias.unsqueeze(2)).squeeze(2)
 
-    def layer(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
+    def layer(self, inputs: MoEInputs) -> Tensor:
         from flashinfer.fused_moe import trtllm_fp4_block_scale_routed_moe
 
-        dtype, largest = layout.split("-")
+        dtype, largest = inputs.layout.split("-")
+        x, ids, params = inputs.x, inputs.topk_ids, inputs.params
         scale = None
         if dtype == "mxfp8":
             from flashinfer import mxfp8_quantize
@@ -146,23 +134,24 @@ class TrtllmBackend(FusedLayerBackend):
             x, scale = mxfp8_quantize(x, False)
             scale = scale.view(float8_e4m3fn).reshape(tokens, -1)
         constants = swiglu_constants(params, x.device)
+        up_bias, down_bias = inputs.biases(float32)
         tile = {}
         if _takes(trtllm_fp4_block_scale_routed_moe, "tile_tokens_dim"):
             tile = {"tile_tokens_dim": tile_tokens(ids.shape[0], ids.shape[1], params.num_experts)}
         out = trtllm_fp4_block_scale_routed_moe(
-            topk_ids=(ids, weights),
+            topk_ids=(ids, inputs.topk_weights),
             routing_bias=None,
             hidden_states=x,
             hidden_states_scale=scale,
-            gemm1_weights=up[0],
-            gemm1_weights_scale=up[1].view(float8_e4m3fn),
-            gemm1_bias=None if up_bias is None else up_bias.float(),
+            gemm1_weights=inputs.up[0],
+            gemm1_weights_scale=inputs.up[1].view(float8_e4m3fn),
+            gemm1_bias=up_bias,
             gemm1_alpha=constants["alpha"],
             gemm1_beta=constants["beta"],
             gemm1_clamp_limit=constants["limit"],
-            gemm2_weights=down[0],
-            gemm2_weights_scale=down[1].view(float8_e4m3fn),
-            gemm2_bias=None if down_bias is None else down_bias.float(),
+            gemm2_weights=inputs.down[0],
+            gemm2_weights_scale=inputs.down[1].view(float8_e4m3fn),
+            gemm2_bias=down_bias,
             output1_scale_scalar=None,
             output1_scale_gate_scalar=None,
             output2_scale_scalar=None,
@@ -188,7 +177,7 @@ class CutlassBackend(FusedLayerBackend):
     """CUTLASS mixed-input kernels on Hopper, compiled at first use (248 files): "auto" takes them ready-made only."""
 
     name = "flashinfer_cutlass"
-    rounding = Rounding(128, 128, "halves", 1)
+    rounding = Rounding(128, 128, RowOrder("halves", 1))
 
     def supports(self, request: Request, target: Target) -> list[Requirement]:
         """SM90, swiglu, bf16 models, and the compiled module unless asked for by name."""
@@ -217,51 +206,40 @@ class CutlassBackend(FusedLayerBackend):
         """The largest batch to tune for, which the call needs."""
         return f"sm90-{max(request.max_capture_size, 1)}"
 
-    def swizzle(self, packed: Tensor, scales: Tensor, role: Role, params: MoEParams, layout: str) -> list[Tensor]:
+    def swizzle(self, packed: Tensor, scales: Tensor, slot: Slot) -> list[Tensor]:
         e, n, k2 = packed.shape
         values = twiddle(fold(packed, *_interleave_fold(n, k2)).view(e, n, k2))
         rows, groups = scales.shape[1:]
         folded = fold(scales, *_scale_fold(rows, groups)).view(e, rows // 64, groups // 4, 16, 16)
         return [values, folded]
 
-    def unswizzle(
-        self, tensors: Sequence[Tensor], n: int, k: int, role: Role, params: MoEParams, layout: str
-    ) -> tuple[Tensor, Tensor]:
+    def unswizzle(self, tensors: Sequence[Tensor], n: int, k: int, slot: Slot) -> tuple[Tensor, Tensor]:
         values, folded = tensors
         e = values.shape[0]
         packed = unfold(untwiddle(values), *_interleave_fold(n, k // 2)).view(e, n, k // 2)
         return packed, unfold(folded, *_scale_fold(n, k // 32)).view(e, n, k // 32)
 
-    def layer(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
+    def layer(self, inputs: MoEInputs) -> Tensor:
         from flashinfer.fused_moe import cutlass_fused_moe
 
-        constants = swiglu_constants(params, x.device)
+        dtype = inputs.x.dtype
+        constants = swiglu_constants(inputs.params, inputs.x.device)
+        up_bias, down_bias = inputs.biases(dtype)
         out = cutlass_fused_moe(
-            input=x,
-            token_selected_experts=ids,
-            token_final_scales=weights,
-            fc1_expert_weights=up[0],
-            fc2_expert_weights=down[0],
-            output_dtype=x.dtype,
-            quant_scales=[up[1], down[1]],
-            fc1_expert_biases=None if up_bias is None else up_bias.to(x.dtype),
-            fc2_expert_biases=None if down_bias is None else down_bias.to(x.dtype),
+            input=inputs.x,
+            token_selected_experts=inputs.topk_ids,
+            token_final_scales=inputs.topk_weights,
+            fc1_expert_weights=inputs.up[0],
+            fc2_expert_weights=inputs.down[0],
+            output_dtype=dtype,
+            quant_scales=[inputs.up[1], inputs.down[1]],
+            fc1_expert_biases=up_bias,
+            fc2_expert_biases=down_bias,
             swiglu_alpha=constants["alpha"],
             swiglu_beta=constants["beta"],
             swiglu_limit=constants["limit"],
             use_w4_group_scaling=True,
-            tune_max_num_tokens=int(layout.split("-")[1]),
+            tune_max_num_tokens=int(inputs.layout.split("-")[1]),
             # The fused form adds in any order: same inputs would not give the same bits.
             use_fused_finalize=False,
         )

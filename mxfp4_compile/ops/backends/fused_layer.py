@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_last
 
-from ...spec import Activation, MoEParams, Role
+from ...spec import Activation, MoEParams
+from ..arguments import MoEInputs, Slot
 from ..backend import Backend, Requirement
-from ..permutations import arrange_rows, pad, recover_rows, round_up
+from ..permutations import RowOrder, arrange_rows, pad, recover_rows, round_up
 from ..target import Request
 
 GPT_OSS = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
@@ -21,15 +22,11 @@ GPT_OSS = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0
 
 @dataclass(frozen=True)
 class Rounding:
-    """Multiples that H and I are filled up to, and the rows of a gated up-projection as the kernel reads them.
-
-    ``layout`` and ``activated`` as in ``refold.arrange_rows``; ``scale``: the byte that fills up scales.
-    """
+    """Multiples that H and I are filled up to, the rows of a gated up-projection, and the byte that fills up scales."""
 
     hidden: int
     intermediate: int
-    layout: str
-    activated: int
+    rows: RowOrder
     scale: int = 0
 
     def sizes(self, params: MoEParams) -> tuple[int, int]:
@@ -47,92 +44,58 @@ class FusedLayerBackend(Backend):
     rounding: Rounding
 
     @abstractmethod
-    def swizzle(self, packed: Tensor, scales: Tensor, role: Role, params: MoEParams, layout: str) -> list[Tensor]:
+    def swizzle(self, packed: Tensor, scales: Tensor, slot: Slot) -> list[Tensor]:
         """Arranged and padded packed [e, N, K/2], scales [e, N, K/32] -> prepared weights."""
 
     @abstractmethod
-    def unswizzle(
-        self, tensors: Sequence[Tensor], n: int, k: int, role: Role, params: MoEParams, layout: str
-    ) -> tuple[Tensor, Tensor]:
+    def unswizzle(self, tensors: Sequence[Tensor], n: int, k: int, slot: Slot) -> tuple[Tensor, Tensor]:
         """Inverse of ``swizzle``; ``n``, ``k`` are the padded sizes."""
 
-    def swizzle_bias(self, bias: Tensor, role: Role, params: MoEParams) -> Tensor:
+    def swizzle_bias(self, bias: Tensor) -> Tensor:
         """Arranged and padded bias [e, N] -> as the kernel reads it, same dtype."""
         return bias
 
-    def unswizzle_bias(self, bias: Tensor, role: Role, params: MoEParams) -> Tensor:
+    def unswizzle_bias(self, bias: Tensor) -> Tensor:
         """Inverse of ``swizzle_bias``."""
         return bias
 
     @abstractmethod
-    def layer(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
-        """x bf16 [T, H padded] contiguous, ids int32 [T, K] in [0, E), weights fp32 [T, K] -> [T, H padded]."""
+    def layer(self, inputs: MoEInputs) -> Tensor:
+        """-> [T, H padded]. Of ``inputs`` x is bf16 [T, H padded] contiguous, ids int32 in [0, E), weights fp32."""
 
-    def prepare(
-        self, packed: Tensor, scales: Tensor, *, k: int, role: Role | None, params: MoEParams | None, layout: str
-    ) -> list[Tensor]:
+    def prepare(self, packed: Tensor, scales: Tensor, slot: Slot, *, k: int) -> list[Tensor]:
         """[codes, scales] in the library's order."""
-        role, params = self._fused(role, params)
-        _, columns = self._padded(role, params)
+        _, columns = self._padded(slot)
         value = self.rounding.scale
-        packed = pad(self._arrange(packed, role, params, 0), 2, columns // 2)
-        scales = pad(self._arrange(scales, role, params, value), 2, columns // 32, value)
-        return self.swizzle(packed, scales, role, params, layout)
+        packed = pad(self._arrange(packed, slot, 0), 2, columns // 2)
+        scales = pad(self._arrange(scales, slot, value), 2, columns // 32, value)
+        return self.swizzle(packed, scales, slot)
 
-    def recover(
-        self, tensors: Sequence[Tensor], *, n: int, k: int, role: Role | None, params: MoEParams | None, layout: str
-    ) -> tuple[Tensor, Tensor]:
+    def recover(self, tensors: Sequence[Tensor], slot: Slot, *, n: int, k: int) -> tuple[Tensor, Tensor]:
         """Prepared -> canonical, bit for bit."""
-        role, params = self._fused(role, params)
-        packed, scales = self.unswizzle(tensors, *self._padded(role, params), role, params, layout)
-        back = {"layout": self.rounding.layout, "activated": self.rounding.activated}
+        packed, scales = self.unswizzle(tensors, *self._padded(slot), slot)
+        rows = self.rounding.rows
         return (
-            recover_rows(packed[:, :, : (k + 1) // 2], n, role, params, **back),  # type: ignore[arg-type]
-            recover_rows(scales[:, :, : -(-k // 32)], n, role, params, **back),  # type: ignore[arg-type]
+            recover_rows(packed[:, :, : (k + 1) // 2], n, slot, rows),
+            recover_rows(scales[:, :, : -(-k // 32)], n, slot, rows),
         )
 
-    def prepare_bias(self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def prepare_bias(self, bias: Tensor, slot: Slot) -> Tensor:
         """[e, N] -> [e, N padded] in the library's order; cast in the call."""
-        role, params = self._fused(role, params)
-        return self.swizzle_bias(self._arrange(bias, role, params, 0), role, params)
+        return self.swizzle_bias(self._arrange(bias, slot, 0))
 
-    def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def recover_bias(self, bias: Tensor, slot: Slot, *, n: int) -> Tensor:
         """Inverse of ``prepare_bias``."""
-        role, params = self._fused(role, params)
-        rounding = self.rounding
-        plain = self.unswizzle_bias(bias, role, params)
-        return recover_rows(plain, n, role, params, layout=rounding.layout, activated=rounding.activated)
+        return recover_rows(self.unswizzle_bias(bias), n, slot, self.rounding.rows)
 
-    def moe(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
+    def moe(self, inputs: MoEInputs) -> Tensor:
         """x [T, H] bf16 -> [T, H]; no host synchronization."""
-        if topk_ids.numel() == 0:
+        x, hidden = inputs.x, inputs.params.hidden
+        if inputs.topk_ids.numel() == 0:
             return torch.zeros_like(x)
-        ids, weights = without_sentinels(topk_ids, topk_weights, params.num_experts)
-        hidden = params.hidden
-        inputs = pad_last(x, (0, self.rounding.sizes(params)[0] - hidden)).to(torch.bfloat16).contiguous()
-        out = self.layer(inputs, ids, weights, up, down, up_bias, down_bias, params, layout)
+        ids, weights = without_sentinels(inputs.topk_ids, inputs.topk_weights, inputs.params.num_experts)
+        padded = pad_last(x, (0, self.rounding.sizes(inputs.params)[0] - hidden)).to(torch.bfloat16).contiguous()
+        out = self.layer(replace(inputs, x=padded, topk_ids=ids, topk_weights=weights))
         return out[:, :hidden].to(x.dtype).contiguous()
 
     def grouped_linear(
@@ -140,22 +103,16 @@ class FusedLayerBackend(Backend):
     ) -> Tensor:
         raise NotImplementedError(f"backend {self.name!r} computes whole MoE layers only")
 
-    def _arrange(self, x: Tensor, role: Role, params: MoEParams, value: int) -> Tensor:
-        rounding = self.rounding
-        multiple = rounding.intermediate if role == "up" else rounding.hidden
-        return arrange_rows(
-            x, role, params, layout=rounding.layout, activated=rounding.activated, multiple=multiple, value=value
-        )
+    def _arrange(self, x: Tensor, slot: Slot, value: int) -> Tensor:
+        multiple = self.rounding.intermediate if slot.role == "up" else self.rounding.hidden
+        return arrange_rows(x, slot, self.rounding.rows, multiple, value)
 
-    def _padded(self, role: Role, params: MoEParams) -> tuple[int, int]:
+    def _padded(self, slot: Slot) -> tuple[int, int]:
         """(rows, columns) of a projection as stored."""
-        hidden, inner = self.rounding.sizes(params)
-        return (2 * inner if params.activation.gated else inner, hidden) if role == "up" else (hidden, inner)
-
-    def _fused(self, role: Role | None, params: MoEParams | None) -> tuple[Role, MoEParams]:
-        if role is None or params is None:
+        if slot.params is None:
             raise NotImplementedError(f"backend {self.name!r} computes whole MoE layers only")
-        return role, params
+        hidden, inner = self.rounding.sizes(slot.params)
+        return (2 * inner if slot.gated else inner, hidden) if slot.role == "up" else (hidden, inner)
 
 
 def without_sentinels(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -26,10 +25,12 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_last
 
 from ...activations import function
-from ...spec import Activation, MoEParams, Role
-from ..backend import Backend, Requirement, check_activation_dtype, check_parallel
+from ...spec import Activation
+from ..arguments import MoEInputs, Slot
+from ..backend import Backend, Requirement, check_activation_dtype, check_parallel, current, known_layout
 from ..library import find
 from ..permutations import (
+    RowOrder,
     arrange_rows,
     bias_of_marlin,
     fold,
@@ -41,7 +42,7 @@ from ..permutations import (
     round_up,
     unfold,
 )
-from ..ragged import combine, sort_pairs
+from ..ragged import combine, gathered, sort_pairs
 from ..target import Request, Target
 
 INSTALL = "pip install humming-kernels"
@@ -52,6 +53,7 @@ _MULTIPLE = 32
 _PAD_N, _PAD_K = 256, 128
 _ONE = 127  # the scale byte of 1.0, with which the library fills up
 _GEMM = "grouped_contiguous"
+_ROWS = RowOrder("halves", 0)
 
 
 class HummingBackend(Backend):
@@ -94,76 +96,50 @@ class HummingBackend(Backend):
             return "interleaved"
         return "native" if _config(512, 128, 1, False, target.device.index or 0).use_native_dequant else "interleaved"
 
-    def prepare(
-        self, packed: Tensor, scales: Tensor, *, k: int, role: Role | None, params: MoEParams | None, layout: str
-    ) -> list[Tensor]:
+    def prepare(self, packed: Tensor, scales: Tensor, slot: Slot, *, k: int) -> list[Tensor]:
         """[codes int32 [e, K/16, 2N], scales uint8 [e, K/32, N]], N and K filled up."""
-        common = {"layout": "halves", "activated": 0, "multiple": _MULTIPLE}
-        packed = arrange_rows(packed, role, params, **common)  # type: ignore[arg-type]
-        scales = arrange_rows(scales, role, params, **common, value=_ONE)  # type: ignore[arg-type]
+        packed = arrange_rows(packed, slot, _ROWS, _MULTIPLE)
+        scales = arrange_rows(scales, slot, _ROWS, _MULTIPLE, _ONE)
         n, k = round_up(packed.shape[1], _PAD_N), round_up(round_up(k, _MULTIPLE), _PAD_K)
         packed = pad(pad(packed, 1, n), 2, k // 2)
         scales = pad(pad(scales, 1, n, _ONE), 2, k // 32, _ONE)
-        return [marlin_codes(packed, native=_known(layout) == "native"), _swizzle_scales(scales)]
+        return [marlin_codes(packed, native=_native(slot.layout)), _swizzle_scales(scales)]
 
-    def recover(
-        self, tensors: Sequence[Tensor], *, n: int, k: int, role: Role | None, params: MoEParams | None, layout: str
-    ) -> tuple[Tensor, Tensor]:
+    def recover(self, tensors: Sequence[Tensor], slot: Slot, *, n: int, k: int) -> tuple[Tensor, Tensor]:
         """Prepared -> canonical, bit for bit."""
-        rows = _rows(n, role, params)
+        rows = _rows(n, slot)
         n_full, k_full = round_up(rows, _PAD_N), round_up(round_up(k, _MULTIPLE), _PAD_K)
-        packed = packed_of_marlin(tensors[0], n_full, k_full, native=_known(layout) == "native")
+        packed = packed_of_marlin(tensors[0], n_full, k_full, native=_native(slot.layout))
         packed = packed[:, :rows, : (k + 1) // 2]
         scales = _unswizzle_scales(tensors[1], n_full, k_full)[:, :rows, : -(-k // 32)]
-        back = {"layout": "halves", "activated": 0}
-        return (
-            recover_rows(packed, n, role, params, **back),  # type: ignore[arg-type]
-            recover_rows(scales, n, role, params, **back),  # type: ignore[arg-type]
-        )
+        return recover_rows(packed, n, slot, _ROWS), recover_rows(scales, n, slot, _ROWS)
 
-    def prepare_bias(self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def prepare_bias(self, bias: Tensor, slot: Slot) -> Tensor:
         """[e, N] -> [e, N filled up], permuted in blocks of 32."""
-        bias = arrange_rows(bias, role, params, layout="halves", activated=0, multiple=_MULTIPLE)
+        bias = arrange_rows(bias, slot, _ROWS, _MULTIPLE)
         bias = pad(bias, 1, round_up(bias.shape[1], _PAD_N))
         return marlin_bias(bias)
 
-    def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def recover_bias(self, bias: Tensor, slot: Slot, *, n: int) -> Tensor:
         """Inverse of ``prepare_bias``."""
-        plain = bias_of_marlin(bias)
-        return recover_rows(plain[:, : _rows(n, role, params)], n, role, params, layout="halves", activated=0)
+        return recover_rows(bias_of_marlin(bias)[:, : _rows(n, slot)], n, slot, _ROWS)
 
-    def moe(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
+    def moe(self, inputs: MoEInputs) -> Tensor:
         """x [T, H] bf16 -> [T, H]; no host synchronization once the kernels are compiled."""
-        tokens, top_k = topk_ids.shape
-        if tokens == 0 or top_k == 0:
+        x, params = inputs.x, inputs.params
+        if inputs.topk_ids.numel() == 0:
             return torch.zeros_like(x)
         e, h = params.num_experts, params.hidden
         h_in, inner = round_up(h, _MULTIPLE), round_up(params.intermediate, _MULTIPLE)
         gated = params.activation.gated
-        with _on(x.device):
-            pairs = sort_pairs(topk_ids, e)
-            at = pairs.order
-            inputs = pad_last(x, (0, h_in - h)).index_select(0, torch.div(at, top_k, rounding_mode="trunc"))
-            weights: Tensor | None = topk_weights
-            if params.weight_on_input:
-                inputs = inputs * topk_weights.reshape(-1).index_select(0, at).unsqueeze(1)
-                weights = None
-            inputs = inputs.to(torch.bfloat16)
-            y = _multiply(inputs, up, up_bias, pairs.offsets, 2 * inner if gated else inner)
+        up_bias, down_bias = inputs.biases(torch.bfloat16)
+        with current(x.device):
+            pairs = sort_pairs(inputs.topk_ids, e)
+            rows, weights = gathered(inputs, pairs, h_in)
+            y = _multiply(rows, inputs.up, up_bias, pairs.offsets, 2 * inner if gated else inner)
             hidden = _activate(y, params.activation, inner, h_in, e, x.device)
-            out = _multiply(hidden, down, down_bias, pairs.offsets, h_in)
-            result = combine(out, pairs, topk_ids, weights, e, x.dtype)
+            out = _multiply(hidden, inputs.down, down_bias, pairs.offsets, h_in)
+            result = combine(out, pairs, inputs.topk_ids, weights, e, x.dtype)
         return result if h_in == h else result[:, :h].contiguous()
 
     def grouped_linear(
@@ -175,27 +151,20 @@ class HummingBackend(Backend):
         # Rows beyond the last expert's are not written.
         out = torch.zeros((s, n_out), dtype=torch.bfloat16, device=x.device)
         if s:
-            with _on(x.device):
+            with current(x.device):
                 inputs = pad_last(x, (0, round_up(k, _MULTIPLE) - k)).to(torch.bfloat16).contiguous()
                 starts = pad_last(offsets.int(), (1, 0))
                 _multiply(inputs, weight, None, starts, n_out, out)
         return out[:, :n].to(round_dtype).contiguous()
 
 
-def _known(layout: str) -> str:
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r} of backend humming; known: {', '.join(LAYOUTS)}")
-    return layout
+def _native(layout: str) -> bool:
+    return known_layout(layout, "humming", LAYOUTS) == "native"
 
 
-def _on(device: torch.device) -> torch.cuda.device | nullcontext[None]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _rows(n: int, role: Role | None, params: MoEParams | None) -> int:
+def _rows(n: int, slot: Slot) -> int:
     """Rows of a projection as arranged, before they are filled up to _PAD_N."""
-    gated = role == "up" and params is not None and params.activation.gated
-    return 2 * round_up(n // 2, _MULTIPLE) if gated else round_up(n, _MULTIPLE)
+    return 2 * round_up(n // 2, _MULTIPLE) if slot.gated else round_up(n, _MULTIPLE)
 
 
 # permutations
@@ -250,7 +219,7 @@ def _tuning(n: int, k: int, num_experts: int, bias: bool, device: int) -> tuple[
 def _multiply(
     x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, offsets: Tensor, n: int, out: Tensor | None = None
 ) -> Tensor:
-    """x [S, K] sorted by expert, offsets int32 [E+1] -> [S, n]."""
+    """x [S, K] sorted by expert, bias [E, n] in bf16 or None, offsets int32 [E+1] -> [S, n]."""
     from humming.forward import humming_forward
 
     words, scales = weight
@@ -261,7 +230,7 @@ def _multiply(
         x,
         words,
         scales.view(torch.float8_e8m0fnu),
-        bias=None if bias is None else bias.to(torch.bfloat16),
+        bias=bias,
         outputs=out,
         expert_layout=offsets,
         # Zeroed for every call: layers on several streams must not share them, nor graphs own them.

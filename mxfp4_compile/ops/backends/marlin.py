@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import MoEParams, Role
+from ..arguments import MoEInputs, Slot
 from ..backend import Requirement, check_activation_dtype, check_parallel
 from ..library import find
-from ..permutations import bias_of_marlin, fold, marlin_bias, marlin_codes, packed_of_marlin, unfold
+from ..permutations import RowOrder, bias_of_marlin, fold, marlin_bias, marlin_codes, packed_of_marlin, unfold
 from ..target import Request, Target
 from .fused_layer import FusedLayerBackend, Rounding, check_dtype, check_fused
 
@@ -34,7 +34,7 @@ class MarlinBackend(FusedLayerBackend):
     """vLLM's ``fused_marlin_moe``."""
 
     name = "marlin"
-    rounding = Rounding(256, 128, "halves", 0)
+    rounding = Rounding(256, 128, RowOrder("halves", 0))
 
     def supports(self, request: Request, target: Target) -> list[Requirement]:
         """vLLM, an NVIDIA GPU with bf16."""
@@ -60,37 +60,26 @@ class MarlinBackend(FusedLayerBackend):
         """One layout."""
         return "marlin"
 
-    def swizzle(self, packed: Tensor, scales: Tensor, role: Role, params: MoEParams, layout: str) -> list[Tensor]:
+    def swizzle(self, packed: Tensor, scales: Tensor, slot: Slot) -> list[Tensor]:
         e, n, groups = scales.shape
         return [marlin_codes(packed), fold(scales, *_scale_fold(n, groups)).view(e, groups, n)]
 
-    def unswizzle(
-        self, tensors: Sequence[Tensor], n: int, k: int, role: Role, params: MoEParams, layout: str
-    ) -> tuple[Tensor, Tensor]:
+    def unswizzle(self, tensors: Sequence[Tensor], n: int, k: int, slot: Slot) -> tuple[Tensor, Tensor]:
         words, scales = tensors
         plain = unfold(scales, *_scale_fold(n, k // 32)).view(scales.shape[0], n, k // 32)
         return packed_of_marlin(words, n, k), plain
 
-    def swizzle_bias(self, bias: Tensor, role: Role, params: MoEParams) -> Tensor:
+    def swizzle_bias(self, bias: Tensor) -> Tensor:
         return marlin_bias(bias)
 
-    def unswizzle_bias(self, bias: Tensor, role: Role, params: MoEParams) -> Tensor:
+    def unswizzle_bias(self, bias: Tensor) -> Tensor:
         return bias_of_marlin(bias)
 
-    def layer(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
+    def layer(self, inputs: MoEInputs) -> Tensor:
         library = _library()
+        params = inputs.params
         activation, inner = params.activation, self.rounding.sizes(params)[1]
+        up_bias, down_bias = inputs.biases(inputs.x.dtype)
 
         def activate(_: Any, output: Tensor, y: Tensor, **__: Any) -> None:
             # The library's own know few constants, and gpt-oss's only on rows in turns.
@@ -98,15 +87,15 @@ class MarlinBackend(FusedLayerBackend):
 
         kinds = library.MoEActivation
         out: Tensor = library.fused_marlin_moe(
-            hidden_states=x,
-            w1=up[0],
-            w2=down[0],
-            bias1=None if up_bias is None else up_bias.to(x.dtype),
-            bias2=None if down_bias is None else down_bias.to(x.dtype),
-            w1_scale=up[1].view(torch.float8_e8m0fnu),
-            w2_scale=down[1].view(torch.float8_e8m0fnu),
-            topk_weights=weights,
-            topk_ids=ids,
+            hidden_states=inputs.x,
+            w1=inputs.up[0],
+            w2=inputs.down[0],
+            bias1=up_bias,
+            bias2=down_bias,
+            w1_scale=inputs.up[1].view(torch.float8_e8m0fnu),
+            w2_scale=inputs.down[1].view(torch.float8_e8m0fnu),
+            topk_weights=inputs.topk_weights,
+            topk_ids=inputs.topk_ids,
             quant_type_id=library.scalar_types.float4_e2m1f.id,
             apply_router_weight_on_input=params.weight_on_input,
             global_num_experts=params.num_experts,

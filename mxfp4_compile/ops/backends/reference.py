@@ -8,12 +8,13 @@ is taken in ``accum_dtype``. Only experts that are hit are dequantized.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ... import mx
-from ...spec import MoEParams
+from ..arguments import MoEInputs
 from ..backend import Backend, Requirement, check_activation_dtype, check_parallel
 from ..target import Request, Target
 
@@ -27,12 +28,21 @@ def _check_ids(topk_ids: Tensor) -> None:
         raise IndexError(f"topk_ids holds {int(topk_ids.min())}: expert ids must be >= 0")
 
 
-def _project(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, round_dtype: torch.dtype) -> Tensor:
-    """x [r, K] (wide dtype), one expert's packed [N, K/2] -> [r, N], rounded as the model rounds, wide."""
-    y = (x @ mx.dequantize(packed, scales, x.shape[1], x.dtype).T).to(round_dtype)
-    if bias is not None:
-        y = y + bias.to(round_dtype)
-    return y.to(x.dtype)
+@dataclass(frozen=True)
+class _Projection:
+    """Canonical weights (packed [E, N, K/2], scales), a bias [E, N] or None, and the dtype that results round to."""
+
+    weight: Sequence[Tensor]
+    bias: Tensor | None
+    round_dtype: torch.dtype
+
+    def __call__(self, x: Tensor, expert: int) -> Tensor:
+        """x [r, K] (wide dtype) -> [r, N], rounded as the model rounds, wide."""
+        packed, scales = self.weight
+        y = (x @ mx.dequantize(packed[expert], scales[expert], x.shape[1], x.dtype).T).to(self.round_dtype)
+        if self.bias is not None:
+            y = y + self.bias[expert].to(self.round_dtype)
+        return y.to(x.dtype)
 
 
 class ReferenceBackend(Backend):
@@ -48,44 +58,27 @@ class ReferenceBackend(Backend):
             check_parallel(request),
         ]
 
-    def moe(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
-        _check_ids(topk_ids)
-        tokens, top_k = topk_ids.shape
+    def moe(self, inputs: MoEInputs) -> Tensor:
+        x, params = inputs.x, inputs.params
+        _check_ids(inputs.topk_ids)
+        tokens, top_k = inputs.topk_ids.shape
         wide = _wide(x.dtype)
         rounded = params.round_dtype
         pairs = x.new_zeros((tokens * top_k, params.hidden), dtype=params.accum_dtype)
-        flat_ids = topk_ids.reshape(-1)
-        flat_weights = topk_weights.reshape(-1)
+        flat_ids = inputs.topk_ids.reshape(-1)
+        flat_weights = inputs.topk_weights.reshape(-1)
+        up = _Projection(inputs.up, inputs.up_bias, rounded)
+        down = _Projection(inputs.down, inputs.down_bias, rounded)
         for expert in flat_ids.unique().tolist():
             if expert >= params.num_experts:
                 continue
             rows = (flat_ids == expert).nonzero().squeeze(1)
             weight = flat_weights[rows].unsqueeze(1)
-            inputs = x[rows // top_k]
+            seen = x[rows // top_k]
             if params.weight_on_input:
-                inputs = (inputs * weight).to(rounded)
-            hidden = _project(
-                inputs.to(wide),
-                up[0][expert],
-                up[1][expert],
-                None if up_bias is None else up_bias[expert],
-                rounded,
-            )
-            hidden = params.activate(hidden).to(rounded).to(wide)
-            out = _project(
-                hidden, down[0][expert], down[1][expert], None if down_bias is None else down_bias[expert], rounded
-            ).to(params.accum_dtype)
+                seen = (seen * weight).to(rounded)
+            hidden = params.activate(up(seen.to(wide), expert)).to(rounded).to(wide)
+            out = down(hidden, expert).to(params.accum_dtype)
             pairs[rows] = out if params.weight_on_input else out * weight.to(params.accum_dtype)
         return pairs.view(tokens, top_k, params.hidden).sum(1).to(x.dtype)
 
@@ -103,11 +96,11 @@ class ReferenceBackend(Backend):
         layout: str,
     ) -> Tensor:
         out = x.new_zeros((x.shape[0], n), dtype=round_dtype)
+        projection = _Projection(weight, None, round_dtype)
         start = 0
         for expert, end in enumerate(offsets.tolist()):
             if end > start:
-                wide = x[start:end].to(_wide(x.dtype))
-                out[start:end] = _project(wide, weight[0][expert], weight[1][expert], None, round_dtype)
+                out[start:end] = projection(x[start:end].to(_wide(x.dtype)), expert)
             start = max(start, end)
         return out
 

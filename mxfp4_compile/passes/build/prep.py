@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from ... import mx
 from ...ops import schema
+from ...ops.arguments import Slot
 from ...ops.registry import get_backend
 from ...spec import MoEParams
 from ..weights import Projection, stack
@@ -202,4 +203,4 @@ def prepare_bias(
     everyone = slice(0, projection.shape[0])
     bias = torch.cat([reader.values(name, everyone) for name in projection.source.bias], dim=1)
     # prepare_bias may hand its input back: the buffer must not share memory with the original parameter.
-    return get_backend(backend).prepare_bias(bias.clone(), role=projection.role, params=params, layout=layout)
+    return get_backend(backend).prepare_bias(bias.clone(), Slot(projection.role, params, layout))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import mx
+from ...ops.arguments import Slot
 from ...ops.registry import get_backend
 from ...ops.selection import Choice
 from ...ops.target import PLAIN, Request
@@ -106,22 +107,18 @@ class PreparedWeights(nn.Module):
         """(packed uint8 [e,N,ceil(K/2)], scales uint8 [e,N,ceil(K/32)]) of some experts."""
         _, n, k = projection.shape
         return get_backend(self.backend).recover(
-            [t[experts] for t in self.weights(projection.slot)],
-            n=n,
-            k=k,
-            role=projection.role,
-            params=self.plan.params,
-            layout=self.layout,
+            [t[experts] for t in self.weights(projection.slot)], self._slot(projection, self.layout), n=n, k=k
         )
+
+    def _slot(self, projection: Projection, layout: str) -> Slot:
+        return Slot(projection.role, self.plan.params, layout)
 
     def canonical_bias(self, projection: Projection) -> Tensor | None:
         """Bias [E, N] in the model's order and dtype, or None."""
         bias = getattr(self, f"{projection.slot}_bias", None)
         if bias is None:
             return None
-        return get_backend(self.backend).recover_bias(
-            bias, n=projection.shape[1], role=projection.role, params=self.plan.params, layout=self.layout
-        )
+        return get_backend(self.backend).recover_bias(bias, self._slot(projection, self.layout), n=projection.shape[1])
 
     def dequantized(
         self, projection: Projection, experts: slice = slice(None), dtype: torch.dtype | None = None
@@ -223,9 +220,7 @@ class PreparedWeights(nn.Module):
                 target = self._buffers[f"{projection.slot}_bias"]
                 assert target is not None
                 target.copy_(
-                    get_backend(self.backend).prepare_bias(
-                        bias.to(target.device), role=projection.role, params=self.plan.params, layout=self.layout
-                    )
+                    get_backend(self.backend).prepare_bias(bias.to(target.device), self._slot(projection, self.layout))
                 )
 
     def _write(self, projection: Projection, packed: Tensor, scales: Tensor) -> None:
@@ -235,10 +230,8 @@ class PreparedWeights(nn.Module):
             prepared = get_backend(self.backend).prepare(
                 packed[e : e + 1].to(targets[0].device),
                 scales[e : e + 1].to(targets[0].device),
+                self._slot(projection, self.layout),
                 k=projection.shape[2],
-                role=projection.role,
-                params=self.plan.params,
-                layout=self.layout,
             )
             for target, source in zip(targets, prepared, strict=True):
                 target[e : e + 1].copy_(source)
@@ -254,11 +247,11 @@ class PreparedWeights(nn.Module):
         old, new = get_backend(self.backend), get_backend(choice.backend)
         for projection in self.projections:
             experts, n, k = projection.shape
-            common: dict[str, Any] = {"role": projection.role, "params": self.plan.params}
+            before, after = self._slot(projection, self.layout), self._slot(projection, choice.layout)
             collected: list[list[Tensor]] = []
             for e in range(experts):
                 packed, scales = self.canonical(projection, slice(e, e + 1))
-                collected.append(new.prepare(packed.to(device), scales.to(device), k=k, layout=choice.layout, **common))
+                collected.append(new.prepare(packed.to(device), scales.to(device), after, k=k))
             for i in range(self._counts[projection.slot]):
                 del self._buffers[f"{projection.slot}_{i}"]
             tensors = [torch.cat(parts) for parts in zip(*collected, strict=True)]
@@ -267,10 +260,8 @@ class PreparedWeights(nn.Module):
             self._counts[projection.slot] = len(tensors)
             bias = self._buffers.get(f"{projection.slot}_bias")
             if bias is not None:
-                canonical = old.recover_bias(bias, n=n, layout=self.layout, **common)
-                self._buffers[f"{projection.slot}_bias"] = new.prepare_bias(
-                    canonical.to(device), layout=choice.layout, **common
-                )
+                canonical = old.recover_bias(bias, before, n=n)
+                self._buffers[f"{projection.slot}_bias"] = new.prepare_bias(canonical.to(device), after)
         self.backend, self.layout = choice.backend, choice.layout
         self._tensor_names = self._names()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mxfp4_compile.ops.backends.cpu import CpuBackend
 
 
@@ -14,15 +16,15 @@ class ExampleBackend(CpuBackend):
     def plan(self, request, target):
         return "upside-down"
 
-    def prepare(self, packed, scales, *, k, role, params, layout):
+    def prepare(self, packed, scales, slot, *, k):
         return [packed.flip(1), scales.flip(1)]
 
-    def recover(self, tensors, *, n, k, role, params, layout):
+    def recover(self, tensors, slot, *, n, k):
         return tensors[0].flip(1), tensors[1].flip(1)
 
-    def moe(self, x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout):
-        up, down = [[t.flip(1) for t in w] for w in (up, down)]
-        return super().moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, "canonical")
+    def moe(self, inputs):
+        up, down = [[t.flip(1) for t in w] for w in (inputs.up, inputs.down)]
+        return super().moe(replace(inputs, up=up, down=down, layout="canonical"))
 
     def grouped_linear(self, x, offsets, weight, n, round_dtype, layout):
         return super().grouped_linear(x, offsets, [t.flip(1) for t in weight], n, round_dtype, "canonical")

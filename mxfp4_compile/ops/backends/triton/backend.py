@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ....spec import MoEParams, Role
-from ...backend import Backend, Requirement, check_activation_dtype, check_parallel
+from ....spec import MoEParams
+from ...arguments import MoEInputs, Slot
+from ...backend import Backend, Requirement, check_activation_dtype, check_parallel, known_layout
 from ...library import find
 from ...target import Request, Target
 from . import layout as layouts
@@ -89,56 +90,27 @@ class TritonBackend(Backend):
             return None
         return fp8_from(architecture(device), params.num_experts, top_k, params.hidden, params.intermediate)
 
-    def prepare(
-        self,
-        packed: Tensor,
-        scales: Tensor,
-        *,
-        k: int,
-        role: Role | None,
-        params: MoEParams | None,
-        layout: str,
-    ) -> list[Tensor]:
+    def prepare(self, packed: Tensor, scales: Tensor, slot: Slot, *, k: int) -> list[Tensor]:
         """[codes int32 [e, SLABS, STEPS, 128], scales int32 [e, SLABS, STEPS, 8], ...] (layout.py)."""
-        return layouts.prepare(packed, scales, k, role, params, _known(layout))
+        return layouts.prepare(packed, scales, k, _known(slot))
 
-    def recover(
-        self,
-        tensors: Sequence[Tensor],
-        *,
-        n: int,
-        k: int,
-        role: Role | None,
-        params: MoEParams | None,
-        layout: str,
-    ) -> tuple[Tensor, Tensor]:
+    def recover(self, tensors: Sequence[Tensor], slot: Slot, *, n: int, k: int) -> tuple[Tensor, Tensor]:
         """Prepared -> canonical, bit for bit."""
-        return layouts.recover(list(tensors), n, k, role, params, _known(layout))
+        return layouts.recover(tensors, n, k, _known(slot))
 
-    def prepare_bias(self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def prepare_bias(self, bias: Tensor, slot: Slot) -> Tensor:
         """[e, N] -> [e, SLABS*16] in the prepared order, same dtype."""
-        return layouts.prepare_bias(bias, role, params)
+        return layouts.prepare_bias(bias, slot)
 
-    def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def recover_bias(self, bias: Tensor, slot: Slot, *, n: int) -> Tensor:
         """Inverse of ``prepare_bias``."""
-        return layouts.recover_bias(bias, n, role, params)
+        return layouts.recover_bias(bias, n, slot)
 
-    def moe(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
+    def moe(self, inputs: MoEInputs) -> Tensor:
         """x [T, H] -> [T, H]; no host synchronization, safe under CUDA-graph capture."""
         from .moe import moe
 
-        return moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, layout)
+        return moe(inputs)
 
     def grouped_linear(
         self,
@@ -155,10 +127,9 @@ class TritonBackend(Backend):
         return grouped_linear(x, offsets, weight, n, round_dtype, layout)
 
 
-def _known(layout: str) -> str:
-    if layout not in layouts.LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r} of backend triton; known: {', '.join(layouts.LAYOUTS)}")
-    return layout
+def _known(slot: Slot) -> Slot:
+    known_layout(slot.layout, "triton", layouts.LAYOUTS)
+    return slot
 
 
 BACKEND = TritonBackend()

@@ -23,11 +23,14 @@ exact in kernels that multiply bf16.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from ....spec import MoEParams, Role
+from ...arguments import Slot
+from ...permutations import halves, of_halves, pad
 
 # Their orders of bits, as the kernels know them (decode.py).
 BIT_ORDERS = {"nibbles": 0, "sm80": 1, "sm89_fp8": 2}
@@ -61,47 +64,19 @@ def steps(k: int) -> int:
     return -(-k // STEP)
 
 
-def _gated(role: Role | None, params: MoEParams | None) -> bool:
-    return role == "up" and params is not None and params.activation.gated
-
-
-def _pad(x: Tensor, dim: int, size: int, value: int = 0) -> Tensor:
-    missing = size - x.shape[dim]
-    if not missing:
-        return x
-    shape = list(x.shape)
-    shape[dim] = missing
-    return torch.cat([x, x.new_full(shape, value)], dim)
-
-
-def rows_to_slabs(x: Tensor, role: Role | None, params: MoEParams | None, value: int = 0) -> Tensor:
+def rows_to_slabs(x: Tensor, slot: Slot, value: int = 0) -> Tensor:
     """[e, N, ...] in the model's row order -> [e, SLABS, row half 2, row 8, ...]."""
     e, n, *rest = x.shape
-    if _gated(role, params):
-        assert params is not None
-        halves = (
-            x.unflatten(1, (2, n // 2))
-            if params.gate_layout == "halves"
-            else x.unflatten(1, (n // 2, 2)).transpose(1, 2)
-        )
-        if params.activated_half == 1:
-            halves = halves.flip(1)
-        count = slabs(n, True)
-        return _pad(halves, 2, count * 8, value).unflatten(2, (count, 8)).transpose(1, 2)
-    count = slabs(n, False)
-    return _pad(x, 1, count * SLAB, value).reshape(e, count, 2, 8, *rest)
+    count = slabs(n, slot.gated)
+    if slot.gated:
+        return pad(halves(x, slot), 2, count * 8, value).unflatten(2, (count, 8)).transpose(1, 2)
+    return pad(x, 1, count * SLAB, value).reshape(e, count, 2, 8, *rest)
 
 
-def slabs_to_rows(x: Tensor, n: int, role: Role | None, params: MoEParams | None) -> Tensor:
+def slabs_to_rows(x: Tensor, n: int, slot: Slot) -> Tensor:
     """Inverse of ``rows_to_slabs``."""
-    if _gated(role, params):
-        assert params is not None
-        halves = x.transpose(1, 2).flatten(2, 3)[:, :, : n // 2]
-        if params.activated_half == 1:
-            halves = halves.flip(1)
-        if params.gate_layout == "interleaved":
-            halves = halves.transpose(1, 2)
-        return halves.flatten(1, 2)
+    if slot.gated:
+        return of_halves(x.transpose(1, 2).flatten(2, 3)[:, :, : n // 2], slot)
     return x.flatten(1, 3)[:, :n]
 
 
@@ -139,14 +114,12 @@ def _move_bits(words: Tensor, moves: list[tuple[int, int]]) -> Tensor:
     return out.to(torch.int32)
 
 
-def prepare(
-    packed: Tensor, scales: Tensor, k: int, role: Role | None, params: MoEParams | None, layout: str
-) -> list[Tensor]:
+def prepare(packed: Tensor, scales: Tensor, k: int, slot: Slot) -> list[Tensor]:
     """Canonical uint8 [e, N, ceil(K/2)] and [e, N, ceil(K/32)] -> the tensors of the module's text."""
-    e = packed.shape[0]
+    e, layout = packed.shape[0], slot.layout
     s = steps(k)
     # [e, slab, row half, row, step, block, nibble, half, quarter, byte]: a canonical byte is two neighbours.
-    c = rows_to_slabs(_pad(packed, 2, s * STEP // 2), role, params)
+    c = rows_to_slabs(pad(packed, 2, s * STEP // 2), slot)
     c = c.unflatten(-1, (s, 2, 2, 2, 4))
     low, high = c & 0xF, c >> 4  # parity 0 and 1
     codes = torch.stack([low, high], -1)  # [..., block, nibble, half, quarter, parity]
@@ -158,40 +131,38 @@ def prepare(
         codes = twiddle(codes, layout)
     _check_scales(scales, layout)
     t = torch.where(scales == _NAN_SCALE, scales, scales + _SCALE_BIAS)
-    t = rows_to_slabs(_pad(t, 2, s * 2), role, params)
+    t = rows_to_slabs(pad(t, 2, s * 2), slot)
     t = t.unflatten(-1, (s, 2)).permute(0, 1, 4, 3, 2, 5).contiguous()
     tensors = [codes, t.view(e, -1, s, 32).view(torch.int32)]
     if layout == "sm89_fp8":
-        tensors.append(_bases(packed, scales, role, params))
+        tensors.append(_bases(packed, scales, slot))
     return tensors
 
 
-def recover(
-    tensors: list[Tensor], n: int, k: int, role: Role | None, params: MoEParams | None, layout: str
-) -> tuple[Tensor, Tensor]:
+def recover(tensors: Sequence[Tensor], n: int, k: int, slot: Slot) -> tuple[Tensor, Tensor]:
     """Inverse of ``prepare``, bit for bit."""
     codes, scales = (t.contiguous() for t in tensors[:2])
     e, slab_count, s = codes.shape[:3]
-    if layout != "nibbles":
-        codes = untwiddle(codes, layout)
+    if slot.layout != "nibbles":
+        codes = untwiddle(codes, slot.layout)
     codes = codes.view(torch.uint8).view(e, slab_count, s, 8, 4, 2, 2, 2, 2)
     # -> [e, slab, row half, row, step, block, half, quarter, parity] -> nibble after block
     codes = codes.permute(0, 1, 5, 3, 2, 6, 7, 4, 8)
     codes = torch.stack([codes & 0xF, codes >> 4], 6)
     packed = codes[..., 0] | (codes[..., 1] << 4)
-    packed = slabs_to_rows(packed.flatten(4), n, role, params)[:, :, : (k + 1) // 2]
+    packed = slabs_to_rows(packed.flatten(4), n, slot)[:, :, : (k + 1) // 2]
     t = scales.view(torch.uint8).view(e, slab_count, s, 8, 2, 2).permute(0, 1, 4, 3, 2, 5)
-    t = slabs_to_rows(t.flatten(4), n, role, params)[:, :, : -(-k // 32)]
+    t = slabs_to_rows(t.flatten(4), n, slot)[:, :, : -(-k // 32)]
     t = torch.where(t == _NAN_SCALE, t, t - _SCALE_BIAS)
     return packed.contiguous(), t.contiguous()
 
 
-def _bases(packed: Tensor, scales: Tensor, role: Role | None, params: MoEParams | None) -> Tensor:
+def _bases(packed: Tensor, scales: Tensor, slot: Slot) -> Tensor:
     """Canonical -> uint8 [e, SLABS*16]. The scale of a block of zeros says nothing."""
-    values = _pad(packed & 0x77, 2, scales.shape[2] * 16).unflatten(2, (-1, 16))
+    values = pad(packed & 0x77, 2, scales.shape[2] * 16).unflatten(2, (-1, 16))
     largest = torch.where((values != 0).any(-1), scales, 0).amax(-1)
     bases = (largest + _SCALE_BIAS).clamp(min=_FP8_OCTAVES) - _FP8_OCTAVES
-    return rows_to_slabs(bases, role, params).flatten(1).contiguous()
+    return rows_to_slabs(bases, slot).flatten(1).contiguous()
 
 
 def _check_scales(scales: Tensor, layout: str) -> None:
@@ -207,11 +178,11 @@ def _check_scales(scales: Tensor, layout: str) -> None:
         )
 
 
-def prepare_bias(bias: Tensor, role: Role | None, params: MoEParams | None) -> Tensor:
+def prepare_bias(bias: Tensor, slot: Slot) -> Tensor:
     """[e, N] -> [e, SLABS*16] in the order of the prepared rows."""
-    return rows_to_slabs(bias, role, params).flatten(1).contiguous()
+    return rows_to_slabs(bias, slot).flatten(1).contiguous()
 
 
-def recover_bias(bias: Tensor, n: int, role: Role | None, params: MoEParams | None) -> Tensor:
+def recover_bias(bias: Tensor, n: int, slot: Slot) -> Tensor:
     """Inverse of ``prepare_bias``."""
-    return slabs_to_rows(bias.view(bias.shape[0], -1, 2, 8), n, role, params).contiguous()
+    return slabs_to_rows(bias.view(bias.shape[0], -1, 2, 8), n, slot).contiguous()

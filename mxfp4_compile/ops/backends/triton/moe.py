@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ....spec import MoEParams
+from ...arguments import MoEInputs
 from . import layout as layouts
 from .combine import combine
 from .fp8 import quantize_rows
@@ -186,54 +188,31 @@ def _plan(
     return _Plan(arch, params, top_k, x_stride, split, bits, choice, pairs_class, by_expert)
 
 
-def moe(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    params: MoEParams,
-    layout: str,
-    choice: Choice | None = None,
-) -> Tensor:
+def moe(inputs: MoEInputs, choice: Choice | None = None) -> Tensor:
     """``Backend.moe``; ``choice`` overrides the tuned rules."""
-    tokens = x.shape[0]
+    x, params = inputs.x, inputs.params
+    tokens, top_k = inputs.topk_ids.shape
     out = torch.empty((tokens, params.hidden), dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
-    top_k = topk_ids.shape[1]
     if top_k == 0:
         return out.zero_()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    topk_ids = topk_ids.contiguous()
-    topk_weights = topk_weights.contiguous()
+    ids, weights = inputs.topk_ids, inputs.topk_weights
+    if x.stride(1) != 1 or not ids.is_contiguous() or not weights.is_contiguous():
+        plain = x if x.stride(1) == 1 else x.contiguous()
+        inputs = replace(inputs, x=plain, topk_ids=ids.contiguous(), topk_weights=weights.contiguous())
     per_token = top_k * (params.hidden + params.intermediate) * params.round_dtype.itemsize
-    if layout == "sm89_fp8":
+    if inputs.layout == "sm89_fp8":
         per_token += top_k * params.intermediate + params.hidden
     # Row numbers times widths are 64-bit in the kernels; row numbers and tile numbers are 32-bit.
     chunk = max(min(_MAX_INTERMEDIATE // per_token, (1 << 24) // top_k), 1)
     with torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else _NOTHING:
-        for at in range(0, tokens, chunk):
-            if chunk >= tokens:
-                _chunk(x, topk_ids, topk_weights, up, down, up_bias, down_bias, out, params, layout, choice)
-            else:
+        if chunk >= tokens:
+            _chunk(inputs, out, choice)
+        else:
+            for at in range(0, tokens, chunk):
                 part = slice(at, min(at + chunk, tokens))
-                _chunk(
-                    x[part],
-                    topk_ids[part],
-                    topk_weights[part],
-                    up,
-                    down,
-                    up_bias,
-                    down_bias,
-                    out[part],
-                    params,
-                    layout,
-                    choice,
-                )
+                _chunk(inputs.of_tokens(part), out[part], choice)
     return out
 
 
@@ -246,19 +225,9 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-def _chunk(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    out: Tensor,
-    params: MoEParams,
-    layout: str,
-    choice: Choice | None,
-) -> None:
+def _chunk(inputs: MoEInputs, out: Tensor, choice: Choice | None) -> None:
+    x, ids, weights, params, layout = inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.params, inputs.layout
+    up_bias, down_bias = inputs.up_bias, inputs.down_bias
     tokens, top_k = ids.shape
     pairs = tokens * top_k
     arch = architecture(x.device)
@@ -281,8 +250,8 @@ def _chunk(
     )  # fmt: skip
     h = torch.empty((pairs, params.intermediate), dtype=params.round_dtype, device=x.device)
     in_weights, out_weights = (weights, None) if params.weight_on_input else (None, weights)
-    up_codes, up_scales = up[:2]
-    down_codes, down_scales = down[:2]
+    up_codes, up_scales = inputs.up[:2]
+    down_codes, down_scales = inputs.down[:2]
     e = params.num_experts
     # Parts of sums are added before they are rounded.
     y_dtype = params.round_dtype if plan.split_k == 1 else torch.float32
@@ -300,8 +269,8 @@ def _chunk(
             quantize_x, quantize_h = _quantize(plan.quantize_x, x, tokens), _quantize(plan.quantize_h, h, pairs)
             (_, x8, x_scales), (_, h8, h_scales) = quantize_x[2], quantize_h[2]
             launch((
-                route, quantize_x, (plan.up, up_grid, (x8, *sorted_up, x_scales, up[2])),
-                quantize_h, (plan.down, down_grid, (h8, *sorted_down, h_scales, down[2])), combined,
+                route, quantize_x, (plan.up, up_grid, (x8, *sorted_up, x_scales, inputs.up[2])),
+                quantize_h, (plan.down, down_grid, (h8, *sorted_down, h_scales, inputs.down[2])), combined,
             ))  # fmt: skip
         else:
             launch((

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from ....timing import median_us
-from ...synthetic import Inputs, LayerShape, Prepared, prepare, random_inputs, random_layer
+from ...arguments import MoEInputs
+from ...synthetic import Inputs, LayerShape, Prepared, call, moe_inputs, prepare, random_inputs, random_layer
 from ...target import Target
 from .. import reference
 from . import tuned
@@ -74,10 +75,7 @@ class Run:
 
     def __call__(self) -> Tensor:
         """[T, H]."""
-        i, p = self.inputs, self.prepared
-        return moe(
-            i.x, i.ids, i.weights, p.up, p.down, p.up_bias, p.down_bias, self.shape.params, p.layout, self.choice
-        )  # fmt: skip
+        return moe(moe_inputs(self.shape, self.prepared, self.inputs), self.choice)
 
 
 Timer = Callable[[Run], float]
@@ -279,7 +277,7 @@ def _compile(job: _Job) -> tuple[_Job, str]:
     ids = new(tokens, shape.top_k, dtype=torch.int64)
     try:
         x, weights = new(tokens, shape.hidden), new(tokens, shape.top_k)
-        moe(x, ids, weights, weight, weight, bias, bias, shape.params, job.layout, job.choice)
+        moe(MoEInputs(x, ids, weights, weight, weight, bias, bias, shape.params, job.layout), job.choice)
     except Exception as error:
         return job, _short(error)
     return job, ""
@@ -361,12 +359,11 @@ class _Bench:
         shape, layer = self.shape, self.layer
         few = random_inputs(shape, tokens, self.device, max(shape.top_k, shape.num_experts // 8))
         few.ids[tokens // 2, 0] = shape.num_experts
+        canonical = Prepared(layer.up, layer.down, layer.up_bias, layer.down_bias, "canonical")
         found = []
         for inputs in (random_inputs(shape, tokens, self.device), few):
-            want = reference.BACKEND.moe(
-                inputs.x.float(), inputs.ids, inputs.weights.float(), layer.up, layer.down, layer.up_bias,
-                layer.down_bias, replace(shape, dtype=torch.float32).params, "canonical",
-            )  # fmt: skip
+            exact = Inputs(inputs.x.float(), inputs.ids, inputs.weights.float())
+            want = call(reference.BACKEND, replace(shape, dtype=torch.float32), canonical, exact)
             found.append((inputs, want))
         return found
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_last
 
-from ....spec import MoEParams, Role
-from ...backend import Backend, Requirement, check_activation_dtype, check_parallel
+from ...arguments import MoEInputs, Slot
+from ...backend import Backend, Requirement, check_activation_dtype, check_parallel, current, known_layout
 from ...library import find
 from ...permutations import arrange_rows, recover_rows, round_up
-from ...ragged import combine, sort_pairs
+from ...ragged import combine, gathered, sort_pairs
 from ...target import Parallel, Request, Target
 from . import api as library
 from . import layout as layouts
@@ -66,75 +65,51 @@ class TritonKernelsBackend(Backend):
             return f"hopper{rows}-w{scale_warps(request.parallel, request.max_capture_size)}"
         return "cdna4" if target.arch == "gfx950" else "strided"
 
-    def prepare(
-        self, packed: Tensor, scales: Tensor, *, k: int, role: Role | None, params: MoEParams | None, layout: str
-    ) -> list[Tensor]:
+    def prepare(self, packed: Tensor, scales: Tensor, slot: Slot, *, k: int) -> list[Tensor]:
         """[values, scales] (layout.py)."""
-        return layouts.prepare(packed, scales, k, role, params, _known(layout))
+        return layouts.prepare(packed, scales, k, _known(slot))
 
-    def recover(
-        self, tensors: Sequence[Tensor], *, n: int, k: int, role: Role | None, params: MoEParams | None, layout: str
-    ) -> tuple[Tensor, Tensor]:
+    def recover(self, tensors: Sequence[Tensor], slot: Slot, *, n: int, k: int) -> tuple[Tensor, Tensor]:
         """Prepared -> canonical, bit for bit."""
-        return layouts.recover(tensors[0], tensors[1], n, k, role, params, _known(layout))
+        return layouts.recover(tensors[0], tensors[1], n, k, _known(slot))
 
-    def prepare_bias(self, bias: Tensor, *, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def prepare_bias(self, bias: Tensor, slot: Slot) -> Tensor:
         """[e, N] -> [e, N padded], gate and up in turns; cast to fp32 in the call."""
-        multiple = layouts.multiples(layout)[0]
-        return arrange_rows(bias, role, params, layout="interleaved", activated=0, multiple=multiple)
+        return arrange_rows(bias, slot, layouts.ROWS, layouts.multiples(slot.layout)[0])
 
-    def recover_bias(self, bias: Tensor, *, n: int, role: Role | None, params: MoEParams | None, layout: str) -> Tensor:
+    def recover_bias(self, bias: Tensor, slot: Slot, *, n: int) -> Tensor:
         """Inverse of ``prepare_bias``."""
-        return recover_rows(bias, n, role, params, layout="interleaved", activated=0)
+        return recover_rows(bias, n, slot, layouts.ROWS)
 
-    def moe(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
+    def moe(self, inputs: MoEInputs) -> Tensor:
         """x [T, H] bf16 -> [T, H]; no host synchronization."""
-        tokens, top_k = topk_ids.shape
-        if tokens == 0 or top_k == 0:
+        x, params, topk_ids = inputs.x, inputs.params, inputs.topk_ids
+        if topk_ids.numel() == 0:
             return torch.zeros_like(x)
         e, h = params.num_experts, params.hidden
-        rows, columns = layouts.multiples(layout)
+        rows, columns = layouts.multiples(inputs.layout)
         h_in, h_out = round_up(h, columns), round_up(h, rows)
         inner = round_up(params.intermediate, rows)
         inner_in = round_up(params.intermediate, columns)
         up_rows = 2 * inner if params.activation.gated else inner
+        up_bias, down_bias = inputs.biases(torch.float32)
         call = library.load()
-        with _on(x.device):
+        with current(x.device):
             pairs = sort_pairs(topk_ids, e)
-            groups = call.groups(pairs.counts, tokens * top_k)
-            inputs, weights = pad_last(x, (0, h_in - h)).to(torch.bfloat16), topk_weights
-            gather: Tensor | None = torch.div(pairs.order, top_k, rounding_mode="trunc")
-            combined: Tensor | None = weights
+            groups = call.groups(pairs.counts, topk_ids.numel())
+            gather: Tensor | None = None
+            weights: Tensor | None = inputs.topk_weights
             if params.weight_on_input:
-                at = pairs.order.long()
-                inputs = inputs.index_select(0, at // top_k) * weights.reshape(-1)[at].unsqueeze(1)
-                inputs, gather, combined = inputs.to(torch.bfloat16), None, None
-            hidden = call.multiply(
-                inputs.contiguous(),
-                call.weight(up[0], up[1], layout, up_rows, h_in),
-                None if up_bias is None else up_bias.float(),
-                groups,
-                gather,
-                call.activation(params.activation),
-            )
-            y = call.multiply(
-                pad_last(hidden, (0, inner_in - inner)),
-                call.weight(down[0], down[1], layout, h_out, inner_in),
-                None if down_bias is None else down_bias.float(),
-                groups,
-            )
-            out = combine(y, pairs, topk_ids, combined, e, x.dtype)
+                seen, weights = gathered(inputs, pairs, h_in)
+            else:
+                seen = pad_last(x, (0, h_in - h)).to(torch.bfloat16)
+                gather = torch.div(pairs.order, topk_ids.shape[1], rounding_mode="trunc")
+            up = call.weight(inputs.up[0], inputs.up[1], inputs.layout, up_rows, h_in)
+            down = call.weight(inputs.down[0], inputs.down[1], inputs.layout, h_out, inner_in)
+            activation = call.activation(params.activation)
+            hidden = call.multiply(seen.contiguous(), up, up_bias, groups, gather, activation)
+            y = call.multiply(pad_last(hidden, (0, inner_in - inner)), down, down_bias, groups)
+            out = combine(y, pairs, topk_ids, weights, e, x.dtype)
         return out if h_out == h else out[:, :h].contiguous()
 
     def grouped_linear(
@@ -148,7 +123,7 @@ class TritonKernelsBackend(Backend):
         rows, columns = layouts.multiples(layout)
         k_in, n_out = round_up(k, columns), round_up(n, rows)
         call = library.load()
-        with _on(x.device):
+        with current(x.device):
             counts = offsets.diff(prepend=offsets.new_zeros(1)).int()
             y = call.multiply(
                 pad_last(x, (0, k_in - k)).to(torch.bfloat16).contiguous(),
@@ -174,14 +149,9 @@ def _device(target: Target, generation: str | None) -> Requirement:
     return Requirement("device", False, f"{target.arch}, needs a GPU")
 
 
-def _known(layout: str) -> str:
-    if layout not in layouts.LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r} of backend triton_kernels; known: {', '.join(layouts.LAYOUTS)}")
-    return layout
-
-
-def _on(device: torch.device) -> torch.cuda.device | nullcontext[None]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def _known(slot: Slot) -> Slot:
+    known_layout(slot.layout, "triton_kernels", layouts.LAYOUTS)
+    return slot
 
 
 BACKEND = TritonKernelsBackend()

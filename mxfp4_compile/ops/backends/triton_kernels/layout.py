@@ -17,9 +17,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ....spec import MoEParams, Role
-from ...permutations import arrange_rows, fold, pad, recover_rows, round_up, twiddle, unfold, untwiddle
+from ...arguments import Slot
+from ...permutations import RowOrder, arrange_rows, fold, pad, recover_rows, round_up, twiddle, unfold, untwiddle
 
+ROWS = RowOrder("interleaved", 0)
 LAYOUTS = ("strided", "hopper-w4", "hopper-w8", "hopper256-w4", "hopper256-w8", "blackwell", "cdna4")
 
 
@@ -45,33 +46,23 @@ def _scale_fold(n: int, groups: int, warps: int) -> tuple[tuple[int, ...], tuple
     return (n // (32 * warps), 2, warps, 2, 8, groups // 2, 2), (0, 2, 5, 1, 4, 6, 3)
 
 
-def prepare(
-    packed: Tensor, scales: Tensor, k: int, role: Role | None, params: MoEParams | None, layout: str
-) -> list[Tensor]:
-    """Canonical -> [values, scales] in ``layout``."""
-    rows, columns = multiples(layout)
+def prepare(packed: Tensor, scales: Tensor, k: int, slot: Slot) -> list[Tensor]:
+    """Canonical -> [values, scales] in the slot's layout."""
+    rows, columns = multiples(slot.layout)
     k_padded = round_up(k, columns)
-    common = {"layout": "interleaved", "activated": 0, "multiple": rows}
-    packed = pad(arrange_rows(packed, role, params, **common), 2, k_padded // 2)  # type: ignore[arg-type]
-    scales = pad(arrange_rows(scales, role, params, **common), 2, k_padded // 32)  # type: ignore[arg-type]
-    return [swizzle_values(packed, layout), swizzle_scales(scales, layout)]
+    packed = pad(arrange_rows(packed, slot, ROWS, rows), 2, k_padded // 2)
+    scales = pad(arrange_rows(scales, slot, ROWS, rows), 2, k_padded // 32)
+    return [swizzle_values(packed, slot.layout), swizzle_scales(scales, slot.layout)]
 
 
-def recover(
-    values: Tensor, scales: Tensor, n: int, k: int, role: Role | None, params: MoEParams | None, layout: str
-) -> tuple[Tensor, Tensor]:
+def recover(values: Tensor, scales: Tensor, n: int, k: int, slot: Slot) -> tuple[Tensor, Tensor]:
     """Inverse of ``prepare``."""
-    rows, columns = multiples(layout)
-    gated = role == "up" and params is not None and params.activation.gated
-    n_padded = 2 * round_up(n // 2, rows) if gated else round_up(n, rows)
+    rows, columns = multiples(slot.layout)
+    n_padded = 2 * round_up(n // 2, rows) if slot.gated else round_up(n, rows)
     k_padded = round_up(k, columns)
-    packed = unswizzle_values(values, n_padded, k_padded // 2, layout)[:, :, : (k + 1) // 2]
-    plain = unswizzle_scales(scales, n_padded, k_padded // 32, layout)[:, :, : -(-k // 32)]
-    back = {"layout": "interleaved", "activated": 0}
-    return (
-        recover_rows(packed, n, role, params, **back),  # type: ignore[arg-type]
-        recover_rows(plain, n, role, params, **back),  # type: ignore[arg-type]
-    )
+    packed = unswizzle_values(values, n_padded, k_padded // 2, slot.layout)[:, :, : (k + 1) // 2]
+    plain = unswizzle_scales(scales, n_padded, k_padded // 32, slot.layout)[:, :, : -(-k // 32)]
+    return recover_rows(packed, n, slot, ROWS), recover_rows(plain, n, slot, ROWS)
 
 
 def swizzle_values(packed: Tensor, layout: str) -> Tensor:

@@ -1,0 +1,64 @@
+"""What a backend's methods are given: the tensors of a call, and which projection prepared weights are of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..spec import MoEParams, Role
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Which projection of a layer prepared weights or a prepared bias are of, and the id of their layout.
+
+    ``role`` and ``params`` are None together for a projection of ``grouped_linear``, which has its sizes alone.
+    """
+
+    role: Role | None
+    params: MoEParams | None
+    layout: str
+
+    @property
+    def gated(self) -> bool:
+        """Whether its rows are those of two halves, of which one goes through the activation."""
+        return self.role == "up" and self.params is not None and self.params.activation.gated
+
+
+@dataclass(frozen=True)
+class MoEInputs:
+    """A call of ``mxfp4::moe``: T tokens of hidden size H, K experts for each of them, E experts in all.
+
+    x: [T, H], floating point, of any strides.
+    topk_ids: [T, K], int32 or int64, at least 0; ids >= E contribute nothing.
+    topk_weights: [T, K], floating point; anything, NaN too, where an id contributes nothing.
+    up, down: the tensors that ``Backend.prepare`` returned for the projection, of first dimension E.
+    up_bias, down_bias: what ``Backend.prepare_bias`` returned, of first dimension E, or None.
+    params: what the layer computes. layout: the id of the layout of the prepared tensors.
+    """
+
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    up: Sequence[Tensor]
+    down: Sequence[Tensor]
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    params: MoEParams
+    layout: str
+
+    def slot(self, role: Role) -> Slot:
+        """What the tensors of ``role`` were prepared for."""
+        return Slot(role, self.params, self.layout)
+
+    def biases(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """(up_bias, down_bias) in ``dtype``."""
+        up, down = self.up_bias, self.down_bias
+        return None if up is None else up.to(dtype), None if down is None else down.to(dtype)
+
+    def of_tokens(self, part: slice) -> MoEInputs:
+        """The same call for some of its tokens."""
+        return replace(self, x=self.x[part], topk_ids=self.topk_ids[part], topk_weights=self.topk_weights[part])
