@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 from .registration import register as _register
 
 if TYPE_CHECKING:
+    from .calibration.model import calibrate
+    from .calibration.report import CalibrationReport
     from .checkpoint import CheckpointError
     from .checkpoint.loading import load
     from .checkpoint.quantizer import Mxfp4CompileConfig
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
     from .runtime import capture
 
 __all__ = [
+    "CalibrationReport",
     "CheckpointError",
     "Mxfp4CompileConfig",
     "OptimizeError",
     "Report",
     "SiteReport",
     "__version__",
+    "calibrate",
     "capture",
     "compile_reports",
     "inspect",
@@ -49,11 +53,13 @@ __all__ = [
 
 # The module of each public name.
 _MODULES = {
+    "CalibrationReport": "calibration.report",
     "CheckpointError": "checkpoint",
     "Mxfp4CompileConfig": "checkpoint.quantizer",
     "OptimizeError": "planning",
     "Report": "report",
     "SiteReport": "report",
+    "calibrate": "calibration.model",
     "capture": "runtime",
     "compile_reports": "dynamo.backend",
     "inspect": "inspection",

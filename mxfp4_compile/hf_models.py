@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -59,3 +60,24 @@ def empty_model(
         if is_auto(cls):
             return cls.from_config(config, trust_remote_code=trust_remote_code, **options).eval()
         return cls._from_config(config, **options).eval()
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's language part; None if it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def tokenizer_of(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory or hub id; None if there is none."""
+    import transformers
+
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if Path(path).is_dir():
+        if not any((Path(path) / name).is_file() for name in names):
+            return None
+        return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except OSError:  # neither on the hub nor in its cache
+        return None

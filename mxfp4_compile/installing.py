@@ -108,9 +108,16 @@ def verify_structures(
             ) from error
 
 
-def try_sites(sites: list[Site], scale_rule: str, model: nn.Module, advance: Callable[[int], None]) -> None:
+def try_sites(
+    sites: list[Site],
+    scale_rule: str,
+    model: nn.Module,
+    advance: Callable[[int], None],
+    reader_of: Callable[[Site], ExpertReader | None] = lambda _: None,
+) -> None:
     """Build and verify every site and drop it again: each gets its ``trial``, or the outcome "failed" and the reason.
 
+    ``reader_of``: where a site's weights are, if not in the module.
     OptimizeError where the backend that was asked for by name fails, or the last one.
     """
     of_structure: dict[int, list[Site]] = {}
@@ -122,7 +129,7 @@ def try_sites(sites: list[Site], scale_rule: str, model: nn.Module, advance: Cal
         while waiting:
             site, choice = waiting.popleft(), structure.choice
             try:
-                site.trial = _try_site(site, scale_rule, model, advance, None)
+                site.trial = _try_site(site, scale_rule, model, advance, reader_of(site))
             except OptimizeError:
                 raise
             except Exception as error:

@@ -7,38 +7,29 @@ Until then a failure leaves the model untouched.
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import mx
+from .calibration.driver import Options, prepare_windows
+from .calibration.model import calibrate_sites, check_model_kind, mark_of, reader_of
+from .calibration.report import CalibrationReport
 from .circumstances import StateChange, exclusively, kept_state, others_wait, plain_modes
 from .installing import build_site, install_site, progress_bar, silenced_hooks, try_sites
 from .lifecycle import finish, note_state
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.selection import requested_backend
-from .ops.target import DEFAULT_CAPTURE_SIZE, Request, check_request
+from .ops.target import DEFAULT_CAPTURE_SIZE, check_request
 from .passes.build.module import MXFP4Experts, mxfp4_sites
-from .passes.find.discover import Candidate, find_candidates, record_calls, traceable_experts
-from .planning import (
-    OptimizeError,
-    Site,
-    apply_skip,
-    check_matches,
-    check_model,
-    left_alone,
-    match_all,
-    scan_finite,
-    skip_late,
-    weight_ids,
-)
+from .planning import OptimizeError, Site, left_alone, plan_model
 from .processes import OneProcess, is_spread
 from .report import Report, versions_used
 from .skipping import as_patterns
@@ -56,6 +47,7 @@ def optimize(
     verify: bool = True,
     example_inputs: Any = None,
     progress: bool | None = None,
+    calibration: Any = None,
 ) -> Any:
     """Make a model's mixture-of-experts weights MXFP4, in place, and return the model.
 
@@ -70,7 +62,9 @@ def optimize(
     (fnmatch) or several; experts that it names, or that lie below or around what it names, are left alone. strict:
     raise when nothing is found, something MoE-looking has no match, or a pattern of ``skip`` names nothing.
     verify: check each site numerically. example_inputs: dict or tuple for one forward, where token ids alone
-    will not do. progress: None shows a bar on a terminal only.
+    will not do. progress: None shows a bar on a terminal only. calibration: choose the codes by what the experts
+    compute on a text, for about half of the loss: True (the model writes the text), or what ``calibrate`` takes as
+    ``text``; ``calibrate`` itself, called before, has more options.
 
     Raises TypeError or ValueError for bad arguments, OptimizeError (with ``.report``) otherwise. The model
     is untouched then: every site is tried against its original before the first is installed. What cannot be undone,
@@ -78,6 +72,10 @@ def optimize(
     """
     with exclusively(), plain_modes():
         requested = _check_arguments(model, backend, activation_dtype, max_capture_size, scale_rule)
+        options = None if calibration is None or calibration is False else Options.of(calibration)
+        if options is not None:
+            options.check()
+            check_model_kind(model)
         if mxfp4_sites(model):
             print("mxfp4_compile: this model is optimized already; nothing to do", file=sys.stderr)
             return model
@@ -89,7 +87,7 @@ def optimize(
                 scale_rule=scale_rule, skip=as_patterns(skip), strict=strict, verify=verify,
                 example_inputs=example_inputs,
             )  # fmt: skip
-            return _optimize(model, report, requested, skip, strict, example_inputs, progress, processes)
+            return _optimize(model, report, requested, skip, strict, example_inputs, progress, processes, options)
 
 
 def _processes_of(model: nn.Module) -> OneProcess:
@@ -109,22 +107,31 @@ def _optimize(
     example_inputs: Any,
     progress: bool | None,
     processes: OneProcess,
+    options: Options | None = None,
 ) -> Any:
     started = time.perf_counter()
     scale_rule, verify = report.scale_rule, report.verified
+    windows = None if options is None else prepare_windows(model, options)
     with ExitStack() as stack:
         parts = processes.parts(model, skip, example_inputs)
         processes.together("finding split experts", lambda: stack.enter_context(parts))
         seen: list[StateChange] = []
         with kept_state(model) as changes:
             sites = processes.together(
-                "planning", lambda: _plan(model, report, requested, skip, strict, example_inputs, seen, processes)
+                "planning", lambda: plan_model(model, report, requested, skip, strict, example_inputs, seen, processes)
             )
             processes.alike("the sites of the model", sites)
             planned = [s for s in sites if s.structure is not None]
+            calibration, readers = mark_of(model, planned), dict[int, Any]()
+            if options is not None:
+                found = calibrate_sites(model, planned, options, scale_rule, windows, progress)
+                calibration, readers = found.report, {id(s): reader_of(s, found) for s in planned}
             advance = stack.enter_context(progress_bar(planned, progress, 2 if verify else 1))
             if verify:
-                processes.together("verification", lambda: try_sites(planned, scale_rule, model, advance))
+                processes.together(
+                    "verification",
+                    lambda: try_sites(planned, scale_rule, model, advance, lambda site: readers.get(id(site))),
+                )
                 processes.fail_alike(planned)
                 _check_trials(sites, report, strict)
                 processes.whole_errors(planned)
@@ -145,8 +152,9 @@ def _optimize(
                     waiting[site.candidate.weights] -= 1
                     last = not waiting[site.candidate.weights]
                     done = install_site(
-                        model, site, scale_rule, verify, advance, prepared, last=last, processes=processes
-                    )
+                        model, site, scale_rule, verify, advance, prepared, readers.get(id(site)), last=last,
+                        processes=processes,
+                    )  # fmt: skip
                     report.sites.append(done)
                     if done.rewritten:
                         processes.installed(site)
@@ -159,12 +167,29 @@ def _optimize(
                 raise
             names = [s.name for s in todo]
             raise OptimizeError(_half_way(f"{type(error).__name__}: {error}", names, report), report) from error
+    tell_calibration(model, report, calibration)
     finish(model, report, started)
     failures = [s for s in report.sites if s.outcome == "failed"]
     if failures and strict:
         words = "; ".join(f"{s.names[0]} ({s.reason})" for s in failures)
         raise OptimizeError(_half_way(words, [s.name for s in todo], report), report)
     return model
+
+
+def tell_calibration(model: nn.Module, report: Report, calibration: CalibrationReport | None) -> None:
+    """Put a calibration in the report: how far it moved the weights is their error, not what rounding them again is."""
+    if calibration is None:
+        return
+    report.calibration = calibration
+    built = mxfp4_sites(model)
+    for i, site in enumerate(report.sites):
+        known = calibration.of(site.names[0]) if site.rewritten else None
+        if known is not None:
+            report.sites[i] = replace(
+                site, weight_error_mean=known.drift_mean, weight_error_max=known.drift_max, calibrated=True
+            )
+            if site.names[0] in built:
+                built[site.names[0]].weight_errors = {n: dict(e) for n, e in known.by_name.items()}
 
 
 def _check_trials(sites: list[Site], report: Report, strict: bool) -> None:
@@ -187,44 +212,6 @@ def _half_way(reason: str, sites: list[str], report: Report) -> str:
         f"{reason}. Changed to MXFP4 before that, which cannot be undone: {', '.join(changed) or 'none'}. In their "
         f"original precision: {', '.join(left) or 'none'}. The model remains usable."
     )
-
-
-def _plan(
-    model: nn.Module,
-    report: Report,
-    requested: str | None,
-    skip: str | Sequence[str],
-    strict: bool,
-    example_inputs: Any,
-    changes: list[StateChange],
-    processes: OneProcess,
-) -> list[Site]:
-    """Every MoE-looking module with its structure, or the reason why it has none; the weights are finite.
-
-    ``changes``: gets what the forwards set, which is put back before anything is traced.
-    """
-
-    def record(model: nn.Module, candidates: list[Candidate], inputs: Any) -> None:
-        with kept_state(model) as seen, processes.forwards():
-            record_calls(model, candidates, inputs)
-        changes.extend(seen)
-
-    sites = apply_skip(model, [Site(c) for c in find_candidates(model)], skip, report, strict)
-    check_model(model, [s.candidate for s in sites if not s.outcome])
-    activations: Any = report.activation_dtype
-    request = Request(activation_dtype=activations, max_capture_size=report.max_capture_size)
-    with traceable_experts(model):
-        match_all(model, sites, example_inputs, requested, request, record=record)
-    skip_late(sites, skip, report)
-    check_model(model, [s.candidate for s in sites if s.candidate.kind == "block" and not s.outcome])
-    gc.collect()  # exported programs are cyclic garbage that keeps the traced modules' weights alive
-    check_matches(sites, report, strict)
-    processes.planned(sites)
-    todo = [s for s in sites if s.structure is not None]
-    for site in todo:
-        site.tied = weight_ids(site)
-    scan_finite(todo)
-    return sites
 
 
 def _check_arguments(

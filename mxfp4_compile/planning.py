@@ -5,6 +5,7 @@ Contract: the model is read and run, never changed; every site gets its structur
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .circumstances import kept_state
+from .circumstances import StateChange, kept_state
 from .ops.selection import Choice, choose
 from .ops.target import PLAIN, Request
 from .passes.build.rewrite import RewriteError, retained_names
 from .passes.build.verify import Verification
-from .passes.find.discover import Candidate, record_calls
+from .passes.find.discover import Candidate, find_candidates, record_calls, traceable_experts
 from .passes.find.foreign_hooks import adapter_on, offload_hook, unhooked
 from .passes.match import FusedMatch, NoMatch, SplitMatch, match
 from .passes.match.dense_routing import has_dense_products, variants
@@ -30,7 +31,7 @@ from .passes.trace.failures import in_words
 from .passes.trace.traced import CallPattern, Traced, TraceError, call_pattern
 from .passes.trace.unroll import holds_list, unroll
 from .passes.weights import members, projections_of, source_names, stack
-from .processes import is_dtensor
+from .processes import OneProcess, is_dtensor
 from .report import Report, SiteReport
 from .skipping import as_patterns, protects, unknown_patterns
 
@@ -432,6 +433,46 @@ def match_structure(
 
 def _shape_key(module: nn.Module) -> Any:
     return type(module), tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters())
+
+
+def plan_model(
+    model: nn.Module,
+    report: Report,
+    requested: str | None,
+    skip: str | Sequence[str],
+    strict: bool,
+    example_inputs: Any,
+    changes: list[StateChange],
+    processes: OneProcess | None = None,
+) -> list[Site]:
+    """Every MoE-looking module with its structure, or the reason why it has none; the weights are finite.
+
+    ``changes``: gets what the forwards set, which is put back before anything is traced.
+    """
+
+    processes = processes or OneProcess()
+
+    def record(model: nn.Module, candidates: list[Candidate], inputs: Any) -> None:
+        with kept_state(model) as seen, processes.forwards():
+            record_calls(model, candidates, inputs)
+        changes.extend(seen)
+
+    sites = apply_skip(model, [Site(c) for c in find_candidates(model)], skip, report, strict)
+    check_model(model, [s.candidate for s in sites if not s.outcome])
+    activations: Any = report.activation_dtype
+    request = Request(activation_dtype=activations, max_capture_size=report.max_capture_size)
+    with traceable_experts(model):
+        match_all(model, sites, example_inputs, requested, request, record=record)
+    skip_late(sites, skip, report)
+    check_model(model, [s.candidate for s in sites if s.candidate.kind == "block" and not s.outcome])
+    gc.collect()  # exported programs are cyclic garbage that keeps the traced modules' weights alive
+    check_matches(sites, report, strict)
+    processes.planned(sites)
+    todo = [s for s in sites if s.structure is not None]
+    for site in todo:
+        site.tied = weight_ids(site)
+    scan_finite(todo)
+    return sites
 
 
 def check_matches(sites: list[Site], report: Report, strict: bool) -> None:

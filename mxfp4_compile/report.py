@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Outcome = Literal["fused", "split", "skipped", "dense", "unmatched", "failed"]
 
@@ -20,7 +20,8 @@ class SiteReport:
     original on the same dequantized weights; ``original_error``: that of the original in its own dtype. Where
     activations are quantized for many tokens only: ``quantized_error``, that of calls with ``quantized_from`` tokens or
     more, which ``error`` leaves out. ``constants``: plain attributes that the original's forward reads, with the values
-    that are part of the rewritten graph.
+    that are part of the rewritten graph. ``calibrated``: its codes were chosen by its outputs, so that
+    ``weight_error`` is how far that moved the weights.
     """
 
     names: tuple[str, ...]
@@ -41,6 +42,7 @@ class SiteReport:
     quantized_error: float | None = None
     warnings: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
+    calibrated: bool = False
 
     @property
     def rewritten(self) -> bool:
@@ -115,6 +117,12 @@ class RuntimeReport:
         return "\n".join(self.lines())
 
 
+class Account(Protocol):
+    """A part of a report that says what it has to say line by line."""
+
+    def lines(self) -> list[str]: ...
+
+
 @dataclass
 class Report:
     """The report of one ``optimize`` call; ``str()`` is a readable account, ``to_json()`` for machines."""
@@ -128,6 +136,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     runtime: RuntimeReport = field(default_factory=RuntimeReport)
+    calibration: Account | None = None
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -168,6 +177,8 @@ class Report:
             )
         for group in _groups(self.sites):
             lines += _describe(group)
+        if self.calibration is not None:
+            lines += self.calibration.lines()
         lines += [f"note: {note}" for note in self.notes]
         lines += self.runtime.lines()
         if done and not self.verified:
@@ -208,7 +219,8 @@ def _describe(group: list[SiteReport]) -> list[str]:
     detail = f"    {_size(before)} -> {_size(after)}"
     means = [s.weight_error_mean for s in group if s.weight_error_mean is not None]
     if means:
-        detail += f"; weights: relative squared error {sum(means) / len(means):.4f}"
+        what = "moved by calibration, " if any(s.calibrated for s in group) else ""
+        detail += f"; weights: {what}relative squared error {sum(means) / len(means):.4f}"
     errors = [s.error for s in group if s.error is not None]
     if errors:
         originals = [s.original_error or 0.0 for s in group if s.error is not None]

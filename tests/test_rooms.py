@@ -16,8 +16,8 @@ ROOMS = (
     "registration", "__init__", "text", "activations", "spec", "mx", "timing",
     "circumstances", "processes", "hf_models", "report", "ops",
     "passes", "passes.trace", "passes.find", "passes.match", "passes.build",
-    "skipping", "planning", "ranks", "installing", "runtime", "dynamo", "lifecycle", "pipeline", "checkpoint",
-    "inspection", "tools", "__main__",
+    "skipping", "planning", "ranks", "installing", "calibration", "runtime", "dynamo", "lifecycle", "pipeline",
+    "checkpoint", "inspection", "tools", "__main__",
 )  # fmt: skip
 # Circles that are known, to be taken out.
 KNOWN_CIRCLES = [{"mxfp4_compile.ops.backends.triton.select", "mxfp4_compile.ops.backends.triton.tuned"}]

@@ -8,6 +8,8 @@ up, never on import, and one that fails is remembered with its reason instead of
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .backend import Backend
@@ -15,6 +17,7 @@ from .backend import Backend
 ENTRY_POINTS = "mxfp4_compile.backends"
 
 _BACKENDS: dict[str, Backend] = {}
+_UNLISTED: dict[str, Backend] = {}
 _FAILED: dict[str, str] = {}
 _loaded = False
 
@@ -26,6 +29,18 @@ def register_backend(backend: Backend) -> None:
     if backend.name in _BACKENDS:
         raise ValueError(f"a backend named {backend.name!r} is registered already")
     _BACKENDS[backend.name] = backend
+
+
+@contextmanager
+def unlisted(backend: Backend) -> Iterator[None]:
+    """Within the block ops that name ``backend`` find it; it is not offered to sites and not among the known ones."""
+    if backend.name in _BACKENDS or backend.name in _UNLISTED:
+        raise ValueError(f"a backend named {backend.name!r} is registered already")
+    _UNLISTED[backend.name] = backend
+    try:
+        yield
+    finally:
+        del _UNLISTED[backend.name]
 
 
 def known_backends() -> tuple[str, ...]:
@@ -42,7 +57,7 @@ def failed_backends() -> dict[str, str]:
 
 def get_backend(name: str) -> Backend:
     """The backend registered as ``name``; ValueError lists the known ones."""
-    backend = _BACKENDS.get(name)
+    backend = _BACKENDS.get(name) or _UNLISTED.get(name)
     if backend is None:
         _load_entry_points()
         backend = _BACKENDS.get(name)

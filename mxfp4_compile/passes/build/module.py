@@ -138,7 +138,7 @@ class MXFP4Experts(PreparedWeights):
 
     def stored(self) -> list[Tensor]:
         """What the rewritten graph takes after the call's tensors: retained state, prepared weights, biases."""
-        kept = [_get(self, name, self.original) for name in self.plan.retained]
+        kept = [state_of(self, name, self.original) for name in self.plan.retained]
         return kept + [getattr(self, name) for name in self._tensor_names]
 
     def _arranged(self, result: Any) -> Any:
@@ -196,10 +196,10 @@ def mxfp4_sites(model: nn.Module) -> dict[str, MXFP4Experts]:
     return {name: m for name, m in model.named_modules() if isinstance(m, MXFP4Experts)}
 
 
-def _get(module: nn.Module, path: str, original: nn.Module) -> Tensor:
+def state_of(module: nn.Module, path: str, original: nn.Module) -> Tensor:
     """A parameter or buffer, or a stack of them; TypeError if another module (a PEFT layer) stands in its place."""
     if is_apart(path):
-        return torch.stack([_get(module, member, original) for member in members(original, path)])
+        return torch.stack([state_of(module, member, original) for member in members(original, path)])
     *parts, leaf = path.split(".")
     owner: Any = module
     for part in parts:

@@ -1,0 +1,290 @@
+"""The recording backend: every site computes as it did, and what its ops get is kept.
+
+::
+
+    site of a plain model     its rewritten graph on its own weights,      backend "recording", layout "plain"
+                              or on calibrated ones
+    site in MXFP4             its rewritten graph as it is                 backend "recording", "BACKEND/LAYOUT"
+
+Contract: parameters and buffers stay as they are; forwards and graphs are put back at the end of the block. Hooking at
+the op makes every family one case: biases, orders of gate and up, weights on the input and split middles are in the
+graph around it or among its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..ops.backend import Backend, Requirement
+from ..ops.registry import get_backend, unlisted
+from ..ops.target import Request, Target
+from ..passes.build.module import MXFP4Experts, state_of
+from ..passes.build.rewrite import reroute, rewrite
+from ..passes.calls import TensorInfo
+from ..passes.weights import Projection, projections_of, stack
+from ..planning import Site
+from ..spec import MoEParams
+
+NAME = "recording"
+PLAIN = "plain"
+
+
+@dataclass
+class Recorded:
+    """What one op got, call by call: ``x`` [T, K], ``ids`` [T, k] int64, ``weights`` [T, k], on the host."""
+
+    x: list[Tensor] = field(default_factory=list)
+    ids: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    held: list[bool] = field(default_factory=list)
+
+    def joined(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, ids and weights of all calls, and which tokens [T] bool are held back, on ``device``."""
+        mask = torch.cat([torch.full((len(x),), held) for x, held in zip(self.x, self.held, strict=True)])
+        parts = (torch.cat(self.x), torch.cat(self.ids), torch.cat(self.weights), mask)
+        x, ids, weights, mask = (part.to(device) for part in parts)
+        return x, ids, weights, mask
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(t.numel() * t.element_size() for kept in (self.x, self.ids, self.weights) for t in kept)
+
+
+class Enough(BaseException):
+    """Ends a forward after the last site that was wanted; no error, so that nothing on the way reports it as one."""
+
+
+class Recorder(Backend):
+    """A backend for the time of a calibration. ``wanted``: sites whose ops are kept, None for all.
+
+    ``held``: whether the text that runs is held back. ``last``: a site after which a forward ends. ``calibrated``:
+    sites that have calibrated weights run on them.
+    """
+
+    name = NAME
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, str], Recorded] = {}
+        self.order: list[int] = []
+        self.wanted: set[int] | None = None
+        self.last: int | None = None
+        self.held = False
+        self.calibrated = False
+        self.codes: dict[int, Mapping[str, tuple[Tensor, Tensor]]] = {}
+        self.slots: dict[int, tuple[int, str]] = {}  # where the weights of an op lie -> its site and slot
+
+    def supports(self, request: Request, target: Target) -> list[Requirement]:
+        return [Requirement("use", False, "records what ops get while a model is calibrated")]
+
+    def take(self, site: int) -> dict[str, Recorded]:
+        """What was kept of a site, by slot; it is forgotten here."""
+        keys = [key for key in self.kept if key[0] == site]
+        return {slot: self.kept.pop((site, slot)) for _, slot in keys}
+
+    def _note(self, weight: Tensor, x: Tensor, ids: Callable[[], Tensor], weights: Callable[[], Tensor]) -> None:
+        site, slot = self.slots[weight.data_ptr()]
+        if site not in self.order:
+            self.order.append(site)
+        if self.wanted is not None and site not in self.wanted:
+            return
+        record = self.kept.setdefault((site, slot), Recorded())
+        record.x.append(_copy(x))
+        record.ids.append(_copy(ids().long()))
+        record.weights.append(_copy(weights()))
+        record.held.append(self.held)
+
+    def moe(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        up: Sequence[Tensor],
+        down: Sequence[Tensor],
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        params: MoEParams,
+        layout: str,
+    ) -> Tensor:
+        self._note(up[0], x, lambda: topk_ids, lambda: topk_weights)
+        if layout != PLAIN:
+            backend, _, own = layout.partition("/")
+            inner = get_backend(backend)
+            return inner.moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, own)
+        return _moe(x, topk_ids, topk_weights, up[0], down[0], up_bias, down_bias, params)
+
+    def grouped_linear(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        weight: Sequence[Tensor],
+        n: int,
+        round_dtype: torch.dtype,
+        layout: str,
+    ) -> Tensor:
+        def ids() -> Tensor:
+            place = torch.arange(x.shape[0], device=x.device)
+            return torch.searchsorted(offsets.to(place.dtype), place, right=True)[:, None]
+
+        self._note(weight[0], x, ids, lambda: torch.ones(x.shape[0], 1))
+        if layout != PLAIN:
+            backend, _, own = layout.partition("/")
+            return get_backend(backend).grouped_linear(x, offsets, weight, n, round_dtype, own)
+        out = x.new_zeros((x.shape[0], n), dtype=round_dtype)
+        start = 0
+        for expert, end in enumerate(offsets.tolist()):
+            if end > start:
+                out[start:end] = linear(x[start:end], weight[0][expert].to(x.dtype))
+            start = max(start, end)
+        return out
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _moe(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    params: MoEParams,
+) -> Tensor:
+    """``mxfp4::moe`` on plain weights [E, N, K], rounded where the model rounds; an expert at a time."""
+    top_k, rounded = ids.shape[1], params.round_dtype
+    order = torch.argsort(ids.flatten(), stable=True)
+    counts = torch.bincount(ids.flatten().clamp(max=params.num_experts), minlength=params.num_experts + 1)
+    pairs = x.new_zeros((ids.numel(), params.hidden), dtype=params.accum_dtype)
+    flat = weights.reshape(-1, 1)
+    start = 0
+    for expert, count in enumerate(counts[: params.num_experts].tolist()):
+        if not count:
+            continue
+        rows = order[start : start + count]
+        start += count
+        inputs = x[rows // top_k]
+        if params.weight_on_input:
+            inputs = inputs * flat[rows]
+        y = linear(inputs.to(rounded), up[expert].to(rounded))
+        y = params.activate(y if up_bias is None else y + up_bias[expert].to(rounded)).to(rounded)
+        y = linear(y, down[expert].to(rounded))
+        y = (y if down_bias is None else y + down_bias[expert].to(rounded)).to(params.accum_dtype)
+        pairs[rows] = y if params.weight_on_input else y * flat[rows].to(params.accum_dtype)
+    return pairs.view(ids.shape[0], top_k, params.hidden).sum(1).to(x.dtype)
+
+
+def plain_weight(module: nn.Module, projection: Projection, experts: slice = slice(None)) -> Tensor:
+    """The weights of some experts of a module, [e, N, K] in their own dtype; a view where they lie so."""
+    parts = [stack(module, name)[experts] for name in projection.source.parameters]
+    return canonical(parts, projection)
+
+
+def canonical(parts: list[Tensor], projection: Projection) -> Tensor:
+    """A projection's source parameters [e, ., .] as one weight [e, N, K]."""
+    parts = [p.transpose(1, 2) if projection.source.transposed else p for p in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def decoded(codes: tuple[Tensor, Tensor], projection: Projection, like: Tensor) -> Tensor:
+    """Values [e, N, K] of canonical codes and scales, of the dtype and on the device of ``like``."""
+    from .. import mx
+
+    packed, scales = (part.to(like.device) for part in codes)
+    return mx.dequantize(packed, scales, projection.shape[2], like.dtype)
+
+
+class _Forward:
+    """What a site's module does in the meantime: its rewritten graph with the recording backend."""
+
+    def __init__(self, site: Site, key: int, recorder: Recorder) -> None:
+        structure = site.structure
+        assert structure is not None
+        self.module, self.key, self.recorder = site.candidate.module, key, recorder
+        self.pattern, self.retained = structure.pattern, structure.retained
+        self.out_spec = structure.traced.out_spec
+        self.projections = projections_of(structure.found.spec)
+        counts = {p.slot: 1 for p in self.projections}
+        self.graph = rewrite(structure.traced, structure.found, counts, NAME, PLAIN)
+
+    def weights(self, projection: Projection) -> Tensor:
+        codes = self.recorder.codes.get(self.key) if self.recorder.calibrated else None
+        if codes is None:
+            return plain_weight(self.module, projection)
+        return decoded(codes[projection.slot], projection, stack(self.module, projection.source.parameters[0]).parts[0])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = [*args, *[kwargs[name] for name in self.pattern.keywords]]
+        inputs = [v for v, e in zip(leaves, self.pattern.leaves, strict=True) if isinstance(e, TensorInfo)]
+        inputs += [state_of(self.module, name, self.module) for name in self.retained]
+        weights = {p.slot: self.weights(p) for p in self.projections}
+        biases = [
+            torch.cat([stack(self.module, name)[:] for name in p.source.bias], 1)
+            for p in self.projections
+            if p.source.bias
+        ]
+        slots = self.recorder.slots
+        slots.update({w.data_ptr(): (self.key, slot) for slot, w in weights.items()})
+        try:
+            result = self.graph(*inputs, *weights.values(), *biases)
+        finally:
+            for weight in weights.values():
+                slots.pop(weight.data_ptr(), None)
+        if self.recorder.last == self.key:
+            raise Enough
+        return result if self.out_spec is None else torch.utils._pytree.tree_unflatten(list(result), self.out_spec)
+
+
+@contextmanager
+def recorded(sites: Mapping[int, Sequence[Site]], recorder: Recorder) -> Iterator[None]:
+    """Within the block sites of a plain model record; the sites of one key share their weights."""
+    with ExitStack() as stack_, unlisted(recorder):
+        for key, same in sites.items():
+            for site in same:
+                module = site.candidate.module
+                before = module.__dict__.get("forward")
+                module.forward = _Forward(site, key, recorder)
+                stack_.callback(_put_back, module, before)
+        yield
+
+
+def _put_back(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
+
+
+@contextmanager
+def recorded_mxfp4(sites: Mapping[int, Sequence[MXFP4Experts]], recorder: Recorder) -> Iterator[None]:
+    """Within the block sites that run on MXFP4 record."""
+    with ExitStack() as stack_, unlisted(recorder):
+        for key, same in sites.items():
+            for site in same:
+                stack_.callback(setattr, site, "rewritten", site.rewritten)
+                layout = f"{site.backend}/{site.layout}"
+                site.rewritten = reroute(site.rewritten, site._counts, NAME, layout, site.device)
+                for projection in site.projections:
+                    recorder.slots[site.weights(projection.slot)[0].data_ptr()] = (key, projection.slot)
+        yield
+
+
+__all__ = [
+    "Enough",
+    "Recorded",
+    "Recorder",
+    "canonical",
+    "decoded",
+    "plain_weight",
+    "recorded",
+    "recorded_mxfp4",
+]
