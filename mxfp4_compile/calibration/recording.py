@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..ops.arguments import MoEInputs
 from ..ops.backend import Backend, Requirement
 from ..ops.registry import get_backend, unlisted
 from ..ops.target import Request, Target
@@ -30,7 +31,6 @@ from ..passes.build.rewrite import reroute, rewrite
 from ..passes.calls import TensorInfo
 from ..passes.weights import Projection, projections_of, stack
 from ..planning import Site
-from ..spec import MoEParams
 
 NAME = "recording"
 PLAIN = "plain"
@@ -101,24 +101,12 @@ class Recorder(Backend):
         record.weights.append(_copy(weights()))
         record.held.append(self.held)
 
-    def moe(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        params: MoEParams,
-        layout: str,
-    ) -> Tensor:
-        self._note(up[0], x, lambda: topk_ids, lambda: topk_weights)
-        if layout != PLAIN:
-            backend, _, own = layout.partition("/")
-            inner = get_backend(backend)
-            return inner.moe(x, topk_ids, topk_weights, up, down, up_bias, down_bias, params, own)
-        return _moe(x, topk_ids, topk_weights, up[0], down[0], up_bias, down_bias, params)
+    def moe(self, inputs: MoEInputs) -> Tensor:
+        self._note(inputs.up[0], inputs.x, lambda: inputs.topk_ids, lambda: inputs.topk_weights)
+        if inputs.layout != PLAIN:
+            backend, _, own = inputs.layout.partition("/")
+            return get_backend(backend).moe(replace(inputs, layout=own))
+        return _moe(inputs)
 
     def grouped_linear(
         self,
@@ -150,32 +138,25 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _moe(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    params: MoEParams,
-) -> Tensor:
+def _moe(inputs: MoEInputs) -> Tensor:
     """``mxfp4::moe`` on plain weights [E, N, K], rounded where the model rounds; an expert at a time."""
+    x, ids, params = inputs.x, inputs.topk_ids, inputs.params
+    up, down, up_bias, down_bias = inputs.up[0], inputs.down[0], inputs.up_bias, inputs.down_bias
     top_k, rounded = ids.shape[1], params.round_dtype
     order = torch.argsort(ids.flatten(), stable=True)
     counts = torch.bincount(ids.flatten().clamp(max=params.num_experts), minlength=params.num_experts + 1)
     pairs = x.new_zeros((ids.numel(), params.hidden), dtype=params.accum_dtype)
-    flat = weights.reshape(-1, 1)
+    flat = inputs.topk_weights.reshape(-1, 1)
     start = 0
     for expert, count in enumerate(counts[: params.num_experts].tolist()):
         if not count:
             continue
         rows = order[start : start + count]
         start += count
-        inputs = x[rows // top_k]
+        tokens = x[rows // top_k]
         if params.weight_on_input:
-            inputs = inputs * flat[rows]
-        y = linear(inputs.to(rounded), up[expert].to(rounded))
+            tokens = tokens * flat[rows]
+        y = linear(tokens.to(rounded), up[expert].to(rounded))
         y = params.activate(y if up_bias is None else y + up_bias[expert].to(rounded)).to(rounded)
         y = linear(y, down[expert].to(rounded))
         y = (y if down_bias is None else y + down_bias[expert].to(rounded)).to(params.accum_dtype)
