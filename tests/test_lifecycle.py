@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from remembered import remembered_matches  # noqa: F401
 from torch import nn
 from toy_backend import register
 
@@ -17,15 +16,6 @@ from mxfp4_compile.ops import schema
 from mxfp4_compile.ops.selection import Choice
 from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
-
-MATCHING = {"test_settings_are_put_back", "test_compiles_no_more_graphs_than_the_unmodified_model"}
-
-
-@pytest.fixture(autouse=True)
-def _matched_once(request: pytest.FixtureRequest) -> None:
-    """What most of these tests are about comes after matching."""
-    if request.node.originalname not in MATCHING:
-        request.getfixturevalue("remembered_matches")
 
 
 def optimized(family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:

@@ -23,6 +23,8 @@ from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.tools.explain import explain_model
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
+pytestmark = pytest.mark.matching
+
 # For what must not happen: how long it is given to happen. Nothing that must happen is given less than forever.
 GRACE_SECONDS = 0.3
 

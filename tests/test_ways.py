@@ -29,6 +29,7 @@ from mxfp4_compile.passes.build.verify import VerificationError
 from mxfp4_compile.runtime import runtime_of
 from mxfp4_compile.tools.families import tiny_inputs
 
+pytestmark = pytest.mark.matching
 SIZE = 4
 
 

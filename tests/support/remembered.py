@@ -1,57 +1,132 @@
 """Traces and matches that are made once a process, for tests that are about something else.
 
-Two experts modules of one class, code, shapes, plain attributes and configuration, called alike, trace to one graph:
-`same.structure_key` says so of the layers of a model, and this of tiny models made anew by one test after another.
-Only modules of transformers are remembered: a test's own may be changed in ways that no key shows.
+Two experts modules of one code, of equal shapes and plain attributes, called alike, trace to one graph:
+`same.structure_key` says so of the layers of a model, and this of tiny models made anew by one test after another, of
+whatever family: many families have the same code under names of their own, and of a configuration only what that code
+names matters. Only modules of transformers are remembered: a test's own may be changed in ways that no key shows.
+A wrong graph would not pass for right: a site is verified against its module after matching.
 """
 
 from __future__ import annotations
 
+import functools
+import types
+from collections.abc import Iterator
 from typing import Any
 
-import pytest
+import torch
 from torch import nn
 
 from mxfp4_compile import planning
 from mxfp4_compile.passes import same
+from mxfp4_compile.passes.observe import observers
 from mxfp4_compile.passes.trace.traced import CallPattern, Traced
 
-_graphs: dict[Any, Traced] = {}
-_matches: dict[int, Any] = {}  # by the graph's id; _graphs keeps it alive
+_matches: dict[Any, tuple[Traced, Any]] = {}
 _KEPT = 200
 
 
+def _of_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.")
+
+
 def _key(module: nn.Module, pattern: CallPattern) -> Any:
-    config = getattr(module, "config", None)
-    said = None if config is None else (config.to_json_string(), getattr(config, "_experts_implementation", None))
-    structure = tuple(
-        (name, cls, tuple(a for a in plain if a[0] != "config"), tensors)
-        for name, cls, plain, tensors in same.structure_key(module)
+    structure, names = [], {"_experts_implementation"}
+    for name, cls, plain, tensors in same.structure_key(module):
+        code = _code(cls)
+        names |= set(_names(code))
+        structure.append((name, code, tuple(a for a in plain if a[0] != "config"), tensors))
+    configs = [_said(m.config, names) for m in module.modules() if getattr(m, "config", None) is not None]
+    return tuple(structure), tuple(configs), pattern, _modes()
+
+
+def _said(config: Any, names: set[str]) -> str:
+    """The attributes of a configuration that code with these names may read."""
+    own = {name.lstrip("_"): name for name in (*vars(config), *getattr(config, "attribute_map", ()))}
+    return repr(
+        [(name, getattr(config, own[name], None)) for name in sorted({n.lstrip("_") for n in names} & set(own))]
     )
-    return structure, said, pattern
 
 
-@pytest.fixture
-def remembered_matches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace and match every experts module once a process."""
-    trace, match = planning.trace, planning.match
+@functools.cache
+def _code(cls: type) -> Any:
+    """A class of transformers by the code of its methods, wrapped or not; any other by itself."""
+    if not cls.__module__.startswith("transformers."):
+        return cls
+    methods = sorted(
+        (n, f) for c in reversed(cls.__mro__) for n, f in vars(c).items() if _of_models(f) and n != "__init__"
+    )
+    return tuple((name, _function(method, ())) for name, method in methods)
 
-    def remembered_trace(module: nn.Module, pattern: CallPattern) -> Traced:
-        if not type(module).__module__.startswith("transformers."):
-            return trace(module, pattern)
-        key = _key(module, pattern)
-        if key not in _graphs:
-            if len(_graphs) >= _KEPT:
-                _graphs.clear(), _matches.clear()
-            _graphs[key] = trace(module, pattern)
-        return _graphs[key]
 
-    def remembered_match(traced: Traced) -> Any:
-        if not any(traced is graph for graph in _graphs.values()):
-            return match(traced)
-        if id(traced) not in _matches:
-            _matches[id(traced)] = match(traced)
-        return _matches[id(traced)]
+def _of_models(value: Any) -> bool:
+    return isinstance(value, types.FunctionType) and value.__module__.startswith("transformers.")
 
-    monkeypatch.setattr(planning, "trace", remembered_trace)
-    monkeypatch.setattr(planning, "match", remembered_match)
+
+def _function(function: types.FunctionType, above: tuple[Any, ...]) -> Any:
+    """Its code, and what its names and its closure mean, other functions of transformers by theirs."""
+    if function in above:
+        return "again", above.index(function)
+    above = (*above, function)
+    code = function.__code__
+    cells = [c.cell_contents for c in function.__closure__ or ()]
+    known = [function.__globals__[n] for n in _names(_plain(code)) if n in function.__globals__]
+    meant = [_function(v, above) if _of_models(v) else _Itself(v) for v in (*cells, *known)]
+    return _plain(code), repr((function.__defaults__, function.__kwdefaults__)), tuple(meant)
+
+
+class _Itself:
+    """Equal to nothing but the same object."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _plain(code: types.CodeType) -> Any:
+    """A code object without the places of its lines."""
+    constants = tuple(_plain(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts)
+    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
+
+
+def _names(key: Any) -> Iterator[str]:
+    """All strings in a key: names, and constants that may be names of attributes."""
+    if isinstance(key, str):
+        yield key.strip("'")
+    elif isinstance(key, tuple):
+        for part in key:
+            yield from _names(part)
+
+
+def _modes() -> tuple[Any, ...]:
+    """What a trace may depend on that is set around it."""
+    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.get_default_dtype(), *autocast
+
+
+def _steps() -> tuple[Any, ...]:
+    return planning.trace, planning.unroll, planning.collapse, planning.match
+
+
+_ALONE = _steps()
+_made = planning._match_of
+
+
+def match_of(module: nn.Module, pattern: CallPattern) -> tuple[Traced, Any]:
+    """As planning's: how a module of transformers traces and what was matched, once a process.
+
+    A test that looks at one of the steps, in whose place it has put another, gets what it asks for each time.
+    """
+    if not _of_transformers(module) or observers or _steps() != _ALONE:
+        return _made(module, pattern)
+    key = _key(module, pattern)
+    if key not in _matches:
+        if len(_matches) >= _KEPT:
+            _matches.clear()
+        _matches[key] = _made(module, pattern)
+    return _matches[key]
