@@ -1,4 +1,8 @@
-"""Every family that transformers decorates: rewritten, verified, and equal to the original on the same weights."""
+"""Every family that transformers decorates: rewritten, verified, and equal to the original on the same weights.
+
+Families whose experts have the same code share a trace here (support/remembered.py); test_models_doc.py traces and
+matches each of them by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,14 @@ import copy
 
 import pytest
 import torch
+from remembered import match_of
 from torch import Tensor, nn
 
 import mxfp4_compile
 from mxfp4_compile.passes.build.module import MXFP4Experts, mxfp4_sites
 from mxfp4_compile.passes.build.rewrite import count_ops
 from mxfp4_compile.passes.find.discover import experts_implementation, find_candidates, record_calls
-from mxfp4_compile.passes.match import FusedMatch, match
-from mxfp4_compile.passes.trace.export import trace
+from mxfp4_compile.passes.match import FusedMatch
 from mxfp4_compile.passes.trace.traced import call_pattern
 from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
 
@@ -147,7 +151,7 @@ def test_the_same_sites_match_under_batched_mm(family: str) -> None:
         found = {}
         for implementation in ("grouped_mm", "batched_mm"):
             with experts_implementation(model, implementation):
-                found[implementation] = match(trace(candidate.module, pattern))
+                found[implementation] = match_of(candidate.module, pattern)[1]
         grouped, batched = found["grouped_mm"], found["batched_mm"]
         if isinstance(grouped, FusedMatch):
             assert isinstance(batched, FusedMatch), batched

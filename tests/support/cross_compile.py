@@ -44,10 +44,25 @@ _POINTERS = {
 
 
 def layers(targets: dict[str, tuple], tokens: tuple[int, ...]) -> list[tuple[str, str, int]]:
-    """(target, shape, tokens) of the layers to compile."""
-    # Fewer steps than are loaded ahead, which only sm90's tiles do.
-    shapes = [(target, shape) for target in targets for shape in SHAPES if shape != "narrow" or target == "sm90"]
-    return [(*pair, count) for pair in shapes for count in tokens]
+    """(target, shape, tokens) of the layers to compile.
+
+    The rules of sm90 are measured: each shape with each number of tokens. Elsewhere, and for weights laid out for
+    fp8, every two of target, shape and number of tokens meet, but not every three.
+    """
+    out = []
+    others = [target for target in targets if target != "sm90"]
+    for target in targets:
+        # Fewer steps than are loaded ahead, which only sm90's tiles do.
+        shapes = [shape for shape in SHAPES if shape != "narrow" or target == "sm90"]
+        for n, count in enumerate(tokens):
+            if target != "sm90":
+                chosen = [shapes[(n + others.index(target)) % len(shapes)]]
+            elif tokens is FP8_TOKENS:
+                chosen = [shapes[(n + 2) % 4], shapes[(n + 3) % 4]]
+            else:
+                chosen = shapes
+            out += [(target, shape, count) for shape in SHAPES if shape in chosen]
+    return out
 
 
 def compile_step(step, gpu, absent: set[str], pointers: dict[str, str] | None = None):

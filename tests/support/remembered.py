@@ -3,7 +3,8 @@
 Two experts modules of one code, of equal shapes and plain attributes, called alike, trace to one graph:
 `same.structure_key` says so of the layers of a model, and this of tiny models made anew by one test after another, of
 whatever family: many families have the same code under names of their own, and of a configuration only what that code
-names matters. Only modules of transformers are remembered: a test's own may be changed in ways that no key shows.
+names matters. Regions of graphs that Dynamo traced are told by their code, as the library itself does. Any other module
+may be changed in ways that no key shows, and is not remembered.
 A wrong graph would not pass for right: a site is verified against its module after matching.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from mxfp4_compile import planning
+from mxfp4_compile.dynamo.regions import RegionModule
 from mxfp4_compile.passes import same
 from mxfp4_compile.passes.observe import observers
 from mxfp4_compile.passes.trace.traced import CallPattern, Traced
@@ -26,11 +28,16 @@ _matches: dict[Any, tuple[Traced, Any]] = {}
 _KEPT = 200
 
 
-def _of_transformers(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("transformers.")
+def _known(module: nn.Module) -> bool:
+    return isinstance(module, RegionModule) or type(module).__module__.startswith("transformers.")
 
 
 def _key(module: nn.Module, pattern: CallPattern) -> Any:
+    if isinstance(module, RegionModule):
+        own = (*module.named_parameters(), *module.named_buffers())
+        tensors = tuple((name, tuple(t.shape), t.dtype, t.device, t.stride()) for name, t in own)
+        said = module.program.code, module.names, module.packed, module.traced_dtype
+        return said, tensors, pattern, _modes()
     structure, names = [], {"_experts_implementation"}
     for name, cls, plain, tensors in same.structure_key(module):
         code = _code(cls)
@@ -122,7 +129,7 @@ def match_of(module: nn.Module, pattern: CallPattern) -> tuple[Traced, Any]:
 
     A test that looks at one of the steps, in whose place it has put another, gets what it asks for each time.
     """
-    if not _of_transformers(module) or observers or _steps() != _ALONE:
+    if not _known(module) or observers or _steps() != _ALONE:
         return _made(module, pattern)
     key = _key(module, pattern)
     if key not in _matches:
