@@ -78,7 +78,7 @@ def test_fp8_kernels(target, shape, tokens, tmp_path):
 
 @pytest.mark.parametrize("target", ["sm90", *(pytest.param(t, marks=pytest.mark.slow) for t in TARGETS if t != "sm90")])
 def test_routing_and_combination(target, tmp_path):
-    for part in ("route", "combine"):
+    for part in ("sort", "combine"):
         kernel, _ = compiled(target, "qwen3", 512, part)
         assert spilled(kernel, target, tmp_path) == 0
 
@@ -118,7 +118,7 @@ def test_kernels_that_start_early_wait():
     from mxfp4_compile.ops.backends.triton.select import load_config
 
     for tokens in (1, 64):
-        for part in ("up", "down", "combine", *(("route",) if tokens == 64 else ())):
+        for part in ("up", "down", "combine", *(("sort",) if tokens == 64 else ())):
             kernel, _ = compiled("sm90", "gpt_oss", tokens, part)
             ptx = kernel.asm["ptx"]
             assert ptx.count("griddepcontrol.wait") == 1, part

@@ -90,7 +90,7 @@ def case(**overrides):
     """One layer through the backend and the reference -> relative error."""
     from mxfp4_compile.ops.backends.triton import BACKEND
     from mxfp4_compile.ops.backends.triton.moe import moe
-    from mxfp4_compile.ops.backends.triton.select import Choice, Tiles
+    from mxfp4_compile.ops.backends.triton.select import TileChoice, Tiles
 
     o = {
         "e": 6, "top_k": 2, "h": 64, "i": 48, "t": 5, "act": "silu", "layout": "halves", "half": 0,
@@ -155,7 +155,7 @@ def case(**overrides):
             },
         }[o["regime"]]
         tiles = tuple({**dict(tiles), **o["tiles"]}.items())
-        choice = Choice(o["regime"], Tiles(4, 1, tiles), o["regime"], Tiles(4, 1, tiles), o["fp8"])
+        choice = TileChoice(o["regime"], Tiles(4, 1, tiles), o["regime"], Tiles(4, 1, tiles), o["fp8"])
     got = moe(MoEInputs(x, ids, weights, *prepared, *kernel_biases, params, o["bits"]), choice)
     assert got.dtype == x.dtype and got.shape == x.shape and got.is_contiguous()
     want = reference(x, ids, weights, up, down, *biases, params, o["fp8"])

@@ -23,7 +23,7 @@ from interpreter import interpret
 from mxfp4_compile.ops.arguments import MoEInputs
 from mxfp4_compile.ops.backends.triton import select, tuned
 from mxfp4_compile.ops.backends.triton.select import choose
-from mxfp4_compile.ops.backends.triton.tiles import Choice, Tiles, check_entry, entry_of, tiles_of
+from mxfp4_compile.ops.backends.triton.tiles import TileChoice, Tiles, check_entry, entry_of, tiles_of
 from mxfp4_compile.ops.synthetic import LayerShape
 from mxfp4_compile.tools.main import main as cli
 
@@ -36,14 +36,14 @@ def vector(warps: int, rows: int, block: int) -> Tiles:
     return Tiles(warps, 1, (("ROWS", rows), ("BLOCK", block), ("PDL", 0)))
 
 
-VECTOR = Choice("vector", vector(2, 2, 16), "vector", vector(8, 4, 8))
+VECTOR = TileChoice("vector", vector(2, 2, 16), "vector", vector(8, 4, 8))
 _PRODUCT = (("BM", 64), ("BT", 16), ("QUADS", 1), ("UNROLL", 1), ("WAIT", 0))
 _REST = (("SPLIT_K", 1), ("AHEAD", 0), ("PDL", 0))
 SORTED_TILES = Tiles(4, 3, (*_PRODUCT, ("GROUP", 8), ("TAIL", 0), ("MERGE", 0), ("FINE", 0), *_REST), 168)
-SORTED = Choice("sorted", SORTED_TILES, "sorted", SORTED_TILES)
+SORTED = TileChoice("sorted", SORTED_TILES, "sorted", SORTED_TILES)
 
 
-def entry(low: int = 1, high: int = 8, choice: Choice = VECTOR, **changes: Any) -> tuned.Entry:
+def entry(low: int = 1, high: int = 8, choice: TileChoice = VECTOR, **changes: Any) -> tuned.Entry:
     return replace(tuned.Entry(SHAPE, "bfloat16", low, high, choice, low, 10.0, 12.5), **changes)
 
 
@@ -69,12 +69,12 @@ def path(host: tuned.Host) -> Path:
     return found
 
 
-def chosen(tokens: int, shape: tuple[int, int, int, int] = SHAPE, dtype: torch.dtype = BF16) -> Choice:
+def chosen(tokens: int, shape: tuple[int, int, int, int] = SHAPE, dtype: torch.dtype = BF16) -> TileChoice:
     select.forget_tuned()
     return choose("interpreter", *shape, tokens, dtype == BF16, CPU, dtype)
 
 
-def shipped(tokens: int, shape: tuple[int, int, int, int] = SHAPE, dtype: torch.dtype = BF16) -> Choice:
+def shipped(tokens: int, shape: tuple[int, int, int, int] = SHAPE, dtype: torch.dtype = BF16) -> TileChoice:
     return choose("interpreter", *shape, tokens, dtype == BF16)
 
 
@@ -345,7 +345,7 @@ def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPa
     assert tune._compile(job) == (job, "")
     assert compiled == ["vector_up", "vector_down"]
     scan = Tiles(4, 3, (("BM", 64), ("BT", 24), *_PRODUCT[2:], *_REST))
-    job = tune._Job(LayerShape(4, 2, 128, 64), 4, Choice("scan", scan, "scan", scan), "sm80")
+    job = tune._Job(LayerShape(4, 2, 128, 64), 4, TileChoice("scan", scan, "scan", scan), "sm80")
     _, reason = tune._compile(job)
     assert "power of 2" in reason
 
@@ -394,7 +394,7 @@ def test_kernels_of_a_first_call_are_compiled_side_by_side(
     weight, bias = [new(1, dtype=torch.int32)] * 2, new(1)
     x, ids, weights = new(tokens, 128), new(tokens, 2, dtype=torch.int64), new(tokens, 2)
     choice = select.choose("sm90", 16, 2, 128, 64, tokens)
-    moe._plan.cache_clear()
+    moe.launch_plan.cache_clear()
     moe.moe(MoEInputs(x, ids, weights, weight, weight, bias, bias, shape.params, "sm80"), choice)
     assert {step.kernel.__name__ for step, _, _ in launches} == names
     for step, _, _ in launches:
@@ -419,7 +419,7 @@ def test_kernels_of_a_first_call_are_compiled_side_by_side(
         compiling(step, 99, *args)
     assert compiled() == before
     assert not any(step.fresh(99) for step, _, _ in launches)
-    moe._plan.cache_clear()
+    moe.launch_plan.cache_clear()
 
 
 def test_what_does_not_compile_fails_when_it_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,10 +590,10 @@ def main() -> None:
     folder = Path(os.environ["XDG_CACHE_HOME"]) / "mxfp4_compile" / "tuned"
     out["files"] = len(list(folder.iterdir()))
     winner = result.points[0].entry.choice  # type: ignore[union-attr]
-    seen: list[Choice] = []
-    plan, out["used"] = launches._plan, {}
-    chosen = lambda args: next(arg for arg in args if isinstance(arg, Choice))
-    launches._plan = lambda *args: (seen.append(chosen(args)), plan(*args))[1]  # type: ignore[assignment,func-returns-value]
+    seen: list[TileChoice] = []
+    plan, out["used"] = launches.launch_plan, {}
+    chosen = lambda args: next(arg for arg in args if isinstance(arg, TileChoice))
+    launches.launch_plan = lambda *args: (seen.append(chosen(args)), plan(*args))[1]  # type: ignore[assignment,func-returns-value]
     from mxfp4_compile.ops import synthetic
     from mxfp4_compile.ops.backends import reference
 

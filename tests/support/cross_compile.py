@@ -100,7 +100,7 @@ def compiled(target: str, shape: str, tokens: int, part: str, fp8: bool = False)
     """A layer's kernel, compiled as a launch for ``tokens`` tokens would, and its regime. ``fp8``: of those weights."""
     from triton.backends.compiler import GPUTarget
 
-    from mxfp4_compile.ops.backends.triton.moe import _Plan, pairs_class
+    from mxfp4_compile.ops.backends.triton.moe import LaunchPlan, pairs_class
     from mxfp4_compile.ops.backends.triton.select import choose
 
     backend, arch = (FP8_TARGETS if fp8 else TARGETS)[target][:2]
@@ -109,7 +109,9 @@ def compiled(target: str, shape: str, tokens: int, part: str, fp8: bool = False)
     choice = choose(target, e, top_k, h, i, tokens, fp8=fp8)
     pairs = tokens * top_k
     bits = 2 if fp8 else int(backend == "cuda")
-    step = getattr(_Plan(target, params, top_k, h, False, bits, choice, pairs_class(choice, pairs), pairs >= e), part)
+    step = getattr(
+        LaunchPlan(target, params, top_k, h, False, bits, choice, pairs_class(choice, pairs), pairs >= e), part
+    )
     absent = set() if shape == "gpt_oss" else {"bias"}
     if not choice.fp8:
         absent |= {"x_scales", "bases"}
@@ -146,15 +148,15 @@ def compiled_loop(name: str):
     """One of ``loop_kernels``, whether it had to be compiled twice, and its rows of weights."""
     from triton.backends.compiler import GPUTarget
 
-    from mxfp4_compile.ops.backends.triton.moe import _Plan, pairs_class
-    from mxfp4_compile.ops.backends.triton.tiles import Choice
+    from mxfp4_compile.ops.backends.triton.moe import LaunchPlan, pairs_class
+    from mxfp4_compile.ops.backends.triton.tiles import TileChoice
 
     part, regime, tiles = loop_kernels()[name]
-    choice = Choice(regime, tiles, regime, tiles)
+    choice = TileChoice(regime, tiles, regime, tiles)
     e, top_k, hidden, inner = _LOOPS_OF
     params = MoEParams(e, hidden, inner, Activation("silu"), "halves", 0, False, torch.bfloat16, torch.bfloat16)
     pairs = 64 if regime == "scan" else 512
-    step = getattr(_Plan("sm90", params, top_k, hidden, False, 1, choice, pairs_class(choice, pairs), False), part)
+    step = getattr(LaunchPlan("sm90", params, top_k, hidden, False, 1, choice, pairs_class(choice, pairs), False), part)
     kernel, again = compile_step(step, GPUTarget("cuda", 90, 32), {"bias", "weights", "x_scales", "bases"})
     return kernel, again, tiles["BM"]
 

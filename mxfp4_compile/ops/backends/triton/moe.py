@@ -21,7 +21,7 @@ from .instruction import MMA_SYNC, expected
 from .launch import Launch, Step, launch
 from .matmul import scan_matmul, sorted_matmul
 from .routing import sort_pairs
-from .select import Choice, Tiles, architecture, choose, choose_linear
+from .select import TileChoice, Tiles, architecture, choose, choose_linear
 from .vector import vector_down, vector_up
 
 # Bytes of intermediates (activations between the projections, rows before the combination) that one
@@ -81,7 +81,7 @@ def _step(kernel: Any, tiles: Tiles, arch: str, **constants: Any) -> Step:
     return Step(kernel, {**constants, **sizes}, tiles.warps, tiles.stages, registers, product, pipeline)
 
 
-class _Plan:
+class LaunchPlan:
     """Everything about a call that does not change from call to call with the same shapes and dtypes."""
 
     def __init__(
@@ -92,7 +92,7 @@ class _Plan:
         x_stride: int,
         split: bool,
         bits: int,
-        choice: Choice,
+        choice: TileChoice,
         pairs_class: int,
         by_expert: bool,
     ) -> None:
@@ -154,7 +154,7 @@ class _Plan:
             self.combine = Step(combine, constants, 4, 1)
         if choice.up_regime == "sorted":
             constants = {"E": e, "BLOCK": pairs_class, "PDL": choice.up["PDL"]}
-            self.route = Step(sort_pairs, constants, max(min(pairs_class // 512, 16), 4), 1)
+            self.sort = Step(sort_pairs, constants, max(min(pairs_class // 512, 16), 4), 1)
 
 
 def _quantize_step(x_stride: int, k: int, padded: int, pdl: int) -> Step:
@@ -172,23 +172,23 @@ def _quantize(step: Step, x: Tensor, rows: int) -> Launch:
 
 
 @lru_cache(maxsize=4096)
-def _plan(
+def launch_plan(
     arch: str,
     params: MoEParams,
     top_k: int,
     x_stride: int,
     dtypes: tuple[torch.dtype | None, ...],
     bits: int,
-    choice: Choice,
+    choice: TileChoice,
     pairs_class: int,
     by_expert: bool,
-) -> _Plan:
+) -> LaunchPlan:
     # dtypes is part of the key because a Step's compiled kernel is for one set of them.
     split = dtypes[0] != torch.bfloat16 or params.round_dtype != torch.bfloat16
-    return _Plan(arch, params, top_k, x_stride, split, bits, choice, pairs_class, by_expert)
+    return LaunchPlan(arch, params, top_k, x_stride, split, bits, choice, pairs_class, by_expert)
 
 
-def moe(inputs: MoEInputs, choice: Choice | None = None) -> Tensor:
+def moe(inputs: MoEInputs, choice: TileChoice | None = None) -> Tensor:
     """``Backend.moe``; ``choice`` overrides the tuned rules."""
     x, params = inputs.x, inputs.params
     tokens, top_k = inputs.topk_ids.shape
@@ -225,7 +225,7 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-def _chunk(inputs: MoEInputs, out: Tensor, choice: Choice | None) -> None:
+def _chunk(inputs: MoEInputs, out: Tensor, choice: TileChoice | None) -> None:
     x, ids, weights, params, layout = inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.params, inputs.layout
     up_bias, down_bias = inputs.up_bias, inputs.down_bias
     tokens, top_k = ids.shape
@@ -244,7 +244,7 @@ def _chunk(inputs: MoEInputs, out: Tensor, choice: Choice | None) -> None:
         None if up_bias is None else up_bias.dtype,
         None if down_bias is None else down_bias.dtype,
     )
-    plan = _plan(
+    plan = launch_plan(
         arch, params, top_k, x.stride(0), dtypes, layouts.BIT_ORDERS[layout], choice, pairs_class(choice, pairs),
         pairs >= params.num_experts,
     )  # fmt: skip
@@ -261,7 +261,7 @@ def _chunk(inputs: MoEInputs, out: Tensor, choice: Choice | None) -> None:
         y = torch.empty((pairs, plan.split_k, params.hidden), dtype=y_dtype, device=x.device)
         up_grid = (plan.up_tiles * (pairs // choice.up["BT"] + e), 1, 1)
         down_grid = (plan.down_tiles * (pairs // choice.down["BT"] + e), plan.split_k, 1)
-        route: Launch = (plan.route, (e, 1, 1), (ids, offsets, order, pairs))
+        sort: Launch = (plan.sort, (e, 1, 1), (ids, offsets, order, pairs))
         combined: Launch = (plan.combine, (tokens, plan.combine_tiles, 1), (y, ids, out_weights, out))
         sorted_up = (up_codes, up_scales, up_bias, offsets, order, in_weights, h)
         sorted_down = (down_codes, down_scales, down_bias, offsets, order, None, y)
@@ -269,12 +269,12 @@ def _chunk(inputs: MoEInputs, out: Tensor, choice: Choice | None) -> None:
             quantize_x, quantize_h = _quantize(plan.quantize_x, x, tokens), _quantize(plan.quantize_h, h, pairs)
             (_, x8, x_scales), (_, h8, h_scales) = quantize_x[2], quantize_h[2]
             launch((
-                route, quantize_x, (plan.up, up_grid, (x8, *sorted_up, x_scales, inputs.up[2])),
+                sort, quantize_x, (plan.up, up_grid, (x8, *sorted_up, x_scales, inputs.up[2])),
                 quantize_h, (plan.down, down_grid, (h8, *sorted_down, h_scales, inputs.down[2])), combined,
             ))  # fmt: skip
         else:
             launch((
-                route, (plan.up, up_grid, (x, *sorted_up, None, None)),
+                sort, (plan.up, up_grid, (x, *sorted_up, None, None)),
                 (plan.down, down_grid, (h, *sorted_down, None, None)), combined,
             ))  # fmt: skip
         return
@@ -295,7 +295,7 @@ def _chunk(inputs: MoEInputs, out: Tensor, choice: Choice | None) -> None:
     ))  # fmt: skip
 
 
-def pairs_class(choice: Choice, pairs: int) -> int:
+def pairs_class(choice: TileChoice, pairs: int) -> int:
     """What kernels are specialized for in place of the number of pairs: a power of two."""
     if choice.up_regime == "sorted":
         # Ids scanned at a time: the whole list, or as many as a program holds well.

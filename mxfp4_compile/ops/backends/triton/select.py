@@ -21,7 +21,7 @@ import torch
 
 from . import tuned
 from .layout import STEP
-from .tiles import Choice, Regime, Tiles, choice_of, tiles_of
+from .tiles import Regime, TileChoice, Tiles, choice_of, tiles_of
 from .tuned import architecture
 
 _CONFIGS = Path(__file__).parent / "configs"
@@ -73,7 +73,7 @@ def choose(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     fp8: bool = False,
-) -> Choice:
+) -> TileChoice:
     """The kernels for ``tokens`` tokens of ``top_k`` experts each, of ``num_experts`` of hidden x inner.
 
     With ``device`` and ``dtype`` (of tokens and roundings alike) the user's tuned data come first; without, the
@@ -138,5 +138,13 @@ def forget_tuned() -> None:
 
 
 __all__ = [
-    "Choice", "Regime", "Tiles", "architecture", "choose", "choose_linear", "forget_tuned", "fp8_from", "load_config",
+    "Regime",
+    "TileChoice",
+    "Tiles",
+    "architecture",
+    "choose",
+    "choose_linear",
+    "forget_tuned",
+    "fp8_from",
+    "load_config",
 ]  # fmt: skip

@@ -38,7 +38,7 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TileChoice:
     """The kernels of the two projections for a number of tokens; "sorted" goes with "sorted" only.
 
     ``fp8``: both multiply e4m3 ("sorted" only, on weights of layout "sm89_fp8").
@@ -66,9 +66,9 @@ def entry_of(regime: Regime, tiles: Tiles) -> dict[str, Any]:
     return {**entry, "registers": tiles.registers} if tiles.registers else entry
 
 
-def choice_of(up: Mapping[str, Any], down: Mapping[str, Any], fp8: bool = False) -> Choice:
+def choice_of(up: Mapping[str, Any], down: Mapping[str, Any], fp8: bool = False) -> TileChoice:
     """The choice of two projections' entries."""
-    return Choice(up["kernel"], tiles_of(up), down["kernel"], tiles_of(down), fp8)
+    return TileChoice(up["kernel"], tiles_of(up), down["kernel"], tiles_of(down), fp8)
 
 
 def check_entry(entry: Any) -> None:

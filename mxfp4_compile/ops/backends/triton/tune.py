@@ -38,7 +38,7 @@ from .backend import BACKEND
 from .launch import Step
 from .moe import interpreted, moe
 from .select import architecture, choose, experts_hit, load_config
-from .tiles import Choice, Regime, Tiles, choice_of
+from .tiles import Regime, TileChoice, Tiles, choice_of
 
 DEFAULT_TOKENS = (1, 8, 64, 512, 4096)
 DEFAULT_BUDGET = 300.0
@@ -71,7 +71,7 @@ class Run:
     shape: LayerShape
     prepared: Prepared
     inputs: Inputs
-    choice: Choice
+    choice: TileChoice
 
     def __call__(self) -> Tensor:
         """[T, H]."""
@@ -94,7 +94,7 @@ class Point:
     """
 
     tokens: int
-    shipped: Choice
+    shipped: TileChoice
     shipped_us: float
     us: float
     entry: tuned.Entry | None
@@ -244,13 +244,13 @@ def _dependent(arch: str) -> bool:
 class _Job:
     shape: LayerShape
     tokens: int
-    choice: Choice
+    choice: TileChoice
     layout: str
 
 
-def _both(candidate: Candidate) -> Choice:
+def _both(candidate: Candidate) -> TileChoice:
     regime, tiles = candidate
-    return Choice(regime, tiles, regime, tiles)
+    return TileChoice(regime, tiles, regime, tiles)
 
 
 def _warm(step: Step, grid: tuple[int, int, int], *args: Any) -> None:
@@ -367,10 +367,10 @@ class _Bench:
             found.append((inputs, want))
         return found
 
-    def run(self, choice: Choice, tokens: int) -> Run:
+    def run(self, choice: TileChoice, tokens: int) -> Run:
         return Run(self.shape, self.prepared, self._wanted(tokens)[0][0], choice)
 
-    def check(self, choice: Choice, tokens: int) -> str:
+    def check(self, choice: TileChoice, tokens: int) -> str:
         """Why ``choice`` may not be used, or ""; raises what launching it raises."""
         for inputs, want in self._wanted(tokens):
             run = Run(self.shape, self.prepared, inputs, choice)
@@ -383,7 +383,7 @@ class _Bench:
                 return "results change from run to run"
         return ""
 
-    def time(self, choice: Choice, tokens: int) -> float:
+    def time(self, choice: TileChoice, tokens: int) -> float:
         return self.timer(self.run(choice, tokens))
 
 
@@ -393,11 +393,11 @@ class _Class:
 
     up: list[tuple[float, Candidate]] = field(default_factory=list)
     down: list[tuple[float, Candidate]] = field(default_factory=list)
-    anchor: Choice | None = None
+    anchor: TileChoice | None = None
 
-    def choices(self) -> list[Choice]:
+    def choices(self) -> list[TileChoice]:
         best = lambda found: [c for _, c in sorted(found, key=lambda f: f[0])[:2]]
-        found = [Choice(*up, *down) for up, down in itertools.product(best(self.up), best(self.down))]
+        found = [TileChoice(*up, *down) for up, down in itertools.product(best(self.up), best(self.down))]
         early = [
             replace(c, up=c.up.with_size("PDL", 2), down=c.down.with_size("PDL", 2)) for c in found if c.up["PDL"] > 0
         ]
@@ -495,12 +495,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _shipped(arch: str, shape: LayerShape, tokens: int) -> Choice:
+def _shipped(arch: str, shape: LayerShape, tokens: int) -> TileChoice:
     e, k, h, i = shape.sizes
     return choose(arch, e, k, h, i, tokens, shape.dtype == torch.bfloat16)
 
 
-def _base(bench: _Bench, choice: Choice, tokens: int) -> float:
+def _base(bench: _Bench, choice: TileChoice, tokens: int) -> float:
     try:
         reason = bench.check(choice, tokens)
         if not reason:
@@ -518,8 +518,8 @@ def _try(bench: _Bench, candidate: Candidate, tokens: int, group: _Class, tally:
             tally.skip(reason, wrong=True)
             return
         anchor = group.anchor = group.anchor or choice
-        as_up = Choice(*candidate, anchor.down_regime, anchor.down)
-        as_down = Choice(anchor.up_regime, anchor.up, *candidate)
+        as_up = TileChoice(*candidate, anchor.down_regime, anchor.down)
+        as_down = TileChoice(anchor.up_regime, anchor.up, *candidate)
         group.up.append((bench.time(as_up, tokens), candidate))
         group.down.append((bench.time(as_down, tokens), candidate))
         tally.timed += 1
@@ -543,7 +543,7 @@ def _still_usable(device: torch.device, candidate: Candidate, error: Exception) 
 
 
 def _settle(
-    bench: _Bench, tokens: int, shipped: Choice, shipped_us: float, classes: dict[bool, _Class], tally: _Tally
+    bench: _Bench, tokens: int, shipped: TileChoice, shipped_us: float, classes: dict[bool, _Class], tally: _Tally
 ) -> Point:
     """The best pair of projections, if it is right and faster than the shipped one in a comparison of its own."""
     keep = lambda us, note: Point(tokens, shipped, us, us, None, note)
@@ -574,7 +574,7 @@ def _settle(
     return keep(shipped_us, note)
 
 
-def _other_forms(bench: _Bench, choice: Choice, tokens: int) -> str:
+def _other_forms(bench: _Bench, choice: TileChoice, tokens: int) -> str:
     """Whether it also runs with biases, int32 ids and fp32 weights: an entry serves those layers as well."""
     p, inputs = bench.prepared, bench.run(choice, tokens).inputs
     new = lambda weight: torch.zeros(
@@ -614,7 +614,7 @@ def _widen(bench: _Bench, point: Point, measured: list[int], arch: str, until: f
     )  # fmt: skip
 
 
-def _no_worse(bench: _Bench, choice: Choice, tokens: int, arch: str) -> bool:
+def _no_worse(bench: _Bench, choice: TileChoice, tokens: int, arch: str) -> bool:
     shipped = _shipped(arch, bench.shape, tokens)
     if shipped == choice:
         return True

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .tiles import Choice, check_entry, choice_of, entry_of
+from .tiles import TileChoice, check_entry, choice_of, entry_of
 
 ENVIRONMENT_VARIABLE = "MXFP4_COMPILE_TUNED"
 _FORMAT = 1
@@ -61,7 +61,7 @@ class Entry:
     dtype: str
     min_tokens: int
     max_tokens: int
-    choice: Choice
+    choice: TileChoice
     tokens: int
     us: float
     shipped_us: float
@@ -246,7 +246,9 @@ def _entries(path: Path, host: Host) -> tuple[Entry, ...]:
         return ()
 
 
-def lookup(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int) -> Choice | None:
+def lookup(
+    device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int
+) -> TileChoice | None:
     """The user's tuned kernels for this layer on this device, or None."""
     host = host_of(device)
     path = path_for(host)
