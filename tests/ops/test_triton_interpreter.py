@@ -241,7 +241,7 @@ def cases():
     for tokens, split, unroll in itertools.product((1, 2, 4), (1, 3), (1, 2)):
         tiles = {"BT": tokens, "QUADS": 1, "UNROLL": unroll, "SPLIT_K": split}
         wide = {"regime": "scan", "tiles": tiles, "e": 2, "t": 5, "kind": "sentinel", "bias": True}
-        out[f"blocks{tokens}-{split}-{unroll}"] = {**wide, "h": 128, "i": 1100, "act": "gpt_oss"}
+        out[f"blocks{tokens}-{split}-{unroll}"] = {**wide, "h": 128, "i": 420, "act": "gpt_oss"}
         out[f"blocks{tokens}-{split}-{unroll}-short"] = {**wide, "h": 40, "i": 64, "on_input": True}
     for dtype in ("bfloat16", "float16"):
         tiles = {"BT": 2, "QUADS": 1, "SPLIT_K": 2}
