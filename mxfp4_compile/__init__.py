@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .lifecycle import restore
     from .pipeline import optimize
     from .planning import OptimizeError
+    from .ranks.gather import gathered_state_dict
     from .report import Report, SiteReport
     from .runtime import capture
 
@@ -44,6 +45,7 @@ __all__ = [
     "calibrate",
     "capture",
     "compile_reports",
+    "gathered_state_dict",
     "inspect",
     "load",
     "optimize",
@@ -62,6 +64,7 @@ _MODULES = {
     "calibrate": "calibration.model",
     "capture": "runtime",
     "compile_reports": "dynamo.backend",
+    "gathered_state_dict": "ranks.gather",
     "inspect": "inspection",
     "load": "checkpoint.loading",
     "optimize": "pipeline",

@@ -11,12 +11,12 @@ import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..passes.build.module import MXFP4Experts, mxfp4_sites
-from ..passes.weights import members
+from ..passes.weights import Projection, members
 from ..processes import is_spread
 from .directories import CONFIG
 from .files import (
@@ -30,6 +30,9 @@ from .forms import OWN, ExpertWeight, Form, form_to_write
 from .note import new_note
 from .output import Output
 from .requirements import require_transformers_5
+
+if TYPE_CHECKING:
+    from ..ranks.gather import Gathering
 
 
 def save(
@@ -58,18 +61,59 @@ def save(
     sites = mxfp4_sites(model)
     if not sites:
         raise CheckpointError("this model has no MXFP4 experts: optimize() it first")
-    if is_spread(model):
-        raise CheckpointError(
-            "this model lies on several ranks: a checkpoint of one rank's part would be none. Quantize it in one "
-            "process (mxfp4-compile optimize MODEL --out DIR needs no GPU) and load that on every rank"
-        )
-    weights = [w for name, site in sites.items() for w in _weights_of(name, site)]
-    biases = {f"{name}.{n}": b for name, site in sites.items() for n, b in site.dequantized_biases().items()}
+    if not is_spread(model):
+        return _save(model, directory, form, max_shard_bytes, WholeWeights())
+    from ..ranks.gather import Gathering
+
+    whole = Gathering()
+    return whole.together("saving", lambda: _save(model, directory, form, max_shard_bytes, whole))
+
+
+class WholeWeights:
+    """Where the whole weights of a model's sites come from: from its modules. Of several ranks: ``ranks.gather``.
+
+    ``first``: whether this process writes.
+    """
+
+    first = True
+
+    def shape(self, site: MXFP4Experts, projection: Projection) -> tuple[int, int, int]:
+        """[E, N, K] of a projection."""
+        return projection.shape
+
+    def codes(self, site: MXFP4Experts, projection: Projection, experts: slice) -> tuple[Tensor, Tensor]:
+        """(packed uint8 [e, N, ceil(K/2)], scales uint8 [e, N, ceil(K/32)]) of some experts."""
+        return site.canonical(projection, experts)
+
+    def biases(self, site: MXFP4Experts) -> dict[str, Tensor]:
+        """The biases of a site by name."""
+        return site.dequantized_biases()
+
+    def tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Any other tensor."""
+        return tensor
+
+
+def _save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    form: Form,
+    max_shard_bytes: int,
+    whole: WholeWeights | Gathering,
+) -> None:
+    sites = mxfp4_sites(model)
+    weights = [w for name, site in sites.items() for w in _weights_of(name, site, whole)]
+    biases = {f"{name}.{n}": b for name, site in sites.items() for n, b in whole.biases(site).items()}
     experts = form.units(model, weights, biases)
-    state = _other_tensors(model, sites)
+    state = _other_tensors(model, sites, whole)
     units = [*(_tensor_unit(name, tensor) for name, tensor in {**state, **biases}.items()), *experts]
     shards = shards_of(units, max_shard_bytes)
     note = new_note(model, _scale_rule(sites), _merged(w.facts for w in weights))
+    if not whole.first:  # what the first rank writes is gathered piece by piece, in the same order
+        for unit in (unit for some in shards.values() for unit in some):
+            for _ in unit.produce():
+                pass
+        return
     with Output(directory) as out:
         out.begin(None, [*shards, CONFIG], sum(unit.bytes for unit in units))
         with out.staged() as folder:
@@ -89,31 +133,35 @@ def _scale_rule(sites: Mapping[str, MXFP4Experts]) -> str:
     return rules.pop() if len(rules) == 1 else ", ".join(sorted(rules))
 
 
-def _weights_of(name: str, site: MXFP4Experts) -> Iterator[ExpertWeight]:
+def _weights_of(name: str, site: MXFP4Experts, whole: WholeWeights | Gathering) -> Iterator[ExpertWeight]:
     for projection in site.projections:
         first = 0
-        for source, rows in zip(projection.source.parameters, projection.rows(site.original), strict=True):
+        e, n, k = whole.shape(site, projection)
+        for source, own in zip(projection.source.parameters, projection.rows(site.original), strict=True):
+            rows = own * n // projection.shape[1]
             part = slice(first, first + rows)
             first += rows
 
             def codes(experts: slice, projection: Any = projection, part: slice = part) -> tuple[Tensor, Tensor]:
-                packed, scales = site.canonical(projection, experts)
+                packed, scales = whole.codes(site, projection, experts)
                 return packed[:, part], scales[:, part]
 
             yield ExpertWeight(
                 f"{name}.{source}",
                 tuple(f"{name}.{member}" for member in members(site.original, source)),
                 "#" in source,
-                projection.shape[0],
+                e,
                 rows,
-                projection.shape[2],
+                k,
                 projection.source.transposed,
                 codes,
                 {f"{name}.{source}": error} if (error := site.weight_errors.get(source)) else {},
             )
 
 
-def _other_tensors(model: nn.Module, sites: Mapping[str, MXFP4Experts]) -> dict[str, Tensor]:
+def _other_tensors(
+    model: nn.Module, sites: Mapping[str, MXFP4Experts], whole: WholeWeights | Gathering
+) -> dict[str, Tensor]:
     """Everything but the packed experts, under the names transformers saves it by."""
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -127,10 +175,13 @@ def _other_tensors(model: nn.Module, sites: Mapping[str, MXFP4Experts]) -> dict[
             site.canonical_in_state_dict = True
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
-    state = remove_tied_weights_from_state_dict(state, model)
     for name, tensor in state.items():
         if tensor.device.type == "meta":
             raise CheckpointError(f"{name} is offloaded: load the model without offloading to save it")
+    state = {name: whole.tensor(name, tensor) for name, tensor in state.items()}
+    if not whole.first:
+        return {}
+    state = remove_tied_weights_from_state_dict(state, model)
     return dict(revert_weight_conversion(model, state))
 
 
@@ -145,6 +196,7 @@ def write_config(model: nn.Module, directory: Path, form: Form, note: Mapping[st
     """config.json and what else transformers keeps beside the weights. ``matrices``: names of unquantized [., .]."""
     config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    vars(config).pop("distributed_config", None)  # how this model lies on ranks is no matter of the checkpoint
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     if floats:
         config.dtype = str(floats[0]).removeprefix("torch.")
@@ -203,7 +255,7 @@ def save_pretrained(
             raise ValueError(f"save_pretrained of an optimized model takes no {name}={value!r:.40}: {instead}")
     if kwargs:
         raise TypeError(f"save_pretrained of an optimized model does not know {', '.join(sorted(kwargs))}")
-    if is_main_process:
+    if is_main_process or is_spread(model):
         save(model, save_directory, format, max_shard_bytes=parse_size(max_shard_size))
 
 

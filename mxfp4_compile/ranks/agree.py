@@ -67,12 +67,17 @@ class Agreement:
             ) from error
         return messages
 
-    def step(self, what: str) -> None:
-        """Before something that waits for the other ranks: they are about to do the same, or OptimizeError."""
+    def step(self, what: str, value: Any = None) -> list[Any]:
+        """Before something that waits for the other ranks: they are about to do the same, or OptimizeError.
+
+        Returns every rank's ``value``, by rank.
+        """
         if self.failure is not None:
             raise self.failure
         try:
-            self._check(self.exchange(_Message("step", what)), "step", what)
+            messages = self.exchange(_Message("step", what, value=value))
+            self._check(messages, "step", what)
+            return [m.value for m in messages]
         except OptimizeError as error:
             self.failure = error  # whatever the code around makes of it
             raise

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks_models as models
 import torch
+from ranks_models import checkpoint
 from ranks_pool import Pool
 from torch import Tensor
 
@@ -20,23 +20,6 @@ from mxfp4_compile.passes.build.module import mxfp4_sites
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 EXPERT, TENSOR = {"tp_size": 2, "ep_size": 2}, {"tp_size": 2}
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    ranks = Pool(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
-
-
-def checkpoint(folder: Path, family: str, **sizes: Any) -> Path:
-    path = folder / f"{family}{sizes}"
-    return path if path.exists() else models.make(family, path, **sizes)
 
 
 # what runs on each rank

@@ -77,6 +77,12 @@ def make(family: str, directory: Path, *, experts: int = 4, columns: int = 64, *
     return directory
 
 
+def checkpoint(folder: Path, family: str, **sizes: Any) -> Path:
+    """The checkpoint of these sizes in ``folder``, made once."""
+    path = folder / "-".join((family, *(f"{k}{v}" for k, v in sizes.items())))
+    return path if path.exists() else make(family, path, **sizes)
+
+
 def load(path: Path, dtype: torch.dtype = torch.float32, **distributed: Any) -> Any:
     """The model as transformers loads it, split over the ranks if ``distributed`` says so."""
     import transformers
