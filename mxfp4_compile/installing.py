@@ -57,7 +57,7 @@ def build_site(
         spec, choice.backend, choice.layout, scale_rule, dtype, structure.pattern, structure.retained,
         structure.request, structure.traced.out_spec, getattr(module, SHARD, None),
     )  # fmt: skip
-    weights, biases, errors, warnings = {}, {}, [], []
+    weights, biases, errors, powers, warnings = {}, {}, [], [], []
     by_name: dict[str, dict[str, float]] = {}
     for projection in projections_of(spec):
         if reader is not None and reader.quantized(projection.source.parameters[0]):
@@ -70,6 +70,7 @@ def build_site(
         if bias is not None:
             biases[projection.slot] = bias
         errors.append(prepared.errors)
+        powers += [] if prepared.powers is None else [prepared.powers]
         if prepared.errors.numel():
             both = {"mean": float(prepared.errors.mean()), "max": float(prepared.errors.max())}
             by_name.update(dict.fromkeys(projection.source.parameters, both))
@@ -82,6 +83,8 @@ def build_site(
         observe("site_rewritten", structure.graphs[key].graph)
     built = MXFP4Experts(plan, structure.graphs[key], module, weights, biases)
     built.weight_errors = by_name
+    if plan.shard is not None and powers:
+        built.weight_powers = torch.cat(powers)
     return built, torch.cat(errors), warnings
 
 
@@ -201,7 +204,7 @@ def _trial(
     built, errors, warnings = build_site(site, scale_rule, advance, reader)
     with experts_implementation(model, "eager"):
         verification = verify_site(built, site)
-    return Trial(verification, errors, tuple(warnings), built.weight_errors, _sums(built))
+    return Trial(verification, errors, tuple(warnings), built.weight_errors, _sums(built), built.weight_powers)
 
 
 def _sums(built: MXFP4Experts) -> tuple[int, ...]:
@@ -297,6 +300,7 @@ def install_site(
             if _sums(built) != trial.sums:
                 raise VerificationError("its weights, prepared once more, came out other than those that were verified")
             errors, warnings, built.weight_errors = trial.errors, list(trial.warnings), trial.by_name
+            built.weight_powers = trial.powers
         _share_tensors(built, prepared.setdefault(site.tied, built))
         if check and trial is None:
             with experts_implementation(model, "eager"):
@@ -316,6 +320,9 @@ def install_site(
     if made is None:
         return replace(base, outcome="failed", reason=reason)
     built, errors, warnings, verification = made
+    if built.plan.shard is not None:
+        errors, verification = processes.whole_errors(site.name, built, errors, verification)
+        built.weight_powers = None
     built.__dict__["site_name"] = site.name
     for hooks in (
         "_forward_hooks",

@@ -67,7 +67,8 @@ class Trial:
     """What building and verifying a site has shown, of which nothing else was kept.
 
     ``errors``: of each expert's weights, all projections one after the other; ``by_name``: their mean and maximum by
-    parameter. ``sums``: of the bytes of each prepared tensor, which the same weights must give again.
+    parameter. ``sums``: of the bytes of each prepared tensor, which the same weights must give again. ``powers``: as in
+    ``PreparedWeights.weight_powers``.
     """
 
     verification: Verification
@@ -75,6 +76,7 @@ class Trial:
     warnings: tuple[str, ...]
     by_name: dict[str, dict[str, float]]
     sums: tuple[int, ...]
+    powers: torch.Tensor | None = None
 
 
 @dataclass

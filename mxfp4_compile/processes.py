@@ -57,8 +57,9 @@ class OneProcess:
     def verify_sums(self, sites: list[Any], build: Callable[[Any], Any]) -> None:
         """An error unless the parts of the ranks make the whole."""
 
-    def whole_errors(self, sites: list[Any]) -> None:
-        """What trying the sites has shown, of the experts of all ranks."""
+    def whole_errors(self, site: str, built: Any, errors: Any, verification: Any) -> tuple[Any, Any]:
+        """Errors of the experts of all processes (``built`` is told), and the largest error of verification."""
+        return errors, verification
 
     def attempt(
         self,

@@ -59,4 +59,10 @@ def new_note(model: nn.Module, scale_rule: str, errors: Mapping[str, Mapping[str
         versions["transformers"] = transformers.__version__
     report = getattr(model, "mxfp4_report", None)
     left = [n for s in getattr(report, "sites", []) if s.outcome in ("skipped", "unmatched", "failed") for n in s.names]
-    return {"scale_rule": scale_rule, "skip": left, "versions": versions, "weight_errors": dict(errors)}
+    known = {name: {k: _rounded(v) for k, v in error.items()} for name, error in errors.items()}
+    return {"scale_rule": scale_rule, "skip": left, "versions": versions, "weight_errors": known}
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits, which sums in another order (on several ranks) do not change."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -154,7 +154,7 @@ def _group(ranks: tuple[int, ...]) -> Any:
 
 def words_of(error: BaseException) -> str:
     """An error in words: our own as they are, others with their type and the place in our code."""
-    if isinstance(error, OptimizeError):
+    if type(error).__module__.partition(".")[0] == __name__.partition(".")[0]:
         return str(error)
     text = f"{type(error).__name__}: {error}".strip().rstrip(":")
     return text if str(error) else f"{text} {traceback.extract_tb(error.__traceback__)[-1:]}"

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from .. import __version__
 from ..circumstances import kept_state
 from ..passes.build.module import MXFP4Experts
+from ..passes.build.verify import Verification
 from ..passes.find.discover import Candidate, forward_runs, traceable_experts
-from ..passes.weights import projections_of
 from ..planning import OptimizeError, Site
 from ..processes import OneProcess
 from ..report import Report, versions_used
@@ -193,29 +193,6 @@ class Ranks(OneProcess):
             self.together(f"{site.name}: comparing", partial(_check_far, site, after.double(), before.double()))
             self.agreement.agree(f"the output of {site.name}", bits=_comparable(after))
 
-    def whole_errors(self, sites: list[Site]) -> None:
-        """What trying the sites has shown, of all ranks: errors of all experts, the largest error of verification."""
-        shards = {id(local.module): local.shard for local in self.locals}
-        own = {s.name: (s.trial.errors, s.trial.verification) for s in sites if s.trial is not None}
-        every = self.agreement.gathered("errors", own)
-        for site in sites:
-            shard = shards.get(id(site.candidate.module))
-            if site.trial is None or site.structure is None or shard is None:
-                continue
-            worst = max((known[site.name][1] for known in every), key=lambda v: v.error)
-            projections = projections_of(site.structure.found.spec)
-            split = [known[site.name][0].chunk(len(projections)) for known in every]
-            by_name: dict[str, dict[str, float]] = {}
-            if shard.kind == "expert":
-                joined = [torch.cat(parts) for parts in zip(*split, strict=True)]
-                for projection, errors in zip(projections, joined, strict=True):
-                    both = {"mean": float(errors.mean()), "max": float(errors.max())}
-                    by_name.update(dict.fromkeys(projection.source.parameters, both))
-                errors = torch.cat(joined)
-            else:  # of parts of each expert: their mean; an error of the whole is not known
-                errors = torch.stack([known[site.name][0] for known in every]).mean(0)
-            site.trial = replace(site.trial, errors=errors, verification=worst, by_name=by_name)
-
     # installing
 
     def attempt(
@@ -236,6 +213,29 @@ class Ranks(OneProcess):
             raise stopped
         told = _first(everywhere)
         return (None if told else result), told
+
+    def whole_errors(
+        self, site: str, built: MXFP4Experts, errors: Tensor, verification: Verification | None
+    ) -> tuple[Tensor, Verification | None]:
+        """Errors of the experts of all ranks, as one process has them, and the largest error of verification.
+
+        errors: of this rank's experts or parts of experts, all projections one after the other.
+        """
+        shard, projections = built.plan.shard, built.projections
+        every = self.agreement.gathered(f"errors of {site}", (errors, built.weight_powers, verification))
+        checks = [check for _, _, check in every if check is not None]
+        worst = max(checks, key=lambda check: check.error) if checks else None
+        if shard is None or any(not own.numel() for own, _, _ in every):  # made from MXFP4: nothing is known
+            return errors, worst
+        split = [own.chunk(len(projections)) for own, _, _ in every]
+        joined = [torch.cat(parts) for parts in zip(*split, strict=True)]
+        if shard.kind == "tensor":
+            powers = [power.chunk(len(projections)) for _, power, _ in every]
+            joined = [_of_whole([own[i] for own in split], [own[i] for own in powers]) for i in range(len(projections))]
+        for projection, own in zip(projections, joined, strict=True):
+            both = {"mean": float(own.mean()), "max": float(own.max())}
+            built.weight_errors.update(dict.fromkeys(projection.source.parameters, both))
+        return torch.cat(joined), worst
 
     def installed(self, site: Site) -> None:
         """Let go of the weights of a site that was replaced."""
@@ -271,6 +271,13 @@ def describe(ranks: int, shards: list[Shard], bytes_of: list[int]) -> str:
     gib = ", ".join(f"{b / 2**30:.2f}" for b in bytes_of)
     how = " and ".join(each[kind] for kind in kinds)
     return f"{ranks} ranks: experts split by {how}; GiB of experts on each: {gib}; sums by mxfp4::reduce"
+
+
+def _of_whole(errors: list[Tensor], powers: list[Tensor]) -> Tensor:
+    """Relative squared errors [E] of whole experts from those of their parts, and the parts' squared norms."""
+    noise = torch.stack([e * p for e, p in zip(errors, powers, strict=True)]).sum(0)
+    power = torch.stack(powers).sum(0)
+    return torch.where(power > 0, noise / power, 0.0)
 
 
 def _check_far(site: Site, after: Tensor, before: Tensor) -> None:

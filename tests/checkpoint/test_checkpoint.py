@@ -72,7 +72,8 @@ def _round_trip(family: str, directory: Path) -> list[str]:
         again = mxfp4_compile.load(out, dtype=torch.bfloat16)
         assert_same(optimized, again)
         for name, site in mxfp4_sites(again).items():
-            assert site.weight_errors == mxfp4_sites(optimized)[name].weight_errors
+            wanted = mxfp4_sites(optimized)[name].weight_errors  # six digits of it are in the file
+            assert site.weight_errors == {n: pytest.approx(error, rel=1e-5) for n, error in wanted.items()}
     return forms
 
 

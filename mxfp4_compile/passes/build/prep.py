@@ -84,11 +84,13 @@ def _finish(
 class PreparedProjection:
     """Prepared tensors (first dimension E) and each expert's relative squared error [E] (fp64, CPU).
 
-    Weights that came in MXFP4 have no errors, [0]: what they were made from is not known.
+    Weights that came in MXFP4 have no errors, [0]: what they were made from is not known. ``powers``: what the errors
+    are relative to, the squared norm of each expert's weights; with it, errors of parts make that of the whole.
     """
 
     tensors: list[Tensor]
     errors: Tensor
+    powers: Tensor | None = None
 
 
 class ExpertReader(Protocol):
@@ -152,7 +154,7 @@ def run_prep(
     from_codes = reader.quantized(names[0])
     rows = projection.rows(original)
     outputs: list[Tensor] = []
-    errors = []
+    errors: list[tuple[Tensor, Tensor]] = []
     for some in groups_of(experts, per_expert):
         start, stop = some.start, some.stop
         with torch.no_grad():
@@ -172,11 +174,14 @@ def run_prep(
         if progress is not None:
             progress(per_expert * (stop - start))
     # Brought over once: a copy per group would wait for the device each time.
-    return PreparedProjection(outputs, torch.cat(errors).cpu() if errors else torch.zeros(0, dtype=torch.float64))
+    if not errors:
+        return PreparedProjection(outputs, torch.zeros(0, dtype=torch.float64))
+    relative, powers = (torch.cat(parts).cpu() for parts in zip(*errors, strict=True))
+    return PreparedProjection(outputs, relative, powers)
 
 
-def _errors(parts: list[Tensor], packed: Tensor, scales: Tensor) -> Tensor:
-    """Relative squared error per expert over all its parts."""
+def _errors(parts: list[Tensor], packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative squared error per expert over all its parts, and the squared norm that it is relative to."""
     start = 0
     noise = torch.zeros(packed.shape[0], dtype=torch.float64, device=packed.device)
     power = torch.zeros_like(noise)
@@ -185,7 +190,7 @@ def _errors(parts: list[Tensor], packed: Tensor, scales: Tensor) -> Tensor:
         own = mx.squares(part, packed[:, rows], scales[:, rows])
         noise, power = noise + own[0], power + own[1]
         start = rows.stop
-    return torch.where(power > 0, noise / power, 0.0)
+    return torch.where(power > 0, noise / power, 0.0), power
 
 
 def prepare_bias(

@@ -61,6 +61,8 @@ class PreparedWeights(nn.Module):
     layout: str
     weight_errors: dict[str, dict[str, float]]
     """Source parameter -> relative squared error of its experts' quantization, "mean" and "max"; empty if unknown."""
+    weight_powers: Tensor | None = None
+    """Until a part of the experts is installed: each one's squared norm, all projections one after the other."""
 
     def set_tensors(self, weights: dict[str, list[Tensor]], biases: dict[str, Tensor]) -> None:
         """Take the prepared tensors and biases, by the slot of their projection."""
