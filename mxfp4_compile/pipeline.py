@@ -82,11 +82,6 @@ def optimize(
         report = Report(scale_rule, activation_dtype, max_capture_size, verify, versions=versions_used())
         with others_wait(model):
             processes = _processes_of(model)
-            if options is not None and is_spread(model):
-                raise OptimizeError(
-                    "calibration is not served on several ranks: calibrate and save in one process, and load the "
-                    "checkpoint on every rank"
-                )
             processes.agree(
                 "optimize", backend=backend, activation_dtype=activation_dtype, max_capture_size=max_capture_size,
                 scale_rule=scale_rule, skip=as_patterns(skip), strict=strict, verify=verify,

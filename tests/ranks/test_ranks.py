@@ -141,8 +141,8 @@ def test_skipped_experts_stay_as_transformers_split_them(pool: Pool, folder: Pat
 
 PLACES = [
     "ranks.session.check_model_plan", "ranks.session.local_experts", "ranks.session.forward_runs", "in a forward",
-    "pipeline.plan_model", "pipeline.try_sites", "pipeline.build_site", "ranks.session.distribute",
-    "installing.build_site",
+    "planning.match_all", "planning.check_matches", "pipeline.try_sites", "pipeline.build_site",
+    "ranks.session.distribute", "installing.build_site",
 ]  # fmt: skip
 
 
