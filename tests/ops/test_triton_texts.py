@@ -38,14 +38,12 @@ def layer_kernels():
     found = {}
     for fp8, targets, counts in ((False, TARGETS, TOKENS), (True, FP8_TARGETS, FP8_TOKENS)):
         for target, shape, tokens in layers(targets, counts):
-            parts = ["up", "down"]
-            if choose(target, *SHAPES[shape][:4], tokens, fp8=fp8).fp8:
-                parts += ["quantize_x", "quantize_h"]
-            if shape == "qwen3" and tokens == 512 and not fp8:
-                parts += ["sort", "combine"]
-            name = f"{target} {shape} {tokens}{' fp8' * fp8}"
-            found[target, shape, tokens, fp8] = {f"{name} {part}": part for part in parts}
-    return found
+            quantized = choose(target, *SHAPES[shape][:4], tokens, fp8=fp8).fp8
+            found[target, shape, tokens, fp8] = ["up", "down", *(("quantize_x", "quantize_h") if quantized else ())]
+    for target in TARGETS:
+        found.setdefault((target, "qwen3", 512, False), []).extend(["sort", "combine"])
+    name = lambda target, shape, tokens, fp8: f"{target} {shape} {tokens}{' fp8' * fp8}"
+    return {layer: {f"{name(*layer)} {part}": part for part in parts} for layer, parts in found.items()}
 
 
 def cases():
