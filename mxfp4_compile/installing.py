@@ -19,6 +19,7 @@ from torch import nn
 
 from .ops.backend import BackendError
 from .ops.selection import BackendUnavailable, choose
+from .passes.alterations import hooks_of, own_forwards, without_hooks
 from .passes.build.module import MXFP4Experts
 from .passes.build.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
 from .passes.build.rewrite import RewriteError, rewrite
@@ -138,6 +139,7 @@ def try_sites(
             except Exception as error:
                 own_words = isinstance(error, (VerificationError, RewriteError))
                 site.reason = str(error) if own_words else f"{type(error).__name__}: {error}"
+                site.reason = _altered(site, scale_rule, model) or site.reason
                 site.outcome = "failed"
             if structure.choice is not choice:
                 waiting.extendleft(reversed(done))  # another backend serves them now
@@ -146,6 +148,26 @@ def try_sites(
     for site in sites:
         if site.outcome == "failed":
             site.structure = None
+
+
+def _altered(site: Site, scale_rule: str, model: nn.Module) -> str:
+    """What changes the values of a site that failed from outside its class, "" if nothing is known to."""
+    module = site.candidate.module
+    hooks, own = hooks_of(module), own_forwards(module)
+    if hooks:
+        try:
+            with without_hooks(module):
+                _trial(site, scale_rule, model, lambda _: None, None)
+        except Exception:  # the hooks are not, or not alone, what it failed for
+            pass
+        else:
+            return f"hooks change its values, and would be lost: {', '.join(hooks[:4])}; remove them first"
+    if own:
+        return (
+            f"its forward is not its class's, and its MXFP4 form does not give the same: {', '.join(own[:4])}; "
+            "a forward that was bound to the module before it was set on it keeps to the original weights"
+        )
+    return ""
 
 
 def _try_site(

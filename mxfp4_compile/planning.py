@@ -17,6 +17,7 @@ from torch import nn
 from .circumstances import StateChange, kept_state
 from .ops.selection import Choice, choose
 from .ops.target import PLAIN, Request
+from .passes.alterations import parametrized
 from .passes.build.rewrite import RewriteError, retained_names
 from .passes.build.verify import Verification
 from .passes.find.discover import Candidate, find_candidates, record_calls, traceable_experts
@@ -254,100 +255,111 @@ def match_all(
             check_wrapped(model, site.candidate)
             for name, parameter in site.candidate.weights.named_parameters():
                 check_whole(f"{site.name}.{name}", parameter)
-    known: dict[Any, Structure | NoMatch] = {}
-    patterns: dict[Any, CallPattern] = {}
     for site in sites:
-        if site.outcome:
-            continue
+        if not site.outcome:
+            refuse_parametrized(model, site)
+    Planner(requested, request, stand_in).match(sites)
+
+
+def refuse_parametrized(model: nn.Module, site: Site) -> None:
+    """A site whose weights are computed anew at each use has no match."""
+    reason = parametrized(model, site.candidate.name)
+    if reason:
+        site.outcome, site.reason = "unmatched", reason
+
+
+@dataclass
+class Planner:
+    """Gives sites their structures; equal modules that are called alike are traced and matched once.
+
+    ``requested``, ``request``, ``stand_in``: as for ``match_all``. ``known``: what became of each structure;
+    ``patterns``: how a module of a shape is called.
+    """
+
+    requested: str | None
+    request: Request
+    stand_in: StandIn
+    known: dict[Any, Structure | NoMatch] = field(default_factory=dict)
+    patterns: dict[Any, CallPattern] = field(default_factory=dict)
+
+    def match(self, sites: list[Site]) -> None:
+        """Give each site without an outcome its structure, or an outcome and the reason."""
+        for site in sites:
+            if not site.outcome:
+                self._match_one(site, sites)
+        # Modules that no forward reached are matched by the calls of an equal module, if there is one.
+        for site in sites:
+            if site.outcome == "unreached":
+                pattern = self.patterns.get(_shape_key(site.candidate.module))
+                if pattern is not None:
+                    self._match_called(site, pattern)
+                else:
+                    site.outcome = "unmatched"
+                    site.reason = "no forward with these inputs reached it (pass example_inputs)"
+
+    def _match_one(self, site: Site, sites: list[Site]) -> None:
         if site.candidate.kind == "list" and not site.candidate.calls:
             site.outcome = "unmatched"
             site.reason = "a list of experts that the model itself calls; only modules within a model are replaced"
-            continue
-        _match_site(site, known, patterns, requested, request, stand_in)
-        if (site.outcome in ("unmatched", "dense") or _is_split_loop(site)) and site.candidate.owner is not None:
-            inside = f"{site.candidate.owner.name}."
+            return
+        pattern = self._match_by_calls(site)
+        if pattern is not None:
+            self.patterns.setdefault(_shape_key(site.candidate.module), pattern)
+        owner = site.candidate.owner
+        if owner is not None and (site.outcome in ("unmatched", "dense") or _is_split_loop(site)):
+            inside = f"{owner.name}."
             if not any(s is not site and s.name.startswith(inside) for s in sites):
-                _match_owner(site, site.candidate.owner, known, requested, request, stand_in)
-    # Modules that no forward reached are matched by the calls of an equal module, if there is one.
-    for site in sites:
-        if site.outcome == "unreached":
-            shape = _shape_key(site.candidate.module)
-            if shape in patterns:
-                _match_pattern(site, patterns[shape], known, requested, request, stand_in)
-            else:
-                site.outcome, site.reason = "unmatched", "no forward with these inputs reached it (pass example_inputs)"
+                self._match_owner(site, owner)
 
+    def _match_by_calls(self, site: Site) -> CallPattern | None:
+        """Match a site by the calls that the forwards made; how it is called, if that is one pattern."""
+        calls = site.candidate.calls
+        if not calls:
+            site.outcome = "unreached"
+            return None
+        try:
+            pattern = call_pattern(calls[0], calls[-1])
+        except TraceError as error:
+            site.outcome, site.reason = "unmatched", str(error)
+            return None
+        self._match_called(site, pattern)
+        return pattern
 
-def _match_site(
-    site: Site,
-    known: dict[Any, Structure | NoMatch],
-    patterns: dict[Any, CallPattern],
-    requested: str | None,
-    request: Request,
-    stand_in: StandIn,
-) -> None:
-    calls = site.candidate.calls
-    if not calls:
-        site.outcome = "unreached"
-        return
-    try:
-        pattern = call_pattern(calls[0], calls[-1])
-    except TraceError as error:
-        site.outcome, site.reason = "unmatched", str(error)
-        return
-    patterns.setdefault(_shape_key(site.candidate.module), pattern)
-    _match_pattern(site, pattern, known, requested, request, stand_in)
+    def _match_owner(self, site: Site, owner: Candidate) -> None:
+        """Match the module around a site that has no match by itself: what its experts lack, the router may show."""
+        if not owner.calls:
+            return
+        block = Site(owner)
+        self._match_by_calls(block)
+        if site.structure is not None:
+            if block.structure is not None and isinstance(block.structure.found, FusedMatch):
+                site.candidate, site.structure = owner, block.structure
+        elif block.structure is not None:
+            site.candidate, site.structure, site.outcome, site.reason = owner, block.structure, "", ""
+        elif block.reason != site.reason:
+            site.reason += f"; together with what calls it ({owner.name}): {block.reason}"
+
+    def _match_called(self, site: Site, pattern: CallPattern) -> None:
+        module = site.candidate.module
+        with unhooked(module):
+            key = (structure_key(module), pattern)
+            if key not in self.known:
+                module = self.stand_in(module, pattern)
+                self.known[key] = match_structure(module, pattern, self.requested, self.request)
+        result = self.known[key]
+        if isinstance(result, NoMatch):
+            site.outcome = "dense" if result.dense or site.candidate.unrouted else "unmatched"
+            site.reason = result.reason
+            if site.candidate.unrouted and not result.dense:
+                site.reason = "dense: no values chose which rows meet which part of its weights"
+        else:
+            site.structure, site.outcome, site.reason = result, "", ""
 
 
 def _is_split_loop(site: Site) -> bool:
     """Whether a site's loop over experts can only be split: with the router in view it may be one op."""
     found = None if site.structure is None else site.structure.found
     return isinstance(found, SplitMatch) and all(g.form == loop.NAME for g in found.gemms)
-
-
-def _match_owner(
-    site: Site,
-    owner: Candidate,
-    known: dict[Any, Structure | NoMatch],
-    requested: str | None,
-    request: Request,
-    stand_in: StandIn,
-) -> None:
-    """Match the module around a site that has no match by itself: what its experts lack, the router may show."""
-    if not owner.calls:
-        return
-    block = Site(owner)
-    _match_site(block, known, {}, requested, request, stand_in)
-    if site.structure is not None:
-        if block.structure is not None and isinstance(block.structure.found, FusedMatch):
-            site.candidate, site.structure = owner, block.structure
-    elif block.structure is not None:
-        site.candidate, site.structure, site.outcome, site.reason = owner, block.structure, "", ""
-    elif block.reason != site.reason:
-        site.reason += f"; together with what calls it ({owner.name}): {block.reason}"
-
-
-def _match_pattern(
-    site: Site,
-    pattern: CallPattern,
-    known: dict[Any, Structure | NoMatch],
-    requested: str | None,
-    request: Request,
-    stand_in: StandIn,
-) -> None:
-    module = site.candidate.module
-    with unhooked(module):
-        key = (structure_key(module), pattern)
-        if key not in known:
-            known[key] = match_structure(stand_in(module, pattern), pattern, requested, request)
-    result = known[key]
-    if isinstance(result, NoMatch):
-        site.outcome = "dense" if result.dense or site.candidate.unrouted else "unmatched"
-        site.reason = result.reason
-        if site.candidate.unrouted and not result.dense:
-            site.reason = "dense: no values chose which rows meet which part of its weights"
-    else:
-        site.structure, site.outcome, site.reason = result, "", ""
 
 
 def _match_of(module: nn.Module, pattern: CallPattern) -> tuple[Traced, FusedMatch | SplitMatch | NoMatch]:

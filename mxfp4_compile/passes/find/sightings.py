@@ -84,7 +84,8 @@ class Watch:
                 self.watchers.append(_Retrieved(own, module, tables))
             for listed_module in [module, *module.children()]:
                 if isinstance(listed_module, _PLAIN) and (listed_module is module) != is_plain(listed_module):
-                    children = [listed_module.get_submodule(name) for name in listed(listed_module)]
+                    parts = listed_module._modules  # a list may hold parameters, too: those of a parametrization
+                    children = [part for name in listed(listed_module) if (part := parts.get(name)) is not None]
                     if len(children) >= 2 and same_parameters(children) and _has_matrix(children[0]):
                         self.watchers.append(_Masked(own, module, children, listed_module))
         self.handles: list[Any] = []

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
+from ..alterations import without_hooks
 from ..calls import TensorInfo
 from .failures import in_words
 from .guards import Exported, Sizes, quietly, settle
@@ -38,7 +39,7 @@ def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Exported
     for shapes in (named_dims(pattern), free_dims(pattern)):
         arg_shapes, kwarg_shapes = pattern.arrange(shapes)
         try:
-            with torch.no_grad(), warnings.catch_warnings(), quietly():
+            with torch.no_grad(), warnings.catch_warnings(), without_hooks(module), quietly():
                 warnings.simplefilter("ignore")
                 sizes.forget()
                 # A wrapper gives every module the signature forward(args, kwargs): HF's own wrappers have

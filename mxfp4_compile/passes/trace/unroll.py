@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.overrides import handle_torch_function
 
+from ..alterations import without_hooks
 from ..calls import TensorInfo
 from ..weights import families, stack
 from .all_in_use import AllInUse
@@ -91,19 +92,6 @@ def _torchs_own(frame: Any) -> bool:
     return name in (AllInUse.__module__, Sizes.__module__) or name.partition(".")[0] in ("torch", "sympy")
 
 
-@contextmanager
-def _without_hooks(module: nn.Module) -> Any:
-    """Hooks of recorders keep what they see; they see nothing while tracing."""
-    saved = [(m, m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
-    try:
-        for m, _, _ in saved:
-            m._forward_hooks, m._forward_pre_hooks = type(m._forward_hooks)(), type(m._forward_pre_hooks)()
-        yield
-    finally:
-        for m, after, before in saved:
-            m._forward_hooks, m._forward_pre_hooks = after, before
-
-
 def holds_list(module: nn.Module) -> bool:
     """Whether experts may be the parts of a list in ``module`` (or ``module`` itself)."""
     for path, _ in families(module).values():
@@ -131,7 +119,7 @@ def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Exported
     while waiting:
         arg_shapes, kwarg_shapes = pattern.arrange(waiting[0](pattern))
         try:
-            with torch.no_grad(), warnings.catch_warnings(), _without_hooks(module), _casts_of_nothing(), quietly():
+            with torch.no_grad(), warnings.catch_warnings(), without_hooks(module), _casts_of_nothing(), quietly():
                 warnings.simplefilter("ignore")
                 sizes.forget()
                 caller = _Caller(module, without_last, experts, sizes)
