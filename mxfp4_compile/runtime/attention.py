@@ -148,15 +148,21 @@ def attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function as transformers' AttentionInterface wants it, for one query token per row.
+
+    indices: int [B, 1, n], the slots that an indexer has chosen; others are not attended to.
 
     Raises NotImplementedError for arguments whose effect is not known here.
     """
     unknown = [k for k, v in kwargs.items() if v is not None and k not in _WITHOUT_EFFECT]
     if unknown or dropout or attention_mask is None or query.shape[2] != 1 or attention_mask.dtype != torch.bool:
         raise NotImplementedError(f"decode attention does not know {', '.join(unknown) or 'this call'}")
+    if indices is not None:
+        chosen = torch.zeros_like(attention_mask[:, 0]).expand(query.shape[0], -1, -1)
+        attention_mask = attention_mask & chosen.scatter(-1, indices.long(), True)[:, None]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = torch.ops.mxfp4_runtime.decode_attention(query, key, value, attention_mask, s_aux, scaling, softcap)
     return out.transpose(1, 2), None

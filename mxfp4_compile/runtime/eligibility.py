@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..processes import is_spread
-from .caches.kinds import unknown_kinds
+from .caches.kinds import layer_kinds, unknown_kinds
 
 # What a decode step is called with that a recorded one has, or has no need of.
 PLAIN_INPUTS = {
@@ -40,19 +40,14 @@ def refusal_of(model: Any, modules: list[nn.Module]) -> str | None:
 
 def odd_attention(model: Any) -> str | None:
     """Why the masks of this model are not those of the kinds of layers that are known, or None."""
-    from transformers.generation import GenerationMixin
-
     config = model.config.get_text_config(decoder=True)
-    kinds = unknown_kinds(config)
+    kinds = unknown_kinds(layer_kinds(config))
     if kinds:
         return f"its layers are of kinds whose caches have no static form here ({', '.join(kinds)})"
-    if getattr(config, "attention_chunk_size", None) is not None and not getattr(config, "layer_types", None):
-        return "its attention is chunked"
+    if getattr(config, "attention_chunk_size", None) is not None and not layer_kinds(config):
+        return "its attention is chunked, and its configuration does not say in which layers"
     if not getattr(config, "is_causal", True):
         return "its attention is not causal"
-    usual = getattr(GenerationMixin, "create_masks_for_generate", None)
-    if getattr(type(model), "create_masks_for_generate", None) is not usual:
-        return "the model makes attention masks of its own"
     return None
 
 

@@ -42,14 +42,25 @@ def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 @contextmanager
-def layers_run_by(model: nn.Module, cache: StepCache, run: LayerFunction | None) -> Iterator[None]:
-    """Inside the block the decoder layers run as ``run`` has it, each with its own view of the cache."""
+def layers_run_by(
+    model: nn.Module, cache: StepCache, run: LayerFunction | None, note: Callable[[str], None]
+) -> Iterator[None]:
+    """Inside the block the decoder layers run as ``run`` has it, each with its own view of the cache.
+
+    ``note`` is told of layers that did not; RuntimeError if none did.
+    """
     layers = decoder_layers(model) if run is not None else {}
     if run is None or not layers:
         yield
         return
-    with layer_forwards({layer: _Forward(run, layer, cache, index) for index, layer in layers.items()}):
+    forwards = [_Forward(run, layer, cache, index) for index, layer in layers.items()]
+    with layer_forwards({forward.layer: forward for forward in forwards}):
         yield
+    missed = sorted(index for index, forward in zip(layers, forwards, strict=True) if not forward.used)
+    if len(missed) == len(forwards):
+        raise RuntimeError("its decoder layers are not called with the cache by its name")
+    if missed:
+        note(f"decoder layers {missed} are recorded as they are: they are not called with the cache by its name")
 
 
 @contextmanager
@@ -89,13 +100,16 @@ def own_code(function: Any, name: str) -> LayerFunction:
 
 
 class _Forward:
-    """A decoder layer's forward for the time of recording."""
+    """A decoder layer's forward for the time of recording; other threads' calls have caches of their own."""
 
     def __init__(self, run: LayerFunction, layer: nn.Module, cache: StepCache, index: int) -> None:
-        self._run, self._layer, self._cache, self._view = run, layer, cache, cache.views[index]
+        self.layer = layer
+        self.used = False
+        self._run, self._cache, self._view = run, cache, cache.views[index]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get(CACHE) is not self._cache:
-            return type(self._layer).forward(self._layer, *args, **kwargs)
+            return type(self.layer).forward(self.layer, *args, **kwargs)
         kwargs.pop(CACHE)
-        return self._run(self._layer, self._view, args, kwargs)
+        self.used = True
+        return self._run(self.layer, self._view, args, kwargs)

@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation import GenerationMixin
 
-from .caches.base import CACHE, LayerForm
-from .caches.kinds import forms_of
+from .caches.base import CACHE, CannotMove, LayerForm
+from .caches.kinds import forms_of, mask_kinds, unknown_kinds
 from .step import DecodeStep
 
 
 class Probe:
     """A short eager generation against which a recorded step is checked, with left padding and past a window."""
 
-    def __init__(self, model: Any, rows: int) -> None:
+    def __init__(self, model: Any, rows: int, longest: int) -> None:
+        """``rows`` rows of at most ``longest`` tokens."""
         self.model, self.rows = model, rows
-        ids = probe_tokens(model, rows, 10)
+        ids = probe_tokens(model, rows, 10, longest)
         self.mask = torch.ones_like(ids)
         if rows > 1:
             self.mask[1, :3] = 0
@@ -41,6 +43,27 @@ class Probe:
         """The layers of the cache that the model made; CannotMove if one has no static form."""
         return forms_of(self.cache, self.model.config.get_text_config(decoder=True))
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds by which the forward wants its masks; CannotMove if the model makes others of its own."""
+        kinds = mask_kinds(self.model.config.get_text_config(decoder=True))
+        usual = getattr(GenerationMixin, "create_masks_for_generate", None)
+        if getattr(type(self.model), "create_masks_for_generate", None) is usual:
+            return kinds
+        masks = self.model.create_masks_for_generate(
+            config=self.model.config,
+            inputs_embeds=torch.empty(*self.token.shape, 1, device=self.token.device),
+            attention_mask=self._mask(self.mask.shape[1]),
+            position_ids=self.positions[:, -1:],
+            **{CACHE: self.cache},
+        )
+        if not isinstance(masks, dict) or any(m is not None and m.dim() != 4 for m in masks.values()):
+            raise CannotMove("the model makes attention masks of its own, which are not by position")
+        others = unknown_kinds(masks)
+        if others:
+            raise CannotMove(f"the model makes attention masks of its own ({', '.join(others)})")
+        return tuple(sorted({*kinds, *masks}))
+
     def error_of(self, step: DecodeStep) -> float:
         """Relative error of the step's logits for the token after the prompt."""
         step.cache.fill(self.cache, self._mask(self.mask.shape[1] - 1))
@@ -57,14 +80,14 @@ class Probe:
         return relative_error(step.logits, expected)
 
 
-def probe_tokens(model: Any, rows: int, length: int, past_window: bool = True) -> Tensor:
+def probe_tokens(model: Any, rows: int, length: int, longest: int = 1024) -> Tensor:
     """Random tokens int64 [rows, length] on the model's device, the same ones every time.
 
-    past_window: longer by a sliding window that is not too long to go past.
+    Longer by a sliding window or chunk, to go past it, if that makes at most ``longest`` tokens.
     """
     config = model.config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None) or 0
-    length += window if past_window and window <= 512 else 0
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
+    length += window if window <= 512 and length + window <= longest else 0
     ids = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     return ids.to(next(model.parameters()).device)
 

@@ -8,6 +8,7 @@ right: what follows a token does not change it.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from .caches.base import CACHE
+from .caches.handover import HandoverCache
+from .caches.kinds import mask_kinds
 from .graphs import Recorder, brief
 from .layers import LayerFunction, decoder_layers, layer_forwards, own_code
 from .probe import last_logits, positions_of, probe_tokens, relative_error
-from .step import expand_rows, mask_kinds
+from .step import expand_rows
 
 _PROBE_TOKENS = 160
 
@@ -59,6 +62,7 @@ class Prefill:
         self.kind = kind
         self._model = model
         self._layers = decoder_layers(model)
+        self.keys_alone = True
         self.broken = None if self._layers else "its decoder layers cannot be told apart"
         self._run = _compiled(kind)
         self.error = self._error() if self._layers else float("inf")
@@ -87,14 +91,21 @@ class Prefill:
 
 
 def _difference(got: Any, expected: Any, mask: Tensor) -> float:
-    """The largest relative error of the last logits and of each layer's keys and values where mask [B, T] has it."""
+    """The largest relative error of the last logits and of what each layer's cache holds where mask [B, T] has it."""
     pairs = [(got.logits[:, -1], expected.logits[:, -1])]
     for ours, theirs in zip(getattr(got, CACHE).layers, getattr(expected, CACHE).layers, strict=True):
-        if ours.keys.shape != theirs.keys.shape:
-            return float("inf")
-        held = mask[:, mask.shape[1] - theirs.keys.shape[2] :]
-        for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
-            pairs.append((a.transpose(1, 2)[held], b.transpose(1, 2)[held]))
+        for name in ("keys", "values", "indexer_keys"):
+            a, b = getattr(ours, name, None), getattr(theirs, name, None)
+            if a is None or b is None:
+                continue
+            if a.shape != b.shape:
+                return float("inf")
+            held = mask[:, mask.shape[1] - b.shape[-2] :]
+            a, b = (t.transpose(1, 2) if t.dim() == 4 else t for t in (a, b))
+            pairs.append((a[held], b[held]))
+        for name in ("conv_states", "recurrent_states"):
+            a, b = getattr(ours, name, None) or {}, getattr(theirs, name, None) or {}
+            pairs += [(a[i], t) for i, t in b.items() if t is not None]
     return max(relative_error(a, b) for a, b in pairs)
 
 
@@ -111,50 +122,102 @@ def _probe(model: Any, kind: PromptKind) -> tuple[dict[str, Any], Tensor]:
 
 
 class _Beginning:
-    """The cache of one layer before the first token, which keeps what it is given."""
+    """The cache of one layer before the first token, which keeps what it is given.
 
-    keys: Tensor
-    values: Tensor
+    calls: (method of transformers' cache, tensors, the other arguments) in order, for the cache itself to be given.
+    """
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = key_states, value_states
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Tensor, ...], dict[str, Any]]] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int = 0, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.calls.append(("update", (key_states, value_states), {}))
         return key_states, value_states
 
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        self.calls.append(("update_indexer", (indexer_key_states,), {}))
+        return indexer_key_states
 
-def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        size = {} if conv_kernel_size is None else {"conv_kernel_size": conv_kernel_size}
+        self.calls.append(("update_conv_state", (conv_states,), {"state_idx": state_idx, **size}))
+        missing = (conv_kernel_size or 0) - conv_states.shape[-1]
+        return torch.nn.functional.pad(conv_states, (missing, 0)) if missing > 0 else conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        self.calls.append(("update_recurrent_state", (recurrent_states,), {"state_idx": state_idx}))
+        return recurrent_states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return False
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+def _run_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
     cache = _Beginning()
     out = type(layer).forward(layer, *args, **{CACHE: cache}, **kwargs)
-    return out, cache.keys, cache.values
+    return out, cache.calls
 
 
-def _compiled(kind: PromptKind) -> Callable[..., tuple[Any, Tensor, Tensor]]:
+def _compiled(kind: PromptKind) -> Callable[..., tuple[Any, list[Any]]]:
     name = f"prompt_layer_{'batch' if kind.batched else 'row'}{'_padded' if kind.padded else ''}"
     return torch.compile(own_code(_run_layer, name), dynamic=True, fullgraph=True, options={})
 
 
 class _Forward:
-    """A decoder layer's forward for the time of one prompt."""
+    """A decoder layer's forward for the time of one prompt, of the thread that makes it."""
 
     def __init__(
         self, owner: Prefill, run: LayerFunction, layer: nn.Module, index: int, masks: dict[int, Any] | None
     ) -> None:
         self._owner, self._run, self._layer, self._index, self._masks = owner, run, layer, index, masks
+        self._thread = threading.get_ident()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get(CACHE)
         hidden = args[0] if args else kwargs.get("hidden_states")
+        if threading.get_ident() != self._thread:
+            return type(self._layer).forward(self._layer, *args, **kwargs)
         if self._masks is not None:
             kwargs["attention_mask"] = self._masks.setdefault(self._index, kwargs.get("attention_mask"))
         if (
             self._owner.broken is None
             and isinstance(cache, DynamicCache)
-            and cache.get_seq_length(self._index) == 0
+            and _begins(cache, self._index)
             and isinstance(hidden, Tensor)
             and hidden.shape[1] > 1
         ):
             try:
                 rest = {k: v for k, v in kwargs.items() if k != CACHE}
-                out, keys, values = self._run(self._layer, args, rest)
+                out, calls = self._run(self._layer, args, rest)
             except torch.OutOfMemoryError:
                 raise
             except Exception as failure:  # whatever the compiler says: the layer itself is still there
@@ -162,9 +225,21 @@ class _Forward:
                     raise
                 self._owner.broken = brief(failure)
             else:
-                cache.update(keys, values, self._index)
+                for method, tensors, others in calls:
+                    self._owner.keys_alone &= method == "update"
+                    getattr(cache, method)(*tensors, self._index, **others)
                 return out
         return type(self._layer).forward(self._layer, *args, **kwargs)
+
+
+def _begins(cache: DynamicCache, index: int) -> bool:
+    """Whether a layer's cache has seen no token."""
+    if isinstance(cache, HandoverCache) and cache.static is not None:
+        return False
+    layer: Any = cache.layers[index] if index < len(cache.layers) else None
+    states = getattr(layer, "has_previous_state", None) or {}
+    seen = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
+    return not seen and not any(states.values())
 
 
 class _EmptyCache(DynamicCache):  # type: ignore[misc]
@@ -206,7 +281,7 @@ class RecordedPrompt:
         self._mask: Any = None
         self._run()
         whole = torch.ones(rows, 1, length, length, dtype=torch.bool, device=device)
-        kinds = mask_kinds(model)
+        kinds = mask_kinds(model.config.get_text_config(decoder=True))
         self._mask = dict.fromkeys(kinds, whole) if kinds else whole
         self.recording = recorder.record(self._run, 2)
         self.error = self._error()
@@ -240,7 +315,7 @@ class RecordedPrompt:
 
     def _error(self) -> float:
         config = self._model.config.get_text_config(decoder=True)
-        ids = probe_tokens(self._model, self.rows, self.length - 3, past_window=False)
+        ids = probe_tokens(self._model, self.rows, self.length - 3, longest=0)
         positions = self._positions[:, : ids.shape[1]]
         expected = self._model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1)
         got = self(ids, DynamicCache(config=config))

@@ -14,7 +14,7 @@ from ..report import CaptureReport, PrefillReport, RuntimeReport
 from .caches.base import Arena, CannotMove
 from .eligibility import fingerprint_of, modules_of, refusal_of
 from .graphs import Recorder, brief, recorder_for
-from .layers import compiled_layer
+from .layers import compiled_layer, decoder_layers
 from .probe import Probe
 from .prompts import Prefill, RecordedPrompt, kind_of
 from .sizes import length_for, prompt_length_for, size_for
@@ -160,6 +160,8 @@ class Runtime:
         prefill = self.prefill(rows, None)
         if prefill is None:
             return None
+        if not prefill.keys_alone:
+            return self._refuse(name, "prompts are not recorded: padding would enter the states that its layers keep")
         assert self.recorder is not None
         with exclusively(), torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
             try:
@@ -185,8 +187,8 @@ class Runtime:
         with exclusively(), torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
             self.arena = self.arena or Arena()
             try:
-                probe = Probe(self.model, key.rows)
-                forms = probe.forms()
+                probe = Probe(self.model, key.rows, key.length)
+                forms, kinds = probe.forms(), probe.kinds
             except CannotMove as error:
                 return self._refuse("model", f"{error}: generate runs without graphs")
             except Exception as error:
@@ -196,14 +198,15 @@ class Runtime:
                 text = f"{key}: not captured, its cache takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
                 return self._refuse(key, text)
             for layers, use_attention in self._attempts():
-                made = f"{layers} layers, {'own attention' if use_attention else 'the attention of the model'}"
+                attention = "own attention" if use_attention else "the attention of the model"
+                made = f"{layers} layers, {attention}"
                 try:
                     function = None
                     if layers != "eager":
                         which = (key.rows, 0 if layers == "compiled" else key.length)
                         function = self.layers.setdefault(which, compiled_layer(key.rows))
                     step = DecodeStep(
-                        self.model, key, forms, self.recorder, self.arena,
+                        self.model, key, forms, kinds, self.recorder, self.arena,
                         layer=function, any_length=layers == "compiled", use_attention=use_attention,
                     )  # fmt: skip
                     difference = probe.error_of(step)
@@ -213,6 +216,8 @@ class Runtime:
                     self.report.note(f"{key} with {made}: {brief(failure)}")
                     continue
                 if difference <= self._tolerance():
+                    for note in step.notes:
+                        self.report.note(f"{key}: {note}")
                     self.steps[key] = step
                     size = sum(f.bytes(key.rows, key.length) for f in forms)
                     how = self.recorder.name
@@ -227,6 +232,9 @@ class Runtime:
         """Ways to make a step, best first: how layers run, and whether attention.py stands in for attention."""
         assert self.recorder is not None
         compiled = self.compile_layers and self.recorder.compiles
+        if compiled and not decoder_layers(self.model):
+            self.report.note("its decoder layers cannot be told apart: steps are recorded with layers as they are")
+            compiled = False
         ways = ["compiled", "compiled for this length:", "eager"] if compiled else ["eager"]
         return [(way, own) for own in (True, False) if own <= self.use_attention for way in ways]
 

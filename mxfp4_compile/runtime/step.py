@@ -48,6 +48,7 @@ class DecodeStep:
         model: nn.Module,
         key: StepKey,
         forms: tuple[LayerForm, ...],
+        kinds: tuple[str, ...],
         recorder: Recorder,
         arena: Arena,
         *,
@@ -55,8 +56,9 @@ class DecodeStep:
         any_length: bool = False,
         use_attention: bool,
     ) -> None:
-        """``layer``: what ``compiled_layer`` returned for as many rows, or None to record layers as they are.
-        ``any_length``: it is to be compiled for caches of every length."""
+        """``kinds``: by which the forward wants its masks, empty for just one. ``layer``: what ``compiled_layer``
+        returned for as many rows, or None to record layers as they are. ``any_length``: it is to be compiled for
+        caches of every length."""
         started = time.perf_counter()
         device = next(model.parameters()).device
         self.key = key
@@ -69,8 +71,9 @@ class DecodeStep:
         self.logits = torch.empty(0)
         self.greedy = torch.empty(0)
         self.output_class: Any = None
+        self.notes: list[str] = []
         self._model = model
-        self._kinds = mask_kinds(model)
+        self._kinds = kinds
         self._attention = use_attention
         self._layer = layer
         self.recording = recorder.record(self._in_place, 2)
@@ -78,7 +81,8 @@ class DecodeStep:
         self.bytes = self.recording.bytes
 
     def _in_place(self) -> None:
-        with _decode_attention(self._model, self._attention), layers_run_by(self._model, self.cache, self._layer):
+        layers = layers_run_by(self._model, self.cache, self._layer, self.notes.append)
+        with _decode_attention(self._model, self._attention), layers:
             self._run()
 
     def _run(self) -> None:
@@ -119,12 +123,6 @@ class DecodeStep:
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as transformers' eager attention wants it: 0 or the lowest number."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def mask_kinds(model: Any) -> tuple[str, ...]:
-    """Kinds of layers by which the model's forward wants its masks, as transformers' generate prepares them."""
-    config = model.config.get_text_config(decoder=True)
-    return tuple(sorted(set(config.layer_types))) if getattr(config, "layer_types", None) else ()
 
 
 @contextmanager

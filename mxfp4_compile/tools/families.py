@@ -105,9 +105,9 @@ _SAM: dict[str, Any] = dict(sam_config=dict(output_channels=16, downsample_chann
 
 # A key that is a sub-configuration holds what that sub-configuration needs.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "axk1": dict(head_dim=8),
+    "axk1": dict(head_dim=8, num_key_value_heads=4),
     "axk2": dict(num_key_value_heads=4),
-    "bailing_hybrid": dict(layer_types=_each("linear_attention", "full_attention")),
+    "bailing_hybrid": dict(layer_types=_each("linear_attention", "full_attention"), num_key_value_heads=4),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
         ffn_config=dict(ffn_hidden_size=F, hidden_size=H, moe_num_experts=E, moe_top_k=K),
@@ -129,6 +129,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         rope_parameters=dict(rope_type="default", rope_theta=5e5, mrope_section=[3, 3, 2]),
     ),
     "gemma4": dict(enable_moe_block=True),
+    "glm4_moe_lite": dict(num_key_value_heads=4),
     "glm4v_moe": dict(
         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2], partial_rotary_factor=0.5),
         rope_scaling=dict(rope_type="default", mrope_section=[1, 1, 2]),
@@ -143,10 +144,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": dict(layer_types=_granite_kinds),
     "hy_v4": dict(indexer_types=_each("full")),
     "inkling2": dict(vision_config=dict(text_hidden_size=H), audio_config=dict(text_hidden_size=H)),
-    "kimi_linear": dict(layer_types=_each("full_attention")),
+    "kimi_linear": dict(layer_types=_each("linear_attention", "full_attention"), num_key_value_heads=4),
     "lfm2_moe": dict(layer_types=_each("conv", "full_attention")),
     "llama4": dict(moe_layers=_layer_ids, num_experts_per_tok=1),
     "longcat_flash": dict(head_dim=8, num_key_value_heads=4),
+    "mistral4": dict(num_key_value_heads=4),
     "mistral_large4": dict(num_key_value_heads=4),
     "muse_spark": dict(
         audio_config=dict(num_hidden_layers=1, patch_sizes=[4], hidden_sizes=[H], depths=[1]),

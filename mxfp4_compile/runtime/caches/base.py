@@ -138,6 +138,14 @@ class LayerView:
         """Tokens seen so far, an int64 scalar."""
         return self.position[0]
 
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """The position of the new token, an int64 scalar."""
+        return self.position[0]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
+        """Slots, and what is added to a slot's number to have its position: 0, or int64 [slots]."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no keys and values")
+
     def is_recording_past(self, layer_idx: int = 0) -> bool:
         """Whether states can be taken back: not here."""
         return False

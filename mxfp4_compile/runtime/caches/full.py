@@ -45,6 +45,9 @@ class FullView(LayerView):
         self.values.index_copy_(2, self.position, value_states)
         return self.keys, self.values
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
+        return self.keys.shape[2], 0
+
     def fill(self, layer: Any, seen: int) -> None:
         if layer.keys.shape[2] != seen:
             raise CannotMove(f"a layer holds {layer.keys.shape[2]} tokens and the cache {seen}")

@@ -56,6 +56,26 @@ class HandoverCache(DynamicCache):  # type: ignore[misc]
         self.settle()
         return super().get_mask_sizes(*args, **kwargs)
 
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return super().get_conv_state(*args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return super().update_conv_state(*args, **kwargs)
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return super().get_recurrent_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def update_indexer(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return super().update_indexer(*args, **kwargs)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self._static is not None:
             self._static.reorder(beam_idx)

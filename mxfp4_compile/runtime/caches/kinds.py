@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from . import full, ring
+from . import chunks, dummy, full, hybrid, indexed, ring, states
 from .base import CannotMove, Clock, LayerForm
 
-KINDS: tuple[Any, ...] = (full, ring)
+KINDS: tuple[Any, ...] = (full, ring, chunks, states, dummy, indexed, hybrid)
 
 _MASKS: dict[str, Any] = {name: mask for kind in KINDS for name, mask in kind.MASKS.items()}
 # Those whose masks are as long as the cache.
-DYNAMIC_MASKS = full.MASKS.keys()
+DYNAMIC_MASKS = {name for name, mask in _MASKS.items() if mask is full.mask}
+# What a model with layers of one kind makes masks for beside it, as transformers does.
+_BESIDE = {
+    "hybrid": ("full_attention", "linear_attention"),
+    "hybrid_sliding": ("sliding_attention", "linear_attention"),
+}
 
 
 def layer_kinds(config: Any) -> list[str]:
@@ -22,9 +27,15 @@ def layer_kinds(config: Any) -> list[str]:
     return list(getattr(config, "layer_types", None) or ())
 
 
-def unknown_kinds(config: Any) -> list[str]:
-    """Kinds of layers of a configuration whose masks are not known here, sorted."""
-    return sorted(set(layer_kinds(config)) - _MASKS.keys())
+def mask_kinds(config: Any) -> tuple[str, ...]:
+    """The kinds by which the model's forward wants its masks, as transformers prepares them; empty for just one."""
+    kinds = set(layer_kinds(config))
+    return tuple(sorted(kinds.union(*(_BESIDE.get(kind, ()) for kind in kinds))))
+
+
+def unknown_kinds(kinds: Iterable[str]) -> list[str]:
+    """Those of ``kinds`` whose masks are not known here, sorted."""
+    return sorted(set(kinds) - _MASKS.keys())
 
 
 def forms_of(cache: Any, config: Any) -> tuple[LayerForm, ...]:

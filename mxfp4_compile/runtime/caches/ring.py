@@ -52,6 +52,11 @@ class RingView(FullView):
         self.values.index_copy_(2, self.slot, value_states)
         return self.keys, self.values
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
+        size = self.keys.shape[2]
+        slots = torch.arange(size, device=self.keys.device)
+        return size, self.position - (self.position - slots) % size - slots
+
     def fill(self, layer: Any, seen: int) -> None:
         ring, held = self.keys.shape[2], layer.keys.shape[2]
         if layer.get_seq_length() != seen or held < min(seen, self._window - 1):

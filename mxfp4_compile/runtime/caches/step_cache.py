@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .base import Arena, CannotMove, Clock, LayerForm, LayerView, Place
+from .dummy import DummyForm
 from .kinds import mask_of
+from .states import StatesForm, StatesView
 
 
 class StepCache(Cache):  # type: ignore[misc]
@@ -38,6 +40,42 @@ class StepCache(Cache):  # type: ignore[misc]
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self.position[0]
 
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.position[0]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
+        return self.views[layer_idx].get_mask_sizes(query_length, layer_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        return self._of_states(layer_idx).get_conv_state(layer_idx, state_idx)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        return self._of_states(layer_idx).update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        return self._of_states(layer_idx).get_recurrent_state(layer_idx, state_idx)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        return self._of_states(layer_idx).update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        view: Any = self.views[layer_idx]
+        written: Tensor = view.update_indexer(indexer_key_states, layer_idx)
+        return written
+
+    def _of_states(self, layer_idx: int) -> StatesView:
+        view = self.views[layer_idx]
+        assert isinstance(view, StatesView), f"layer {layer_idx} has no states"
+        return view
+
     @property
     def layers(self) -> list[LayerView]:
         return self.views
@@ -52,11 +90,11 @@ class StepCache(Cache):  # type: ignore[misc]
 
     @property
     def is_linear(self) -> list[bool]:
-        return [False] * len(self.forms)
+        return [isinstance(f, StatesForm) for f in self.forms]
 
     @property
     def is_dummy(self) -> list[bool]:
-        return [False] * len(self.forms)
+        return [isinstance(f, DummyForm) for f in self.forms]
 
     # inside the recorded step
 
