@@ -8,6 +8,10 @@ of a long cache costs nothing.
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -150,13 +154,23 @@ def attention_forward(
     s_aux: Tensor | None = None,
     indices: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """An attention function as transformers' AttentionInterface wants it, for one query token per row.
 
     indices: int [B, 1, n], the slots that an indexer has chosen; others are not attended to.
 
+    Called by another thread than the one that records, it is what the model's attention was before.
+
     Raises NotImplementedError for arguments whose effect is not known here.
     """
+    before = None if torch.compiler.is_compiling() else _before(getattr(module, "config", None))
+    if before is not None:
+        kwargs |= {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux), ("indices", indices)) if v is not None}
+        function = _implementation(module, before)
+        by_model: tuple[Tensor, Tensor | None] = function(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return by_model
     unknown = [k for k, v in kwargs.items() if v is not None and k not in _WITHOUT_EFFECT]
     if unknown or dropout or attention_mask is None or query.shape[2] != 1 or attention_mask.dtype != torch.bool:
         raise NotImplementedError(f"decode attention does not know {', '.join(unknown) or 'this call'}")
@@ -168,9 +182,63 @@ def attention_forward(
     return out.transpose(1, 2), None
 
 
+# Configurations whose attention is exchanged: id -> (thread that records, what their attention was).
+_exchanged: dict[int, tuple[int, str]] = {}
+
+
+@contextmanager
+def exchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block attention of ``model``, called by this thread, is the one of this file."""
+    _register()
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs = {i: c for i, c in configs.items() if hasattr(c, "_attn_implementation_internal")}
+    before = {i: c._attn_implementation_internal for i, c in configs.items()}
+    try:
+        for i, config in configs.items():
+            _exchanged[i] = threading.get_ident(), before[i]
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for i, config in configs.items():
+            config._attn_implementation_internal = before[i]
+            del _exchanged[i]
+
+
+def _before(config: Any) -> str | None:
+    """What attention of a configuration is for this thread if that is not the one of this file, else None."""
+    thread, before = _exchanged.get(id(config), (0, None))
+    if thread == threading.get_ident():
+        return None
+    if before is None:  # put back since the caller looked
+        before = getattr(config, "_attn_implementation_internal", None)
+    return None if before == NAME else before
+
+
+def _implementation(module: torch.nn.Module, name: str) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise NotImplementedError(f"{type(module).__name__} has no attention function {name!r}")
+
+
+def _mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    """Masks as the model's attention before wants them; for the recording thread none, as it brings its own."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    before = _before(config)
+    return None if before is None else ALL_MASK_ATTENTION_FUNCTIONS[before](*args, config=config, **kwargs)
+
+
 @cache
-def register() -> None:
+def _register() -> None:
     """Make ``NAME`` known to transformers (which needs it for a lookup only: no model is set to it for good)."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)

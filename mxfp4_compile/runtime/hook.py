@@ -36,7 +36,8 @@ class Generate:
         runtime = self.runtime
         function: Any = type(runtime.model).generate
         if not runtime.lock.acquire(blocking=False):
-            # Another thread decodes, or a user's callback calls generate: the static caches are taken.
+            # Another thread decodes, or a user's callback calls generate: the static caches are in use.
+            runtime.report.note("a generate that began while another one of this model ran had no graphs")
             return function(runtime.model, *args, **kwargs)
         runtime.owner = threading.get_ident()
         try:

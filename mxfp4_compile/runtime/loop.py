@@ -20,6 +20,8 @@ class Decoding(Protocol):
     driver: Any
     step: Any
     cache: Any
+    handed_in: bool
+    exact: bool
 
     def enter(self, attention_mask: Tensor | None, batch: int) -> None:
         """Move the cache of ``batch`` rows into the step, if it is not there."""
@@ -81,7 +83,7 @@ def plain_loop(
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
     del outputs
-    start = input_ids.shape[1]
+    start, seen = input_ids.shape[1], session.cache.get_seq_length()
     total = max(max_length, start + 1)
     sequences = torch.empty(batch, total, dtype=input_ids.dtype, device=device)
     sequences[:, :start] = input_ids
@@ -108,7 +110,8 @@ def plain_loop(
         if ends:
             for end in ends:
                 unfinished = unfinished & ~torch.isin(tokens, end)
-        last = length >= total
+        # Where no token can be taken back, the step after the last token must not run: the device is waited for.
+        last = length >= total or (session.exact and bool(ends) and bool(unfinished.max() == 0))
         if not last:
             # Launched before anything is read back: the device has its next step while the host looks.
             if length == start + 1:
@@ -136,6 +139,8 @@ def plain_loop(
         length -= 1
         if drawn is not None:
             _set_random_state(device, drawn)
+    if session.handed_in:
+        session.cache.settle(seen + length - start - 1)
     if streamer is not None:
         streamer.end()
     return sequences[:, :length].clone() if length < total else sequences

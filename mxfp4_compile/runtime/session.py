@@ -24,7 +24,7 @@ from transformers import __version__
 from transformers.cache_utils import DynamicCache
 from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLengthCriteria
 
-from .caches.base import CACHE
+from .caches.base import CACHE, CannotMove
 from .caches.handover import HandoverCache
 from .eligibility import PLAIN_INPUTS, planes_of, unusual_inputs
 from .loop import feed_tokens, plain_loop
@@ -42,6 +42,10 @@ def _driver_class(base: type) -> type:
 
         def _beam_search(self, input_ids: Tensor, **kwargs: Any) -> Any:
             return Session.current(self).beam_search(input_ids, kwargs)
+
+        def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+            Session.current(self).assisted()
+            return super()._assisted_decoding(*args, **kwargs)
 
         def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
             session = Session.current(self)
@@ -70,6 +74,9 @@ class Session:
         self.model: Any = runtime.model
         self.step: Any = None
         self.cache: Any = None  # a HandoverCache once there is a step
+        self.reached = False  # whether a way of decoding was reached that recorded steps are for
+        self.handed_in = False  # whether the cache is the caller's, who finds it filled as transformers fills it
+        self.exact = False  # whether its cache cannot take back a token that was fed too much
 
     @classmethod
     def current(cls, driver: Any) -> Session:
@@ -85,9 +92,14 @@ class Session:
         outer = getattr(self._active, "session", None)
         self._active.session = self
         try:
-            return function(driver, *args, **kwargs)
+            result = function(driver, *args, **kwargs)
+            if not self.reached:
+                self.runtime.report.note("generate runs without graphs: its way of decoding is not one they are for")
+            return result
         finally:
             self._active.session = outer
+            if self.handed_in:
+                self.cache.settle()
 
     # the decoding methods
 
@@ -109,35 +121,62 @@ class Session:
             return type(model)._beam_search(model, input_ids, **kwargs)
         return self._own_cache(type(model)._beam_search(self.driver, input_ids, **kwargs))
 
+    def assisted(self) -> None:
+        """Speculative decoding, whoever proposes: said, and left to transformers."""
+        self.reached = True
+        self.runtime.report.note(
+            "generate runs without graphs: assisted decoding (an assistant, lookup, early exit, MTP)"
+        )
+
     def _choose_step(self, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
         """Choose the recorded step and exchange the cache, if this call's cache is one that can move."""
+        self.reached = True
+        reason = self._refusal(input_ids, kwargs)
+        if reason is not None:
+            self.runtime.report.note(f"generate runs without graphs: {reason}")
+            return
+        cache = kwargs[CACHE]
+        batch, seen = input_ids.shape[0], _seen(cache)
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        prompt = embeds.shape[1] if embeds is not None else input_ids.shape[1]
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            prompt = max(prompt, mask.shape[1])
+        prompt += seen if prompt <= seen else 0
+        tokens = prompt + max(kwargs["generation_config"].max_length - input_ids.shape[1], 1)
+        step = self.runtime.step(batch, tokens, planes_of(kwargs))
+        handed_in = seen > 0 or getattr(cache, "_is_user_defined", False)
+        if step is not None and handed_in:
+            try:
+                step.cache.check(cache, self.model.config.get_text_config(decoder=True), batch)
+            except CannotMove as error:
+                self.runtime.report.note(f"generate runs without graphs: the cache handed in does not fit: {error}")
+                return
+        if step is not None:
+            self.step = step
+            self.cache = kwargs[CACHE] = HandoverCache(cache)
+            self.handed_in = handed_in
+            self.exact = handed_in and not all(form.forgets for form in step.cache.forms)
+
+    def _refusal(self, input_ids: Tensor, kwargs: dict[str, Any]) -> str | None:
+        """Why this call is decoded as transformers has it, or None."""
         config: Any = kwargs["generation_config"]
         cache: Any = kwargs.get(CACHE)
-        if cache is None:
-            for name, value in kwargs.items():
-                if isinstance(value, DynamicCache):
-                    self.runtime.report.note(
-                        f"transformers {__version__} hands its cache over as {name!r}, which is not known "
-                        "here: no recorded steps"
-                    )
-        if (
-            type(cache) is not DynamicCache
-            or (len(cache.layers) and cache.get_seq_length() > 0)
-            or getattr(cache, "_is_user_defined", False)
-            or getattr(cache, "offloading", False)
-            or not kwargs.get("use_cache", True)
-            or config.disable_compile
-            or config.compile_config is not None
-            or getattr(config, "is_assistant", False)
-            or input_ids.device != self.model.device
-        ):
-            return
-        embeds = kwargs.get("inputs_embeds")
-        prompt = embeds.shape[1] if embeds is not None else input_ids.shape[1]
-        tokens = prompt + max(config.max_length - input_ids.shape[1], 1)
-        self.step = self.runtime.step(input_ids.shape[0], tokens, planes_of(kwargs))
-        if self.step is not None:
-            self.cache = kwargs[CACHE] = HandoverCache(cache)
+        others = [name for name, value in kwargs.items() if isinstance(value, DynamicCache) and name != CACHE]
+        if cache is None and others:
+            return f"transformers {__version__} hands its cache over as {others[0]!r}, which is not known here"
+        if cache is None or not kwargs.get("use_cache", True):
+            return "use_cache=False"
+        if type(cache) is not DynamicCache:
+            return f"its cache is a {type(cache).__name__}"
+        if getattr(cache, "offloading", False):
+            return "its cache is offloaded"
+        if config.disable_compile or config.compile_config is not None:
+            return "disable_compile" if config.disable_compile else "compile_config"
+        if getattr(config, "is_assistant", False):
+            return "the model is the assistant of another generate"
+        if input_ids.device != self.model.device:
+            return f"its tokens are on {input_ids.device} and the model on {self.model.device}"
+        return None
 
     def _plain(self, kwargs: dict[str, Any]) -> bool:
         own = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill", "_sample")
@@ -253,3 +292,8 @@ class Session:
         else:
             last = positions[..., -1:].expand(*positions.shape[:-2], tokens.shape[0], 1)
             step.position_ids.copy_(expand_rows(last, step.key.rows, last.dim() - 2))
+
+
+def _seen(cache: DynamicCache) -> int:
+    """Tokens in a cache, 0 if it has no layers yet."""
+    return int(cache.get_seq_length()) if len(cache.layers) else 0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +81,7 @@ class DecodeStep:
 
     def _in_place(self) -> None:
         layers = layers_run_by(self._model, self.cache, self._layer, self.notes.append)
-        with _decode_attention(self._model, self._attention), layers:
+        with attention.exchanged(self._model) if self._attention else nullcontext(), layers:
             self._run()
 
     def _run(self) -> None:
@@ -123,25 +122,6 @@ class DecodeStep:
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as transformers' eager attention wants it: 0 or the lowest number."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-@contextmanager
-def _decode_attention(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """The model's attention goes through attention.py inside the block."""
-    if not wanted:
-        yield
-        return
-    attention.register()
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    configs = {i: c for i, c in configs.items() if hasattr(c, "_attn_implementation_internal")}
-    before = {i: c._attn_implementation_internal for i, c in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = attention.NAME
-        yield
-    finally:
-        for i, config in configs.items():
-            config._attn_implementation_internal = before[i]
 
 
 def expand_rows(source: Tensor, rows: int, dim: int = 0) -> Tensor:

@@ -35,19 +35,21 @@ MANY_HEADS = {"deepseek_v32", "axk2", "dots3_note", "glm_moe_dsa", "hy_v4", "mis
 # One for each kind of cache, with attention of every shape: full, window, latent, positions of several kinds, chunks,
 # states, convolutions, no cache, an indexer, both in one layer.
 KINDS = {
-    "mixtral", "gpt_oss", "deepseek_v3", "qwen3_vl_moe", "llama4", "qwen3_next", "lfm2_moe", "nemotron_h", "axk2", "zaya",
+    "mixtral", "gpt_oss", "deepseek_v3", "qwen3_vl_moe", "llama4", "qwen3_next", "lfm2_moe", "nemotron_h",
+    "mistral_large4", "zaya",
 }  # fmt: skip
 ALL = sorted({*decorated_families(), *undecorated_families(), *listed_families()} - WITHOUT.keys())
 
 
 def optimized(family: str) -> nn.Module:
-    more = {"index_n_heads": 16} if family in MANY_HEADS else {}
-    return mxfp4_compile.optimize(tiny_model(family, **more), verify=False)
+    more = {"index_n_heads": 16, "seed": 2} if family in MANY_HEADS else {}
+    strict = family != "jetmoe"  # its attention has experts too, which are left alone
+    return mxfp4_compile.optimize(tiny_model(family, **more), verify=False, strict=strict)
 
 
-def padded(rows: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
+def padded(rows: int = 3) -> dict[str, torch.Tensor]:
     """Random tokens, the second row left-padded."""
-    ids = torch.randint(3, 100, (rows, 12), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(3, 100, (rows, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1:2, :5] = 0
     return {"input_ids": ids, "attention_mask": mask}
@@ -57,8 +59,7 @@ def padded(rows: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
 def test_families(family: str) -> None:
     """Left-padded, a row less than recorded for, past windows and chunks of 8."""
     model = optimized(family)
-    seed = 4 if family in MANY_HEADS else 1
-    expected, got, recorder = both(model, padded(seed=seed), max_new_tokens=20, eos_token_id=None)
+    expected, got, recorder = both(model, padded(), max_new_tokens=20, eos_token_id=None)
     assert torch.equal(got, expected)
     if family in REFUSED:
         assert recorder.replayed <= 2

@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig
 import mxfp4_compile
 from mxfp4_compile.runtime import runtime_of
 from mxfp4_compile.runtime.caches.base import CACHE
+from mxfp4_compile.runtime.step import DecodeStep
 from mxfp4_compile.tools.demo import MODEL_DIRECTORY, TEXT_FILE
 from mxfp4_compile.tools.families import tiny_model
 
@@ -106,28 +107,49 @@ def test_inputs_embeds_and_prefill_chunks(trained: nn.Module) -> None:
     assert recorder.replayed > 10
 
 
+def notes(model: nn.Module) -> str:
+    return "\n".join(runtime_of(model).report.notes)
+
+
 def test_assisted_decoding_and_autocast_are_left_alone(trained: nn.Module) -> None:
-    expected, got, recorder = both(trained, prompts(1), prompt_lookup_num_tokens=3)
+    expected, got, recorder = both(trained, prompts(1), prompt_lookup_num_tokens=3, max_new_tokens=8)
     assert torch.equal(got, expected)
     assert recorder.recorded == 0
+    assert notes(trained).count("generate runs without graphs: assisted decoding") == 1
     recorder = recorded(trained)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens = trained.generate(**prompts(2), max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] == prompts(2)["input_ids"].shape[1] + 5
     assert recorder.recorded == 0
+    assert "autocast is on" in notes(trained)
 
 
-def test_what_the_user_decides_is_left_to_transformers(trained: nn.Module) -> None:
-    inputs = prompts(2, mixed=False)
-    for options in ({"use_cache": False}, {"cache_implementation": "static"}, {"disable_compile": True}):
-        expected, got, recorder = both(trained, inputs, **options)
+def test_an_assistant_is_said() -> None:
+    model = mxfp4_compile.optimize(tiny_model("qwen3_moe"), verify=False)
+    ids = torch.randint(3, 60, (1, 5))
+    inputs = {"input_ids": ids, "assistant_model": tiny_model("qwen3_moe", layers=1)}
+    expected, got, recorder = both(model, inputs, max_new_tokens=6, eos_token_id=None)
+    assert torch.equal(got, expected)
+    assert recorder.recorded == 0
+    assert "assisted decoding" in notes(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_cache": False}, "use_cache=False"),
+        ({"cache_implementation": "static"}, "its cache is a StaticCache"),
+        ({"disable_compile": True}, "disable_compile"),
+    ],
+)
+def test_what_the_user_decides_is_left_to_transformers_and_said(
+    trained: nn.Module, options: dict[str, Any], said: str
+) -> None:
+    for _ in range(2):
+        expected, got, recorder = both(trained, prompts(2, mixed=False), max_new_tokens=5, **options)
         assert torch.equal(got, expected)
         assert recorder.replayed == 0
-    recorder = recorded(trained)
-    cache = DynamicCache(config=trained.config)
-    trained.generate(**inputs, **{CACHE: cache}, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert recorder.replayed == 0
-    assert cache.get_seq_length() == 24 + 4
+        assert notes(trained).splitlines() == [f"generate runs without graphs: {said}"]
 
 
 def test_inference_mode_and_back() -> None:
@@ -163,3 +185,42 @@ def test_another_thread_gets_the_ordinary_loop() -> None:
     assert torch.equal(got, expected[:1])
     assert torch.equal(other[0], expected)
     assert recorder.replayed == count + 1 + 7  # the other thread replayed nothing
+    assert "while another one of this model ran had no graphs" in notes(model)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_another_thread_runs_as_before_while_a_step_is_recorded(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the model's own attention and masks, of which both are exchanged for the recording thread."""
+    model = tiny_model("mixtral")
+    model.set_attn_implementation(implementation)
+    mxfp4_compile.optimize(model, verify=False)
+    inputs = {"input_ids": torch.randint(3, 60, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.int64)}
+    inputs["attention_mask"][0, :3] = 0
+    options = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    plain(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits, model.generate(**inputs, **options)
+    seen: list[Any] = []
+    run = DecodeStep._run
+
+    def other() -> None:
+        with torch.no_grad():
+            seen.append((model(**inputs).logits, model.generate(**inputs, **options)))
+
+    def run_beside(self: DecodeStep) -> None:
+        if not seen:
+            assert model.config._attn_implementation == "mxfp4_decode"
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        run(self)
+
+    monkeypatch.setattr(DecodeStep, "_run", run_beside)
+    recorder = recorded(model)
+    assert torch.equal(model.generate(**inputs, **options), expected[1])
+    assert recorder.replayed == 5
+    ((logits, tokens),) = seen
+    assert torch.equal(logits, expected[0])
+    assert torch.equal(tokens, expected[1])

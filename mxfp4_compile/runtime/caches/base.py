@@ -152,11 +152,15 @@ class LayerView:
 
     # moving in and out
 
-    def fill(self, layer: Any, seen: int) -> None:
-        """Take over a dynamic layer [B <= rows] of ``seen`` tokens; rows beyond it repeat row 0.
+    def held(self, layer: Any) -> list[Tensor]:
+        """The tensors [B, ...] of a dynamic layer that ``fill`` takes over."""
+        return []
 
-        Raises CannotMove if the layer does not hold what ``seen`` tokens leave behind.
-        """
+    def check(self, layer: Any, seen: int) -> None:
+        """Raise CannotMove if a dynamic layer does not hold what ``seen`` tokens leave behind."""
+
+    def fill(self, layer: Any, seen: int) -> None:
+        """Take over a dynamic layer [B <= rows] of ``seen`` tokens; rows beyond it repeat row 0."""
 
     def drain(self, layer: Any, batch: int, seen: int) -> None:
         """The reverse of ``fill``: ``seen`` tokens, back into the dynamic layer."""

@@ -48,9 +48,16 @@ class FullView(LayerView):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
         return self.keys.shape[2], 0
 
+    def held(self, layer: Any) -> list[Tensor]:
+        return [layer.keys, layer.values]
+
+    def check(self, layer: Any, seen: int) -> None:
+        if layer.keys.shape[2] != seen or seen > self.keys.shape[2]:
+            raise CannotMove(
+                f"a layer holds {layer.keys.shape[2]} tokens of {seen}, and has room for {self.keys.shape[2]}"
+            )
+
     def fill(self, layer: Any, seen: int) -> None:
-        if layer.keys.shape[2] != seen:
-            raise CannotMove(f"a layer holds {layer.keys.shape[2]} tokens and the cache {seen}")
         for target, source in ((self.keys, layer.keys), (self.values, layer.values)):
             target.zero_()
             copy_rows(target[:, :, :seen], source)

@@ -18,7 +18,8 @@ class HandoverCache(DynamicCache):  # type: ignore[misc]
     """
 
     def __init__(self, cache: DynamicCache) -> None:
-        self.__dict__.update(cache.__dict__)
+        self.__dict__.update(cache.__dict__)  # the layers are the same objects
+        self._origin = cache
         self._static: StepCache | None = None
         self._batch = 0
         self._seen = 0
@@ -39,11 +40,11 @@ class HandoverCache(DynamicCache):  # type: ignore[misc]
         """One recorded step was run."""
         self._seen += 1
 
-    def settle(self, forget: int = 0) -> None:
-        """Take the contents back, without the last ``forget`` tokens."""
+    def settle(self, seen: int | None = None) -> None:
+        """Take the contents back: those of ``seen`` tokens, or of all."""
         static, self._static = self._static, None
         if static is not None:
-            static.drain(self, self._batch, self._seen - forget)
+            static.drain(self, self._batch, self._seen if seen is None else seen)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._seen if self._static is not None else super().get_seq_length(layer_idx)
@@ -95,8 +96,6 @@ class HandoverCache(DynamicCache):  # type: ignore[misc]
         super().batch_select_indices(indices)
 
     def plain(self) -> DynamicCache:
-        """An ordinary DynamicCache with these contents, for the user to keep."""
+        """The cache that this one stands in for, with these contents, for the user to keep."""
         self.settle()
-        cache = DynamicCache.__new__(DynamicCache)
-        cache.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_static", "_batch", "_seen")})
-        return cache
+        return self._origin

@@ -60,6 +60,13 @@ class HybridView(StatesView):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
         return self.attention.get_mask_sizes(query_length, layer_idx)
 
+    def held(self, layer: Any) -> list[Tensor]:
+        return [*self.attention.held(layer), *super().held(layer)]
+
+    def check(self, layer: Any, seen: int) -> None:
+        self.attention.check(layer, seen)
+        super().check(layer, seen)
+
     def fill(self, layer: Any, seen: int) -> None:
         self.attention.fill(layer, seen)
         super().fill(layer, seen)

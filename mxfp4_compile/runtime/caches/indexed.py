@@ -45,10 +45,16 @@ class IndexedView(FullView):
         self.indexer_keys.index_copy_(1, self.position, indexer_key_states)
         return self.indexer_keys
 
-    def fill(self, layer: Any, seen: int) -> None:
-        super().fill(layer, seen)
+    def held(self, layer: Any) -> list[Tensor]:
+        return [*super().held(layer), layer.indexer_keys]
+
+    def check(self, layer: Any, seen: int) -> None:
+        super().check(layer, seen)
         if layer.indexer_keys is None or layer.indexer_keys.shape[1] != seen:
             raise CannotMove("a layer's indexer has not seen all tokens")
+
+    def fill(self, layer: Any, seen: int) -> None:
+        super().fill(layer, seen)
         self.indexer_keys.zero_()
         copy_rows(self.indexer_keys[:, :seen], layer.indexer_keys)
 

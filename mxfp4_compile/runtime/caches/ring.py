@@ -28,6 +28,8 @@ class RingForm(LayerForm):
     dtype: torch.dtype
     window: int  # type: ignore[assignment, misc]  # of every ring
 
+    forgets = False  # the token that the newest one took the place of is gone
+
     def bytes(self, rows: int, length: int) -> int:
         slots = min(self.window, length)
         return rows * self.heads * slots * (self.key_dim + self.value_dim) * self.dtype.itemsize
@@ -57,10 +59,13 @@ class RingView(FullView):
         slots = torch.arange(size, device=self.keys.device)
         return size, self.position - (self.position - slots) % size - slots
 
-    def fill(self, layer: Any, seen: int) -> None:
-        ring, held = self.keys.shape[2], layer.keys.shape[2]
+    def check(self, layer: Any, seen: int) -> None:
+        held = layer.keys.shape[2]
         if layer.get_seq_length() != seen or held < min(seen, self._window - 1):
             raise CannotMove(f"a layer with a window of {self._window} holds {held} tokens of {seen}")
+
+    def fill(self, layer: Any, seen: int) -> None:
+        ring, held = self.keys.shape[2], layer.keys.shape[2]
         keep = min(held, ring)
         slots = torch.arange(seen - keep, seen, device=self.keys.device) % ring
         for target, source in ((self.keys, layer.keys), (self.values, layer.values)):

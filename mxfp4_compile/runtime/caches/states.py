@@ -90,17 +90,23 @@ class StatesView(LayerView):
         self.recurrent_states[state_idx].copy_(recurrent_states)
         return self.recurrent_states[state_idx]
 
-    def _pairs(self, layer: Any) -> list[tuple[Tensor, dict[int, Tensor | None], int]]:
+    def _pairs(self, layer: Any) -> list[tuple[Tensor, dict[int, Tensor], int]]:
         """(static tensor, the layer's states of its kind, number)."""
         out = [(t, layer.conv_states, i) for i, t in self.conv_states.items()]
         return out + [(t, layer.recurrent_states, i) for i, t in self.recurrent_states.items()]
 
-    def fill(self, layer: Any, seen: int) -> None:
+    def held(self, layer: Any) -> list[Tensor]:
+        return [t for _, theirs, i in self._pairs(layer) if (t := theirs.get(i)) is not None]
+
+    def check(self, layer: Any, seen: int) -> None:
         for static, theirs, number in self._pairs(layer):
-            state = theirs[number]
+            state = theirs.get(number)
             if state is None or state.shape[1:] != static.shape[1:]:
                 raise CannotMove("a layer's states are missing or of other sizes")
-            copy_rows(static, state)
+
+    def fill(self, layer: Any, seen: int) -> None:
+        for static, theirs, number in self._pairs(layer):
+            copy_rows(static, theirs[number])
 
     def drain(self, layer: Any, batch: int, seen: int) -> None:
         for static, theirs, number in self._pairs(layer):

@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 
 from .base import Arena, CannotMove, Clock, LayerForm, LayerView, Place
 from .dummy import DummyForm
-from .kinds import mask_of
+from .full import FullForm
+from .kinds import forms_of, mask_of
 from .states import StatesForm, StatesView
 
 
@@ -105,6 +106,26 @@ class StepCache(Cache):  # type: ignore[misc]
 
     # moving in and out
 
+    def check(self, cache: Any, config: Any, batch: int) -> None:
+        """Raise CannotMove unless a dynamic cache of ``batch`` rows is one that ``fill`` takes, or is still empty."""
+        if not len(cache.layers):
+            if not all(type(form) is FullForm for form in self.forms):
+                raise CannotMove("it was made without the model's configuration")
+            return
+        seen = int(cache.get_seq_length())
+        if len(cache.layers) != len(self.views):
+            raise CannotMove(f"it has {len(cache.layers)} layers, not {len(self.views)}")
+        if seen == 0:
+            return
+        for i, (form, theirs) in enumerate(zip(self.forms, forms_of(cache, config), strict=True)):
+            if form != theirs:
+                raise CannotMove(f"layer {i} is {theirs}, not {form}")
+        for i, (view, layer) in enumerate(zip(self.views, cache.layers, strict=True)):
+            for held in view.held(layer):
+                if held.shape[0] != batch or held.device != self.position.device:
+                    raise CannotMove(f"layer {i} has {held.shape[0]} rows on {held.device}")
+            view.check(layer, seen)
+
     def fill(self, cache: Any, attention_mask: Tensor | None) -> int:
         """Take over a dynamic cache [B <= rows]; rows beyond it repeat row 0. Returns the tokens in it.
 
@@ -114,6 +135,8 @@ class StepCache(Cache):  # type: ignore[misc]
         if len(cache.layers) != len(self.views):
             raise CannotMove(f"the cache has {len(cache.layers)} layers and the step {len(self.views)}")
         seen = int(cache.get_seq_length())
+        for view, layer in zip(self.views, cache.layers, strict=True):
+            view.check(layer, seen)
         self.clock.set(seen, attention_mask)
         for view, layer in zip(self.views, cache.layers, strict=True):
             view.fill(layer, seen)
