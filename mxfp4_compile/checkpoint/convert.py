@@ -35,7 +35,7 @@ from ..skipping import as_patterns
 from .claims import check_numbers, check_parameters, most_common_float, read_config_file, sober
 from .directories import CONFIG, check_apart, check_free, check_links, is_checkpoint_file, other_files
 from .files import DEFAULT_SHARD_BYTES, CheckpointError, Entry, Stored, Unit, Weights, shards_of, weight_files
-from .forms import OWN, ExpertWeight, Form, declared_form, form_to_write
+from .forms import AUTO, ExpertWeight, Form, Written, check_format, declared_form, written
 from .meta_planning import expert_parameters, plan_sites, planned
 from .note import facts_of, new_note, note_of
 from .output import Output
@@ -48,12 +48,13 @@ _PIECE = 32 << 20
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did: bytes of weights read and written, files, seconds of this run, files found done.
+    """What a conversion did: the form, bytes of weights read and written, files, seconds of this run, files found done.
 
     ``replaced``: files of the output directory, other than an older checkpoint's, that ``overwrite`` replaced.
     """
 
     directory: Path
+    format: str
     bytes_before: int
     bytes_after: int
     files: int
@@ -67,6 +68,7 @@ class Converted:
         numbers = {k: v for k, v in vars(self).items() if isinstance(v, (int, float))}
         return {
             "directory": str(self.directory),
+            "format": self.format,
             **numbers,
             "replaced": self.replaced,
             "report": self.report.to_dict(),
@@ -78,7 +80,7 @@ def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    format: str = OWN,
+    format: str = AUTO,
     scale_rule: str = mx.DEFAULT_SCALE_RULE,
     skip: str | Sequence[str] = (),
     strict: bool = True,
@@ -100,7 +102,7 @@ def convert(
     Raises CheckpointError for anything wrong with the files, OptimizeError for a model without experts.
     """
     started = time.perf_counter()
-    form = form_to_write(format)
+    check_format(format)
     require_transformers_5("converting a checkpoint")
     mx.check_scale_rule(scale_rule)
     skip = as_patterns(skip)
@@ -128,10 +130,11 @@ def convert(
             raise CheckpointError(f"{origin}: no experts are left to convert")
         reader = CheckpointReader(model, wanted, weights, stored_form)
         model.mxfp4_report = report  # type: ignore[assignment]
-        units, matrices = _layout(model, sites, reader, weights, form, scale_rule)
+        chosen, units, matrices = _layout(model, sites, reader, weights, format, scale_rule)
+        report.notes += chosen.notes
         shards = shards_of(units, max_shard_bytes)
         total, done, resumed = sum(u.bytes for u in units), 0, 0
-        job = _job(origin, weights, format, scale_rule, skip, shards)
+        job = _job(origin, weights, chosen.form.name, scale_rule, skip, shards)
         beside = sum(path.stat().st_size for path in others.values())
         output.begin(job, [*shards, CONFIG], total + beside, others)
         facts: dict[str, Any] = {}
@@ -159,12 +162,12 @@ def convert(
         if stored_form is not None:
             rule, errors = declared.get("scale_rule", scale_rule), declared.get("weight_errors", {})
         with output.staged() as folder:
-            write_config(model, folder, form, new_note(model, rule, errors), matrices)
+            write_config(model, folder, chosen.form, new_note(model, rule, errors), matrices)
         before = sum(s.bytes for s in weights.tensors.values())
         output.install()
     seconds = time.perf_counter() - started
     gone = [name for name in output.replaced if not is_checkpoint_file(name)]
-    return Converted(output.directory, before, total, len(shards), resumed, seconds, report, gone)
+    return Converted(output.directory, chosen.form.name, before, total, len(shards), resumed, seconds, report, gone)
 
 
 def _facts_of(units: Sequence[Unit]) -> dict[str, Any]:
@@ -211,10 +214,10 @@ def _layout(
     sites: Sequence[Site],
     reader: CheckpointReader,
     weights: Weights,
-    form: Form,
+    format: str,
     scale_rule: str,
-) -> tuple[list[Unit], list[str]]:
-    """Everything that will be written, in order, and the names of unquantized matrices."""
+) -> tuple[Written, list[Unit], list[str]]:
+    """The form, everything that will be written, in order, and the names of unquantized matrices."""
     packed: list[ExpertWeight] = []
     biases: list[Unit] = []
     for site in planned(sites):
@@ -227,11 +230,14 @@ def _layout(
                 packed.append(_weight(full, (experts, n, k), projection.source.transposed, reader, scale_rule))
             for name in projection.source.bias:
                 biases += _biases(f"{site.name}.{name}", reader)
-    quantized = form.units(model, packed, [e.name for unit in biases for e in unit.entries])
+    chosen = written(format, model, packed, [e.name for unit in biases for e in unit.entries])
     taken = {key for part in reader.parts.values() for key in part.all()}
     others = [weights[name] for name in sorted(weights.tensors) if name not in taken]
-    units = [*(_copied(stored, weights) for stored in others), *biases, *quantized]
-    return units, [s.name for s in others if len(s.shape) == 2]
+    units = [*(_copied(stored, weights) for stored in others), *biases, *chosen.units]
+    replaced = {id(p) for whole in reader.wanted.values() for p in whole.parameters}
+    named = model.named_parameters(remove_duplicate=False)
+    matrices = [name for name, p in named if p.dim() == 2 and id(p) not in replaced]
+    return chosen, units, [*matrices, *(s.name for s in others if len(s.shape) == 2)]
 
 
 def _weight(

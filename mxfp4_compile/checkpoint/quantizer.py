@@ -46,7 +46,7 @@ from ..report import Report, versions_used
 from ..skipping import as_patterns
 from .claims import check_parameters
 from .files import CheckpointError, Weights
-from .forms import OWN, Form, declared_form, form_to_write
+from .forms import OWN, Form, declared_form, own_config
 from .meta_planning import ExpertParameter, expert_parameters, plan_sites, planned, stand_in
 from .names import Names
 from .note import facts_of, note_of
@@ -115,7 +115,7 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """What config.json keeps: the form, the scale rule, what was skipped, and the checkpoint's own facts."""
         return {
             **self.checkpoint,
-            **form_to_write(OWN).quantization_config({"scale_rule": self.scale_rule, "skip": self.skip}, []),
+            **own_config({"scale_rule": self.scale_rule, "skip": self.skip}),
         }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..passes.build.module import MXFP4Experts, mxfp4_sites
 from ..passes.weights import Projection, members
 from ..processes import is_spread
+from ..report import Report
 from .directories import CONFIG
 from .files import (
     DEFAULT_SHARD_BYTES,
@@ -26,7 +28,7 @@ from .files import (
     Unit,
     shards_of,
 )
-from .forms import OWN, ExpertWeight, Form, form_to_write
+from .forms import AUTO, OWN, ExpertWeight, Form, Written, check_format, written
 from .note import new_note
 from .output import Output
 from .requirements import require_transformers_5
@@ -38,17 +40,19 @@ if TYPE_CHECKING:
 def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    format: str = OWN,
+    format: str = AUTO,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write an optimized model to ``directory`` as a Hugging Face checkpoint with MXFP4 experts.
 
-    format: "mxfp4_compile" (a plain ``from_pretrained`` restores it, after ``import mxfp4_compile``), "gpt_oss"
-    (blocks and scales as OpenAI published them; gpt-oss models only), "compressed_tensors"
-    (mxfp4-pack-quantized, as vLLM reads it), "mxfp4" (the tensors of "gpt_oss" for any family with packed experts, all
-    of them rewritten: what transformers' own quantizer reads from the release on that serves more than gpt-oss). The
-    bits are the same in all, and a plain ``from_pretrained`` after ``import mxfp4_compile`` keeps them. The directory
+    format: "compressed_tensors" (mxfp4-pack-quantized, as vLLM, SGLang and transformers alone read it), "gpt_oss"
+    (blocks and scales as OpenAI published them; gpt-oss models only), "mxfp4" (the tensors of "gpt_oss" for any family
+    with packed experts, all of them rewritten: what transformers' own quantizer reads from the release on that serves
+    more than gpt-oss), "mxfp4_compile" (our own, for every model; read after ``import mxfp4_compile``). "auto" is
+    "compressed_tensors" where that can express the model, else "gpt_oss" for gpt-oss, else "mxfp4_compile"; which and
+    why is noted in the model's report, and our own is also told in a warning. The bits are the same in all, and a plain
+    ``from_pretrained`` after ``import mxfp4_compile`` keeps them. The directory
     appears complete or not at all: it is made as DIR.partial and renamed. In a DIR that exists, the weights, their
     index and the configuration are replaced when the new ones are complete, and every other file stays as it is.
 
@@ -56,17 +60,17 @@ def save(
     cannot express, for a directory that another run writes, for files in the way that are no checkpoint's, and for
     a disk that is full or may not be written.
     """
-    form = form_to_write(format)
+    check_format(format)
     require_transformers_5("saving a checkpoint")
     sites = mxfp4_sites(model)
     if not sites:
         raise CheckpointError("this model has no MXFP4 experts: optimize() it first")
     if not is_spread(model):
-        return _save(model, directory, form, max_shard_bytes, WholeWeights())
+        return _save(model, directory, format, max_shard_bytes, WholeWeights())
     from ..ranks.gather import Gathering
 
     whole = Gathering()
-    return whole.together("saving", lambda: _save(model, directory, form, max_shard_bytes, whole))
+    return whole.together("saving", lambda: _save(model, directory, format, max_shard_bytes, whole))
 
 
 class WholeWeights:
@@ -97,16 +101,16 @@ class WholeWeights:
 def _save(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    form: Form,
+    format: str,
     max_shard_bytes: int,
     whole: WholeWeights | Gathering,
 ) -> None:
     sites = mxfp4_sites(model)
     weights = [w for name, site in sites.items() for w in _weights_of(name, site, whole)]
     biases = {f"{name}.{n}": b for name, site in sites.items() for n, b in whole.biases(site).items()}
-    experts = form.units(model, weights, biases)
-    state = _other_tensors(model, sites, whole)
-    units = [*(_tensor_unit(name, tensor) for name, tensor in {**state, **biases}.items()), *experts]
+    chosen = written(format, model, weights, biases)
+    state, names = _other_tensors(model, sites, whole)
+    units = [*(_tensor_unit(name, tensor) for name, tensor in {**state, **biases}.items()), *chosen.units]
     shards = shards_of(units, max_shard_bytes)
     note = new_note(model, _scale_rule(sites), _merged(w.facts for w in weights))
     if not whole.first:  # what the first rank writes is gathered piece by piece, in the same order
@@ -117,11 +121,22 @@ def _save(
     with Output(directory) as out:
         out.begin(None, [*shards, CONFIG], sum(unit.bytes for unit in units))
         with out.staged() as folder:
-            write_config(model, folder, form, note, [n for n, t in state.items() if t.dim() == 2])
+            write_config(model, folder, chosen.form, note, names.union(n for n, t in state.items() if t.dim() == 2))
         for file, some in shards.items():
             out.write_shard(file, some)
         out.write_index(shards)
         out.install()
+    _tell(model, chosen)
+
+
+def _tell(model: nn.Module, chosen: Written) -> None:
+    """Which form it became, where that is not the preferred one; a warning where others cannot read it."""
+    report = getattr(model, "mxfp4_report", None)
+    for note in chosen.notes:
+        if isinstance(report, Report) and note not in report.notes:
+            report.notes.append(note)
+        if chosen.form.name == OWN:
+            warnings.warn(f"mxfp4_compile: {note}", stacklevel=4)
 
 
 def _merged(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -161,8 +176,8 @@ def _weights_of(name: str, site: MXFP4Experts, whole: WholeWeights | Gathering) 
 
 def _other_tensors(
     model: nn.Module, sites: Mapping[str, MXFP4Experts], whole: WholeWeights | Gathering
-) -> dict[str, Tensor]:
-    """Everything but the packed experts, under the names transformers saves it by."""
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Everything but the packed experts, under the names transformers saves it by; the model's names of matrices."""
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -173,6 +188,7 @@ def _other_tensors(
     finally:
         for site in sites.values():
             site.canonical_in_state_dict = True
+    matrices = {name for name, tensor in state.items() if tensor.dim() == 2}
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     for name, tensor in state.items():
@@ -180,9 +196,9 @@ def _other_tensors(
             raise CheckpointError(f"{name} is offloaded: load the model without offloading to save it")
     state = {name: whole.tensor(name, tensor) for name, tensor in state.items()}
     if not whole.first:
-        return {}
+        return {}, matrices
     state = remove_tied_weights_from_state_dict(state, model)
-    return dict(revert_weight_conversion(model, state))
+    return dict(revert_weight_conversion(model, state)), matrices
 
 
 def _tensor_unit(name: str, tensor: Tensor) -> Unit:
@@ -192,16 +208,22 @@ def _tensor_unit(name: str, tensor: Tensor) -> Unit:
 # configuration
 
 
-def write_config(model: nn.Module, directory: Path, form: Form, note: Mapping[str, Any], matrices: list[str]) -> None:
-    """config.json and what else transformers keeps beside the weights. ``matrices``: names of unquantized [., .]."""
+def write_config(
+    model: nn.Module, directory: Path, form: Form, note: Mapping[str, Any], matrices: Iterable[str]
+) -> None:
+    """config.json and what else transformers keeps beside the weights.
+
+    ``matrices``: names of unquantized [., .], those of the checkpoint and those of the model: readers that replace
+    layers look for the latter.
+    """
     config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     vars(config).pop("distributed_config", None)  # how this model lies on ranks is no matter of the checkpoint
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     if floats:
         config.dtype = str(floats[0]).removeprefix("torch.")
-    ignore = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
-    form.declare(config, note, ignore + tied_linears(model, ignore))
+    ignore = sorted({name.removesuffix(".weight") for name in matrices if name.endswith(".weight")})
+    form.declare(config, note, ignore)
     remote = getattr(model, "is_remote_code", None)
     if remote is not None and remote():
         from transformers.dynamic_module_utils import custom_object_save
@@ -211,13 +233,6 @@ def write_config(model: nn.Module, directory: Path, form: Form, note: Mapping[st
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(directory)
-
-
-def tied_linears(model: nn.Module, named: Iterable[str]) -> list[str]:
-    """Linear layers that no tensor of the checkpoint names, as their weights are another's (an output layer's)."""
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    layers = [name.rpartition(".")[0] for name in tied if name.endswith(".weight")]
-    return [n for n in layers if n not in named and isinstance(model.get_submodule(n), nn.Linear)]
 
 
 def save_pretrained(
@@ -233,7 +248,7 @@ def save_pretrained(
     save_original_format: bool = True,
     distributed_checkpoint: bool = False,
     *,
-    format: str = OWN,
+    format: str = AUTO,
     safe_serialization: bool = True,
     **kwargs: Any,
 ) -> None:

@@ -1,6 +1,6 @@
 """What arguments may be, for the parser: copies of what modules know that import torch; a test compares them."""
 
-FORMATS = ("mxfp4_compile", "gpt_oss", "compressed_tensors", "mxfp4")
+FORMATS = ("auto", "mxfp4_compile", "gpt_oss", "compressed_tensors", "mxfp4")
 SCALE_RULES = ("floor", "even", "round_up", "mse")
 DEFAULT_SCALE_RULE = "mse"
 DEMO_TOKENS = 240

@@ -40,14 +40,14 @@ def _listing(directory: Path) -> dict[str, bytes]:
 def test_same_bits_as_optimize_and_save(family: str, tmp_path: Path) -> None:
     optimized = mxfp4_compile.optimize(loaded(family))
     form = {"qwen3_moe": "compressed_tensors", "gpt_oss": "gpt_oss"}[family]
-    done = convert(saved(family), tmp_path / "own", max_shard_bytes=SHARD)
+    done = convert(saved(family), tmp_path / "own", max_shard_bytes=SHARD, format="mxfp4_compile")
     assert done.files > 2 and done.bytes_after < 0.6 * done.bytes_before
     assert_same(optimized, mxfp4_compile.load(tmp_path / "own", dtype=torch.bfloat16))
     # To another form and back, through codes only.
     convert(tmp_path / "own", tmp_path / "other", format=form)
-    convert(tmp_path / "other", tmp_path / "back", max_shard_bytes=SHARD)
+    convert(tmp_path / "other", tmp_path / "back", max_shard_bytes=SHARD, format="mxfp4_compile")
     assert _listing(tmp_path / "back") == _listing(tmp_path / "own")
-    optimized.save_pretrained(tmp_path / "saved")
+    optimized.save_pretrained(tmp_path / "saved", format="mxfp4_compile")
     ours = json.loads((tmp_path / "own" / "config.json").read_text())["quantization_config"]
     theirs = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert ours["weight_errors"].keys() == theirs["weight_errors"].keys()
@@ -55,7 +55,7 @@ def test_same_bits_as_optimize_and_save(family: str, tmp_path: Path) -> None:
         assert error == pytest.approx(theirs["weight_errors"][name], rel=1e-4)
 
 
-def _killed(target: Path, *, after: int | None, seconds: float | None = None, form: str = "mxfp4_compile") -> bool:
+def _killed(target: Path, *, after: int | None, seconds: float | None = None, form: str = "auto") -> bool:
     """Convert in a child process that is killed after some bytes, or seconds after its first; whether it was killed."""
     child = os.fork()
     if child == 0:

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 import mxfp4_compile
 from mxfp4_compile import CheckpointError, mx
-from mxfp4_compile.checkpoint.forms import OWN, form_to_write
+from mxfp4_compile.checkpoint.forms import own_config
 from mxfp4_compile.passes.build.module import mxfp4_sites
 from mxfp4_compile.tools.families import tiny_model
 
@@ -27,7 +27,7 @@ SIX = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "olmoe"]
 
 def test_transformers_alone_refuses_the_own_form(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no `quant_method` attribute"):
-        AutoHfQuantizer.supports_quant_method(form_to_write(OWN).quantization_config({}, []))
+        AutoHfQuantizer.supports_quant_method(own_config({}))
     config = mxfp4_compile.Mxfp4CompileConfig().to_dict()
     with pytest.raises(ValueError, match="no `quant_method` attribute"):
         AutoHfQuantizer.supports_quant_method(config)

@@ -24,7 +24,13 @@ def add_parser(commands: Commands, common: argparse.ArgumentParser, trust: argpa
     )
     optimize.add_argument("model", metavar="MODEL", help="a directory or a hub id (bf16, fp16, fp32, or MXFP4)")
     optimize.add_argument("--out", required=True, metavar="DIR", help="made as DIR.partial, and there when complete")
-    optimize.add_argument("--format", default=FORMATS[0], choices=FORMATS, help="default: %(default)s")
+    optimize.add_argument(
+        "--format",
+        default=FORMATS[0],
+        choices=FORMATS,
+        help="auto (the default): compressed_tensors, which every reader reads; what it cannot express, as gpt_oss or, "
+        "for import mxfp4_compile only, mxfp4_compile",
+    )
     optimize.add_argument("--scale-rule", default=DEFAULT_SCALE_RULE, choices=SCALE_RULES, help="default: %(default)s")
     optimize.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="modules to leave alone")
     optimize.add_argument("--no-strict", action="store_true", help="leave what has no match as it is")
@@ -68,7 +74,7 @@ def text(done: Converted) -> str:
     resumed = f", {done.resumed} of them from before" if done.resumed else ""
     head = (
         f"{done.directory}: {done.bytes_before / 1e9:.2f} GB -> {done.bytes_after / 1e9:.2f} GB in {done.files} files"
-        f"{resumed}, {done.seconds:.0f} s"
+        f"{resumed}, in the form {done.format}, {done.seconds:.0f} s"
     )
     left = [f"- {site.names[0]}: {site.outcome}, stays as it was: {site.reason}" for site in done.report.sites]
     notes = [*done.report.notes, *[f"{name} was there and was replaced" for name in done.replaced]]
