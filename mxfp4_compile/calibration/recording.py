@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..ops.arguments import MoEInputs
+from ..ops.arguments import LinearInputs, MoEInputs
 from ..ops.backend import Backend, Requirement
 from ..ops.registry import get_backend, unlisted
 from ..ops.target import Request, Target
@@ -108,29 +108,20 @@ class Recorder(Backend):
             return get_backend(backend).moe(replace(inputs, layout=own))
         return _moe(inputs)
 
-    def grouped_linear(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        weight: Sequence[Tensor],
-        n: int,
-        round_dtype: torch.dtype,
-        layout: str,
-    ) -> Tensor:
+    def grouped_linear(self, inputs: LinearInputs) -> Tensor:
+        x, offsets = inputs.x, inputs.offsets
+
         def ids() -> Tensor:
             place = torch.arange(x.shape[0], device=x.device)
             return torch.searchsorted(offsets.to(place.dtype), place, right=True)[:, None]
 
-        self._note(weight[0], x, ids, lambda: torch.ones(x.shape[0], 1))
-        if layout != PLAIN:
-            backend, _, own = layout.partition("/")
-            return get_backend(backend).grouped_linear(x, offsets, weight, n, round_dtype, own)
-        out = x.new_zeros((x.shape[0], n), dtype=round_dtype)
-        start = 0
-        for expert, end in enumerate(offsets.tolist()):
-            if end > start:
-                out[start:end] = linear(x[start:end], weight[0][expert].to(x.dtype))
-            start = max(start, end)
+        self._note(inputs.weight[0], x, ids, lambda: torch.ones(x.shape[0], 1))
+        if inputs.layout != PLAIN:
+            backend, _, own = inputs.layout.partition("/")
+            return get_backend(backend).grouped_linear(replace(inputs, layout=own))
+        out = x.new_zeros((x.shape[0], inputs.n), dtype=inputs.round_dtype)
+        for expert, rows in inputs.of_experts():
+            out[rows] = linear(x[rows], inputs.weight[0][expert].to(x.dtype))
         return out
 
 

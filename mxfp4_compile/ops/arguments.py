@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,32 @@ class Slot:
     def gated(self) -> bool:
         """Whether its rows are those of two halves, of which one goes through the activation."""
         return self.role == "up" and self.params is not None and self.params.activation.gated
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """A call of ``mxfp4::grouped_linear``: one projection of E experts, of N rows and K columns.
+
+    x: [S, K], floating point, its rows sorted by expert.
+    offsets: [E], int32, the end row of each expert; rows at or beyond the last belong to no expert.
+    weight: the tensors that ``Backend.prepare`` returned, of first dimension E.
+    n: N. round_dtype: the dtype of the result [S, N]. layout: the id of the layout of the prepared tensors.
+    """
+
+    x: Tensor
+    offsets: Tensor
+    weight: Sequence[Tensor]
+    n: int
+    round_dtype: torch.dtype
+    layout: str
+
+    def of_experts(self) -> Iterator[tuple[int, slice]]:
+        """Each expert that has rows, and these; waits for the device."""
+        start = 0
+        for expert, end in enumerate(self.offsets.tolist()):
+            if end > start:
+                yield expert, slice(start, end)
+            start = max(start, end)
 
 
 @dataclass(frozen=True)

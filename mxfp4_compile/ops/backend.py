@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..spec import MoEParams, Role
 from . import gradients
-from .arguments import MoEInputs, Slot
+from .arguments import LinearInputs, MoEInputs, Slot
 from .target import Request, Target
 
 
@@ -96,19 +96,8 @@ class Backend(ABC):
         """The layer of ``inputs``: a new tensor [T, H] in x's dtype."""
 
     @abstractmethod
-    def grouped_linear(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        weight: Sequence[Tensor],
-        n: int,
-        round_dtype: torch.dtype,
-        layout: str,
-    ) -> Tensor:
-        """x [S,K] sorted by expert, offsets [E] int32 (end row of each expert) -> [S,N] in ``round_dtype``.
-
-        Rows at or beyond offsets[-1] belong to no expert and become zero.
-        """
+    def grouped_linear(self, inputs: LinearInputs) -> Tensor:
+        """The projection of ``inputs``: a new tensor [S,N] in ``round_dtype``; rows of no expert become zero."""
 
     def gradient_dtype(self, dtype: torch.dtype, round_dtype: torch.dtype) -> torch.dtype:
         """The dtype in which gradients are multiplied, for tokens of ``dtype``."""

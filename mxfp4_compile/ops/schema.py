@@ -18,7 +18,7 @@ from ..spec import MOE_SCALARS, MoEParams, Role, moe_params
 from ..spec import moe_scalars as moe_scalars  # of an op call, for those who write one
 from . import collective as _collective
 from . import route as _route
-from .arguments import MoEInputs, Slot
+from .arguments import LinearInputs, MoEInputs, Slot
 from .backend import BackendError
 from .registry import get_backend
 
@@ -138,8 +138,8 @@ def _grouped_linear(
     backend: str,
     layout: str,
 ) -> Tensor:
-    given = (x, offsets, weight, n, round_dtype, layout)
-    return _call("grouped_linear", backend, layout, x, lambda: f"N {n}", *given)  # type: ignore[no-any-return]
+    inputs = LinearInputs(x, offsets, weight, n, round_dtype, layout)
+    return _call("grouped_linear", backend, layout, x, lambda: f"N {n}", inputs)  # type: ignore[no-any-return]
 
 
 # What the caller did wrong, and what callers handle, goes through as it is.

@@ -10,7 +10,7 @@ import torch
 from fp8_oracle import as_fp8
 
 from mxfp4_compile.mx import dequantize
-from mxfp4_compile.ops.arguments import MoEInputs, Slot
+from mxfp4_compile.ops.arguments import LinearInputs, MoEInputs, Slot
 from mxfp4_compile.ops.target import Request, Target
 from mxfp4_compile.spec import Activation, MoEParams
 
@@ -307,7 +307,8 @@ def test_grouped_linear(n, k, dtype):
     x = torch.randn((rows, k), generator=g, device="cuda").to(dtype)
     ends = [0, 17, 17, 200, 201, 290]
     poison()
-    got = backend().grouped_linear(x, torch.tensor(ends, dtype=torch.int32, device="cuda"), weight, n, dtype, layout)
+    offsets = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    got = backend().grouped_linear(LinearInputs(x, offsets, weight, n, dtype, layout))
     want = torch.zeros((rows, n), device="cuda")
     for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         want[start:end] = x[start:end].float() @ dequantize(packed[i], scales[i], k, torch.float32).T

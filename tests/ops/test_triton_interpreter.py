@@ -18,7 +18,7 @@ from fp8_oracle import as_fp8
 from interpreter import interpret
 
 import mxfp4_compile
-from mxfp4_compile.ops.arguments import MoEInputs, Slot
+from mxfp4_compile.ops.arguments import LinearInputs, MoEInputs, Slot
 from mxfp4_compile.spec import Activation, MoEParams
 
 # One process runs all cases, so one worker has all tests.
@@ -172,7 +172,8 @@ def linear_case(rows, e, n, k, ends):
     w = random_weight(e, n, k, g)
     x = torch.randn((rows, k), generator=g)
     prepared = BACKEND.prepare(*w, Slot(None, None, "nibbles"), k=k)
-    got = BACKEND.grouped_linear(x, torch.tensor(ends, dtype=torch.int32), prepared, n, torch.float32, "nibbles")
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    got = BACKEND.grouped_linear(LinearInputs(x, offsets, prepared, n, torch.float32, "nibbles"))
     want = torch.zeros(rows, n)
     start = 0
     for expert, end in enumerate(ends):

@@ -42,9 +42,10 @@ class ToyBackend(CpuBackend):
             weights[f"{role}_bias"] = None if bias is None else -bias
         return super().moe(replace(inputs, **weights, layout="canonical"))
 
-    def grouped_linear(self, x, offsets, weight, n, round_dtype, layout):
-        weight = self.recover(weight, Slot(None, None, layout), n=n, k=x.shape[1])
-        return super().grouped_linear(x, offsets, weight, n, round_dtype, "canonical")
+    def grouped_linear(self, inputs):
+        slot = Slot(None, None, inputs.layout)
+        weight = self.recover(inputs.weight, slot, n=inputs.n, k=inputs.x.shape[1])
+        return super().grouped_linear(replace(inputs, weight=weight, layout="canonical"))
 
 
 def register() -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import mx
-from ..arguments import MoEInputs
+from ..arguments import LinearInputs, MoEInputs
 from ..backend import Backend, Requirement, check_activation_dtype, check_parallel
 from ..target import Request, Target
 from .reference import _check_ids
@@ -78,22 +78,11 @@ class CpuBackend(Backend):
             out = out.view(tokens, top_k, -1).sum(1)
         return out.to(inputs.x.dtype)
 
-    def grouped_linear(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        weight: Sequence[Tensor],
-        n: int,
-        round_dtype: torch.dtype,
-        layout: str,
-    ) -> Tensor:
-        out = x.new_zeros((x.shape[0], n), dtype=round_dtype)
-        start = 0
-        for expert, end in enumerate(offsets.tolist()):
-            if end > start:
-                w = _dequantize([t[expert] for t in weight], x.shape[1], x.dtype)
-                out[start:end] = linear(x[start:end], w)
-            start = max(start, end)
+    def grouped_linear(self, inputs: LinearInputs) -> Tensor:
+        x = inputs.x
+        out = x.new_zeros((x.shape[0], inputs.n), dtype=inputs.round_dtype)
+        for expert, rows in inputs.of_experts():
+            out[rows] = linear(x[rows], _dequantize([t[expert] for t in inputs.weight], x.shape[1], x.dtype))
         return out
 
 

@@ -30,10 +30,7 @@ from ..target import Request, Target
 from .fused_layer import (
     FusedLayerBackend,
     Rounding,
-    check_dtype,
-    check_fused,
-    check_swiglu,
-    check_weight_on_output,
+    check_swiglu_layer,
     swiglu_constants,
 )
 
@@ -84,17 +81,13 @@ class TrtllmBackend(FusedLayerBackend):
 
     def supports(self, request: Request, target: Target) -> list[Requirement]:
         """SM100 or SM103, swiglu, bf16 models; sm_103 has mxfp8 activations only."""
-        requirements = [
+        return [
             *_library("trtllm_fp4_block_scale_routed_moe"),
             Requirement("device", target.sm in (100, 103), f"{target.arch}, needs sm_100 or sm_103"),
             check_activation_dtype(request, *(("mxfp8",) if target.sm == 103 else ("bf16", "mxfp8"))),
             check_parallel(request),
-            check_fused(request),
+            *check_swiglu_layer(request),
         ]
-        if request.params is not None:
-            p = request.params
-            requirements += [check_dtype(p), check_swiglu(p), check_weight_on_output(p)]
-        return requirements
 
     def plan(self, request: Request, target: Target) -> str:
         """Activations' dtype and the largest batch to tune for, which the call needs."""
@@ -182,7 +175,7 @@ class CutlassBackend(FusedLayerBackend):
     def supports(self, request: Request, target: Target) -> list[Requirement]:
         """SM90, swiglu, bf16 models, and the compiled module unless asked for by name."""
         module = compiled_module(target)
-        requirements = [
+        return [
             *_library("cutlass_fused_moe"),
             Requirement("device", target.sm == 90, f"{target.arch}, needs sm_90"),
             Requirement(
@@ -195,12 +188,8 @@ class CutlassBackend(FusedLayerBackend):
             ),
             check_activation_dtype(request, "bf16"),
             check_parallel(request),
-            check_fused(request),
+            *check_swiglu_layer(request),
         ]
-        if request.params is not None:
-            p = request.params
-            requirements += [check_dtype(p), check_swiglu(p), check_weight_on_output(p)]
-        return requirements
 
     def plan(self, request: Request, target: Target) -> str:
         """The largest batch to tune for, which the call needs."""

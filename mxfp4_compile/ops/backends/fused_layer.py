@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_last
 
 from ...spec import Activation, MoEParams
-from ..arguments import MoEInputs, Slot
+from ..arguments import LinearInputs, MoEInputs, Slot
 from ..backend import Backend, Requirement
 from ..permutations import RowOrder, arrange_rows, pad, recover_rows, round_up
 from ..target import Request
@@ -98,9 +98,7 @@ class FusedLayerBackend(Backend):
         out = self.layer(replace(inputs, x=padded, topk_ids=ids, topk_weights=weights))
         return out[:, :hidden].to(x.dtype).contiguous()
 
-    def grouped_linear(
-        self, x: Tensor, offsets: Tensor, weight: Sequence[Tensor], n: int, round_dtype: torch.dtype, layout: str
-    ) -> Tensor:
+    def grouped_linear(self, inputs: LinearInputs) -> Tensor:
         raise NotImplementedError(f"backend {self.name!r} computes whole MoE layers only")
 
     def _arrange(self, x: Tensor, slot: Slot, value: int) -> Tensor:
@@ -161,3 +159,10 @@ def check_swiglu(params: MoEParams) -> Requirement:
     act = params.activation
     met = act.kind == "silu" and act.gated and act.gate_limit == act.up_limit
     return Requirement("activation", met, f"{act}; offers silu(gate)*up with alpha, beta and one limit for both halves")
+
+
+def check_swiglu_layer(request: Request) -> list[Requirement]:
+    """A bf16 layer of one piece with that activation, whose routing weights scale the experts' output."""
+    p = request.params
+    own = [] if p is None else [check_dtype(p), check_swiglu(p), check_weight_on_output(p)]
+    return [check_fused(request), *own]

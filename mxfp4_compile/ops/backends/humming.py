@@ -26,7 +26,7 @@ from torch.nn.functional import pad as pad_last
 
 from ...activations import function
 from ...spec import Activation
-from ..arguments import MoEInputs, Slot
+from ..arguments import LinearInputs, MoEInputs, Slot
 from ..backend import Backend, Requirement, check_activation_dtype, check_parallel, current, known_layout
 from ..library import find
 from ..permutations import (
@@ -142,20 +142,19 @@ class HummingBackend(Backend):
             result = combine(out, pairs, inputs.topk_ids, weights, e, x.dtype)
         return result if h_in == h else result[:, :h].contiguous()
 
-    def grouped_linear(
-        self, x: Tensor, offsets: Tensor, weight: Sequence[Tensor], n: int, round_dtype: torch.dtype, layout: str
-    ) -> Tensor:
+    def grouped_linear(self, inputs: LinearInputs) -> Tensor:
         """x [S, K] sorted by expert -> [S, N]."""
+        x, n = inputs.x, inputs.n
         s, k = x.shape
         n_out = round_up(n, _MULTIPLE)
         # Rows beyond the last expert's are not written.
         out = torch.zeros((s, n_out), dtype=torch.bfloat16, device=x.device)
         if s:
             with current(x.device):
-                inputs = pad_last(x, (0, round_up(k, _MULTIPLE) - k)).to(torch.bfloat16).contiguous()
-                starts = pad_last(offsets.int(), (1, 0))
-                _multiply(inputs, weight, None, starts, n_out, out)
-        return out[:, :n].to(round_dtype).contiguous()
+                padded = pad_last(x, (0, round_up(k, _MULTIPLE) - k)).to(torch.bfloat16).contiguous()
+                starts = pad_last(inputs.offsets.int(), (1, 0))
+                _multiply(padded, inputs.weight, None, starts, n_out, out)
+        return out[:, :n].to(inputs.round_dtype).contiguous()
 
 
 def _native(layout: str) -> bool:

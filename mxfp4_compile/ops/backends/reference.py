@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import mx
-from ..arguments import MoEInputs
+from ..arguments import LinearInputs, MoEInputs
 from ..backend import Backend, Requirement, check_activation_dtype, check_parallel
 from ..target import Request, Target
 
@@ -86,22 +86,12 @@ class ReferenceBackend(Backend):
         """Gradients are the specification, too: as wide as the forward's products."""
         return _wide(dtype)
 
-    def grouped_linear(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        weight: Sequence[Tensor],
-        n: int,
-        round_dtype: torch.dtype,
-        layout: str,
-    ) -> Tensor:
-        out = x.new_zeros((x.shape[0], n), dtype=round_dtype)
-        projection = _Projection(weight, None, round_dtype)
-        start = 0
-        for expert, end in enumerate(offsets.tolist()):
-            if end > start:
-                out[start:end] = projection(x[start:end].to(_wide(x.dtype)), expert)
-            start = max(start, end)
+    def grouped_linear(self, inputs: LinearInputs) -> Tensor:
+        x, rounded = inputs.x, inputs.round_dtype
+        out = x.new_zeros((x.shape[0], inputs.n), dtype=rounded)
+        projection = _Projection(inputs.weight, None, rounded)
+        for expert, rows in inputs.of_experts():
+            out[rows] = projection(x[rows].to(_wide(x.dtype)), expert)
         return out
 
 

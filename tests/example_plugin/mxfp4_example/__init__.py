@@ -26,5 +26,5 @@ class ExampleBackend(CpuBackend):
         up, down = [[t.flip(1) for t in w] for w in (inputs.up, inputs.down)]
         return super().moe(replace(inputs, up=up, down=down, layout="canonical"))
 
-    def grouped_linear(self, x, offsets, weight, n, round_dtype, layout):
-        return super().grouped_linear(x, offsets, [t.flip(1) for t in weight], n, round_dtype, "canonical")
+    def grouped_linear(self, inputs):
+        return super().grouped_linear(replace(inputs, weight=[t.flip(1) for t in inputs.weight], layout="canonical"))

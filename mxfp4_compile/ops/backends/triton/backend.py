@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ....spec import MoEParams
-from ...arguments import MoEInputs, Slot
+from ...arguments import LinearInputs, MoEInputs, Slot
 from ...backend import Backend, Requirement, check_activation_dtype, check_parallel, known_layout
 from ...library import find
 from ...target import Request, Target
@@ -112,19 +112,11 @@ class TritonBackend(Backend):
 
         return moe(inputs)
 
-    def grouped_linear(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        weight: Sequence[Tensor],
-        n: int,
-        round_dtype: torch.dtype,
-        layout: str,
-    ) -> Tensor:
+    def grouped_linear(self, inputs: LinearInputs) -> Tensor:
         """x [S, K] sorted by expert, offsets int32 [E] -> [S, N]."""
         from .moe import grouped_linear
 
-        return grouped_linear(x, offsets, weight, n, round_dtype, layout)
+        return grouped_linear(inputs)
 
 
 def _known(slot: Slot) -> Slot:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ....spec import MoEParams
-from ...arguments import MoEInputs
+from ...arguments import LinearInputs, MoEInputs
 from . import layout as layouts
 from .combine import combine
 from .fp8 import quantize_rows
@@ -329,23 +328,22 @@ def _linear_step(arch: str, e: int, n: int, k: int, x_stride: int, dtype: torch.
     )
 
 
-def grouped_linear(
-    x: Tensor, offsets: Tensor, weight: Sequence[Tensor], n: int, round_dtype: torch.dtype, layout: str
-) -> Tensor:
+def grouped_linear(inputs: LinearInputs) -> Tensor:
     """``Backend.grouped_linear``."""
+    x, n = inputs.x, inputs.n
     rows, k = x.shape
     # Rows beyond the last expert's are nobody's, and must be zero.
-    out = torch.zeros((rows, n), dtype=round_dtype, device=x.device)
+    out = torch.zeros((rows, n), dtype=inputs.round_dtype, device=x.device)
     if rows == 0:
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    codes, scales = weight[:2]
+    codes, scales = inputs.weight[:2]
     e = codes.shape[0]
     arch = architecture(x.device)
     tiles = choose_linear(arch, e, rows, x.dtype == torch.bfloat16)
-    step = _linear_step(arch, e, n, k, x.stride(0), x.dtype, layouts.BIT_ORDERS[layout], tiles)
+    step = _linear_step(arch, e, n, k, x.stride(0), x.dtype, layouts.BIT_ORDERS[inputs.layout], tiles)
     grid = (-(-layouts.slabs(n, False) * 16 // tiles["BM"]) * (rows // tiles["BT"] + e), 1, 1)
     with torch.cuda.device(x.device) if x.is_cuda else _NOTHING:
-        step(grid, x, codes, scales, None, offsets.contiguous(), None, None, out, None, None)
+        step(grid, x, codes, scales, None, inputs.offsets.contiguous(), None, None, out, None, None)
     return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_last
 
-from ...arguments import MoEInputs, Slot
+from ...arguments import LinearInputs, MoEInputs, Slot
 from ...backend import Backend, Requirement, check_activation_dtype, check_parallel, current, known_layout
 from ...library import find
 from ...permutations import arrange_rows, recover_rows, round_up
@@ -112,10 +112,10 @@ class TritonKernelsBackend(Backend):
             out = combine(y, pairs, topk_ids, weights, e, x.dtype)
         return out if h_out == h else out[:, :h].contiguous()
 
-    def grouped_linear(
-        self, x: Tensor, offsets: Tensor, weight: Sequence[Tensor], n: int, round_dtype: torch.dtype, layout: str
-    ) -> Tensor:
+    def grouped_linear(self, inputs: LinearInputs) -> Tensor:
         """x [S, K] sorted by expert -> [S, N]."""
+        x, n, layout, round_dtype = inputs.x, inputs.n, inputs.layout, inputs.round_dtype
+        offsets, weight = inputs.offsets, inputs.weight
         s, k = x.shape
         out = torch.zeros((s, n), dtype=round_dtype, device=x.device)
         if s == 0:
