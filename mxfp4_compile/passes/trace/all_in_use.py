@@ -37,7 +37,8 @@ class AllInUse(TorchFunctionMode):
     distinct values the code goes through, which must be what chooses the experts' rows: ``compared`` has the experts
     that integers were compared with, ``same`` what is a view of what.
     ``columns``: K of a choice for each token of each sequence; ``flats``: [tokens, ...] views of [batch, length, ...];
-    ``joined``: the places of masks of both, counted through them.
+    ``joined``: the places of masks of both, counted through them. ``choices``: among how many a token's experts were
+    chosen, which says how many there are where the weights do not.
     What has been written to since (another version) is not what was remembered.
     """
 
@@ -49,6 +50,7 @@ class AllInUse(TorchFunctionMode):
         self.flats: dict[int, tuple[int, Tensor, Tensor]] = {}
         self.joined: dict[int, tuple[Tensor, Tensor]] = {}
         self.columns: Any = None
+        self.choices: set[int] = set()
         self.distinct: list[Tensor] = []
         self.compared: dict[int, set[int]] = {}
         self.same: dict[int, tuple[Tensor, Tensor]] = {}
@@ -71,6 +73,8 @@ class AllInUse(TorchFunctionMode):
         if func in _AS_TENSOR and args and isinstance(args[0], _Rows):
             return args[0].tensor.clone()
         if args and isinstance(args[0], Tensor):
+            if func in _CHOOSE_ALONG:
+                self._choose(args[0], *args[_CHOOSE_ALONG[func] :], **kwargs)
             number = self._number(args[0])
             if number is not None and func in _OF_KNOWN:
                 return _OF_KNOWN[func](number, *args[1:])
@@ -182,10 +186,16 @@ class AllInUse(TorchFunctionMode):
             tensor = self.same[id(tensor)][1]
         return tensor
 
+    def _choose(self, scores: Tensor, dim: Any = -1, *_: Any, **__: Any) -> None:
+        if isinstance(dim, int) and scores.is_floating_point() and scores.dim() > 1:
+            size = scores.shape[dim]
+            self.choices |= {size} if isinstance(size, int) else set()
+
     def _known_experts(self, what: str) -> int:
-        if self.experts is None:
-            raise TraceError(f"{what}, and its weights do not say how many experts there are")
-        return self.experts
+        """How many experts there are: what follows from it is proven later, as all that is assumed here."""
+        if self.experts is None and not self.choices:
+            raise TraceError(f"{what}, and neither its weights nor a choice say how many experts there are")
+        return self.experts or max(self.choices)  # of groups there are fewer
 
     def _bincount(self, ids: Tensor, weights: Any = None, minlength: int = 0) -> Tensor:
         """Counts of all experts: without ``minlength`` those after the last that was hit are left out, with no rows."""
@@ -209,7 +219,7 @@ class AllInUse(TorchFunctionMode):
     def check(self) -> None:
         """TraceError if distinct values that the code went through do not choose every expert's rows."""
         for ids in self.distinct:
-            if not set(range(self.experts or 0)) <= self.compared.get(id(ids), set()):
+            if not set(range(self._known_experts("it goes through distinct ids"))) <= self.compared.get(id(ids), set()):
                 raise TraceError("it goes through the distinct values of integers that do not choose the experts' rows")
 
     def _flat_places(self, mask: Tensor) -> Tensor | None:
@@ -546,6 +556,10 @@ _OF_KNOWN: dict[Any, Any] = {
     Tensor.tolist: lambda n: [n],
     Tensor.__format__: format,  # f"expert_{e}"
 }
+# What chooses experts by scores, and which of its arguments is the dimension.
+_CHOOSE_ALONG = {
+    Tensor.topk: 2, torch.topk: 2, Tensor.max: 1, torch.max: 1, Tensor.argmax: 1, torch.argmax: 1,
+}  # fmt: skip
 _ANY_OR_COUNT = {Tensor.any, torch.any, Tensor.sum, torch.sum, Tensor.count_nonzero, torch.count_nonzero}
 _VIEWS = {
     Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.ravel, torch.ravel,
