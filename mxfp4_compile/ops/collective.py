@@ -16,6 +16,6 @@ def reduce(x: Tensor, group: str) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))  # type: ignore[no-any-return]
 
 
-def fake(x: Tensor, group: str) -> Tensor:
+def fake(x: Tensor, _group: str) -> Tensor:
     """Its shape and dtype."""
     return x.new_empty(x.shape)

@@ -51,7 +51,7 @@ def route(logits: Tensor, k: int, before: str, after: str, eps: float, dtype: to
     return reference(logits, k, before, after, eps, dtype)
 
 
-def fake(logits: Tensor, k: int, before: str, after: str, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fake(logits: Tensor, k: int, before: str, after: str, _eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of ``route``."""
     check(logits, k, before, after)
     shape = (logits.shape[0], k)

@@ -74,7 +74,7 @@ def _dequantize(packed: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -
     return mx.dequantize(packed, scales, size, dtype)
 
 
-def _dequantize_fake(packed: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+def _dequantize_fake(packed: Tensor, _scales: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], size), dtype=dtype)
 
 
@@ -125,7 +125,7 @@ def _check_moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, params: MoEPar
         raise TypeError(f"mxfp4::moe: topk_weights must be floating point, got {topk_weights.dtype}")
 
 
-def _moe_fake(x: Tensor, *args: Any) -> Tensor:
+def _moe_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -162,7 +162,7 @@ def _call(op: str, backend: str, layout: str, x: Tensor, site: Callable[[], str]
 
 
 def _grouped_linear_fake(
-    x: Tensor, offsets: Tensor, weight: list[Tensor], n: int, round_dtype: torch.dtype, *_: Any
+    x: Tensor, _offsets: Tensor, _weight: list[Tensor], n: int, round_dtype: torch.dtype, *_: Any
 ) -> Tensor:
     return x.new_empty((x.shape[0], n), dtype=round_dtype)
 
@@ -173,7 +173,7 @@ def _moe_backward(grad: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     return _call("moe_backward", backend, inputs.layout, inputs.x, site, grad, inputs)  # type: ignore[no-any-return]
 
 
-def _moe_backward_fake(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _moe_backward_fake(_grad: Tensor, x: Tensor, _ids: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weights.new_empty(weights.shape)
 
 
@@ -185,7 +185,7 @@ def _grouped_linear_backward(
 
 
 def _grouped_linear_backward_fake(
-    grad: Tensor, offsets: Tensor, weight: list[Tensor], k: int, dtype: torch.dtype, *_: Any
+    grad: Tensor, _offsets: Tensor, _weight: list[Tensor], k: int, dtype: torch.dtype, *_: Any
 ) -> Tensor:
     return grad.new_empty((grad.shape[0], k), dtype=dtype)
 
@@ -194,7 +194,7 @@ def _grouped_linear_backward_fake(
 
 
 def _no_backward(name: str) -> Any:
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(*_: Any) -> Any:
         if name == "reduce":
             raise NotImplementedError(
                 "mxfp4::reduce has no backward: gradients do not pass through experts that lie on several ranks. "
@@ -218,7 +218,7 @@ def _refuse_weight_gradients(name: str, tensors: list[Tensor | None]) -> None:
         )
 
 
-def _moe_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _moe_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, ids, weights, up, down, up_bias, down_bias, *rest = inputs
     _refuse_weight_gradients("moe", [*up, *down, up_bias, down_bias])
     ctx.rest, ctx.up, ctx.down = tuple(rest), len(up), len(down)
@@ -236,7 +236,7 @@ def _moe_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, None, dw, [None] * ctx.up, [None] * ctx.down, None, None, *([None] * len(ctx.rest))
 
 
-def _grouped_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _grouped_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, offsets, weight, _, _, ctx.backend, ctx.layout = inputs
     _refuse_weight_gradients("grouped_linear", weight)
     ctx.k, ctx.dtype = x.shape[1], x.dtype

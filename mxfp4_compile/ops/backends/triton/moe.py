@@ -152,7 +152,7 @@ class LaunchPlan:
             constants["PDL"] = choice.down["PDL"]
             self.combine = Step(combine, constants, 4, 1)
         if choice.up_regime == "sorted":
-            constants = {"E": e, "BLOCK": pairs_class, "PDL": choice.up["PDL"]}
+            constants = {"BLOCK": pairs_class, "PDL": choice.up["PDL"]}
             self.sort = Step(sort_pairs, constants, max(min(pairs_class // 512, 16), 4), 1)
 
 

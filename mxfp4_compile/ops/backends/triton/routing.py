@@ -9,7 +9,7 @@ from .dependent import let_next_start, wait_for_previous
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def sort_pairs(ids, offsets, order, pairs, E: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def sort_pairs(ids, offsets, order, pairs, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per expert scans all ids: those below it give its start, its own their places.
 
     Writes offsets int32 [E], the end row of each expert, and order int32 [pairs], the pair at each

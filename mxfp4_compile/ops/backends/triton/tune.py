@@ -253,7 +253,7 @@ def _both(candidate: Candidate) -> TileChoice:
     return TileChoice(regime, tiles, regime, tiles)
 
 
-def _warm(step: Step, grid: tuple[int, int, int], *args: Any) -> None:
+def _warm(step: Step, _grid: tuple[int, int, int], *args: Any) -> None:
     """In place of a launch: compile for arguments of these dtypes, aligned as all real ones are."""
     step.compile(*args)
 
@@ -428,7 +428,7 @@ def tune(
     timer: Timer = graph_timer,
     propose: Candidates = candidates,
     processes: int | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda *_: None,
 ) -> TuneResult:
     """Find kernels for a layer on ``device`` (default: the current GPU) in about ``budget`` seconds.
 
