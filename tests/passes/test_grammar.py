@@ -1,5 +1,6 @@
 """Blocks of a grammar of spellings: none is silently wrong or unseen; those that no size decides are all rewritten.
 
+Any two choices meet in one of the blocks.
 "Wrong" is judged by running the optimized model beside the original on dequantized weights, at several sizes.
 """
 
@@ -9,8 +10,7 @@ import copy
 
 import pytest
 import torch
-from grammar import H, Spelled, Spelling, spellings
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from grammar import H, Spelled, Spelling, together
 from loop_models import Model
 from torch import Tensor
 
@@ -19,14 +19,9 @@ from mxfp4_compile import OptimizeError
 
 pytestmark = pytest.mark.slow
 
-# In parts, so that several processes share them: 208 blocks without a branch, 104 with one.
-PARTS, EACH = 26, 8
-BRANCHING_PARTS = 13
+# So that several processes share them.
+PARTS = 12
 SIZES = ((1, 1), (1, 2), (2, 9), (3, 37), (1, 41), (1, 201), (2, 300))
-examples = settings(
-    max_examples=EACH, deadline=None, database=None, phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
 
 
 def inputs(batch: int, length: int) -> Tensor:
@@ -57,22 +52,12 @@ def outcome(spelling: Spelling) -> str:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_rewritten_where_no_size_decides(part: int) -> None:
-    @seed(part)
-    @examples
-    @given(spellings(branches=False))
-    def rewritten(spelling: Spelling) -> None:
+    for spelling in together(branches=False)[part::PARTS]:
         assert outcome(spelling) in ("fused", "split"), spelling
 
-    rewritten()
 
-
-@pytest.mark.parametrize("part", range(BRANCHING_PARTS))
+@pytest.mark.parametrize("part", range(PARTS))
 def test_right_or_refused_where_a_size_decides(part: int) -> None:
-    @seed(1000 + part)
-    @examples
-    @given(spellings(branches=True))
-    def right(spelling: Spelling) -> None:
+    for spelling in together(branches=True)[part::PARTS]:
         found = outcome(spelling)
         assert found in ("fused", "split") or "layers.0" in found, spelling
-
-    right()

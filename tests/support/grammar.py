@@ -1,16 +1,20 @@
 """Mixture-of-experts blocks of every combination of a routing, a store of weights, an expert, a dispatch and a sum.
 
 ``Spelling`` says which; ``Spelled`` is the block. Those with a ``branch`` decide something by the number of tokens.
+``together``: so many of them that any two choices meet in one.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 H, MI, E, K = 32, 32, 4, 2
@@ -46,22 +50,43 @@ class Spelling:
     limit: int = 0
 
 
-def spellings(branches: bool) -> st.SearchStrategy[Spelling]:
-    """Random ones; with ``branches`` each has one."""
-    return st.builds(
-        Spelling,
-        st.sampled_from(ROUTINGS),
-        st.sampled_from(STORES),
-        st.sampled_from(ACTIVATIONS),
-        st.booleans(),
-        st.sampled_from(DISPATCHES),
-        st.sampled_from(SUMS),
-        st.booleans(),
-        st.booleans(),
-        st.booleans(),
-        st.sampled_from(BRANCHES) if branches else st.just(""),
-        st.sampled_from((16, 40, 200)) if branches else st.just(0),
-    )
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "routing": ROUTINGS, "store": STORES, "activation": ACTIVATIONS, "gated": (False, True), "dispatch": DISPATCHES,
+    "sum": SUMS, "shared": (False, True), "float_router": (False, True), "own_dtype": (False, True),
+}  # fmt: skip
+_BRANCHING: dict[str, tuple[Any, ...]] = {"branch": BRANCHES, "limit": (16, 40, 200)}
+
+
+def _pairs(made: dict[str, Any]) -> set[tuple[Any, ...]]:
+    return set(itertools.combinations(sorted(made.items(), key=lambda item: item[0]), 2))
+
+
+@cache
+def together(branches: bool) -> tuple[Spelling, ...]:
+    """Without a branch, any two choices are in one of them; with one, any choice is with any branch and any limit."""
+    choices = _CHOICES | (_BRANCHING if branches else {})
+    left = {
+        pair
+        for a, b in itertools.combinations(choices, 2)
+        if not branches or {a, b} & _BRANCHING.keys()
+        for x, y in itertools.product(choices[a], choices[b])
+        for pair in _pairs({a: x, b: y})
+    }
+    random, found = Random(0), []
+    while left:
+        # Of some, each filled in with what meets the most, the one that brings the most.
+        most: set[tuple[Any, ...]] = set()
+        for _ in range(6):
+            made: dict[str, Any] = dict(random.choice(sorted(left, key=repr)))
+            for name in random.sample(sorted(choices.keys() - made.keys()), len(choices) - 2):
+                values = random.sample(choices[name], len(choices[name]))
+                _, best = max((len(_pairs(made | {name: v}) & left), -at) for at, v in enumerate(values))
+                made[name] = values[-best]
+            if len(_pairs(made) & left) > len(most):
+                most, spelling = _pairs(made) & left, Spelling(**made)
+        left -= most
+        found.append(spelling)
+    return tuple(found)
 
 
 class Expert(nn.Module):
