@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-H, MI, E, K = 64, 32, 6, 2
+H, MI, E, K = 64, 32, 4, 2
 
 
 class GatedMLP(nn.Module):
@@ -41,7 +41,7 @@ class PlainMLP(nn.Module):
 class GroupLimitedGate(nn.Module):
     """Softmax scores; only experts of the best groups are eligible."""
 
-    def __init__(self, groups: int = 3, kept: int = 2) -> None:
+    def __init__(self, groups: int = 2, kept: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(E, H))
         self.groups, self.kept = groups, kept

@@ -41,7 +41,7 @@ class WeightTwice(LoopMoE):
 
 class WeightTwiceForOne(LoopMoE):
     def step(self, e, x, weights, out, column, token):
-        return super().step(e, x, weights * weights if e == 4 else weights, out, column, token)
+        return super().step(e, x, weights * weights if e == E - 1 else weights, out, column, token)
 
 
 class ShiftedTokens(LoopMoE):
@@ -588,7 +588,7 @@ class AsksForOne(MaskMoE):
     alone = staticmethod(lambda mask: mask.sum() == 1)
 
     def step(self, e, x, weights, out, mask, weight):
-        if e == 5 and self.alone(mask):
+        if e == E - 1 and self.alone(mask):
             weights = weights * 1.001
         return super().step(e, x, weights, out, mask, weight)
 
