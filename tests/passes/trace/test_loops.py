@@ -243,8 +243,8 @@ def test_graph_grows_linearly_with_the_experts(style: str, monkeypatch: pytest.M
 
 def test_equal_blocks_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    trace = planning.trace
-    monkeypatch.setattr(planning, "trace", lambda *a: calls.append(1) or trace(*a))
+    unroll = planning.unroll
+    monkeypatch.setattr(planning, "unroll", lambda *a: calls.append(1) or unroll(*a))
     model = Model(RemoteMoE, torch.float32, layers=4)
     mxfp4_compile.optimize(model, example_inputs=(inputs(dtype=torch.float32),), verify=False)
     assert len(model.mxfp4_report.sites) == 4 and len(calls) == 1
