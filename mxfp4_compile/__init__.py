@@ -14,7 +14,7 @@ transformers learn of the package when they are there (``registration.py``).
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from .registration import register as _register
 

@@ -28,7 +28,8 @@ from .files import (
     Unit,
     shards_of,
 )
-from .forms import AUTO, OWN, ExpertWeight, Form, Written, check_format, written
+from .forms import AUTO, OWN, ExpertWeight, Form, check_format, written
+from .gguf_export import GGUF, export
 from .note import new_note
 from .output import Output
 from .requirements import require_transformers_5
@@ -52,7 +53,8 @@ def save(
     more than gpt-oss), "mxfp4_compile" (our own, for every model; read after ``import mxfp4_compile``). "auto" is
     "compressed_tensors" where that can express the model, else "gpt_oss" for gpt-oss, else "mxfp4_compile"; which and
     why is noted in the model's report, and our own is also told in a warning. The bits are the same in all, and a plain
-    ``from_pretrained`` after ``import mxfp4_compile`` keeps them. The directory
+    ``from_pretrained`` after ``import mxfp4_compile`` keeps them. "gguf" writes the one file DIR/model.gguf for
+    llama.cpp and Ollama (gpt_oss and qwen3_moe), beside what is there. With any other form the directory
     appears complete or not at all: it is made as DIR.partial and renamed. In a DIR that exists, the weights, their
     index and the configuration are replaced when the new ones are complete, and every other file stays as it is.
 
@@ -60,11 +62,14 @@ def save(
     cannot express, for a directory that another run writes, for files in the way that are no checkpoint's, and for
     a disk that is full or may not be written.
     """
-    check_format(format)
+    if format != GGUF:
+        check_format(format)
     require_transformers_5("saving a checkpoint")
     sites = mxfp4_sites(model)
     if not sites:
         raise CheckpointError("this model has no MXFP4 experts: optimize() it first")
+    if format == GGUF:
+        return _save_gguf(model, directory)
     if not is_spread(model):
         return _save(model, directory, format, max_shard_bytes, WholeWeights())
     from ..ranks.gather import Gathering
@@ -126,17 +131,27 @@ def _save(
             out.write_shard(file, some)
         out.write_index(shards)
         out.install()
-    _tell(model, chosen)
+    _note(model, chosen.notes, warn=chosen.form.name == OWN)  # others cannot read that
 
 
-def _tell(model: nn.Module, chosen: Written) -> None:
-    """Which form it became, where that is not the preferred one; a warning where others cannot read it."""
+def _save_gguf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    if is_spread(model):
+        raise CheckpointError("this model lies on several ranks: load it in one process to write GGUF")
+    sites, whole = mxfp4_sites(model), WholeWeights()
+    weights = [w for name, site in sites.items() for w in _weights_of(name, site, whole)]
+    biases = {f"{name}.{n}": b for name, site in sites.items() for n, b in site.dequantized_biases().items()}
+    others, _ = _other_tensors(model, sites, whole)
+    _note(model, export(model, directory, weights, biases, others), warn=True)
+
+
+def _note(model: nn.Module, notes: list[str], *, warn: bool) -> None:
+    """Put notes into the model's report; ``warn``: and say them at once."""
     report = getattr(model, "mxfp4_report", None)
-    for note in chosen.notes:
+    for note in notes:
         if isinstance(report, Report) and note not in report.notes:
             report.notes.append(note)
-        if chosen.form.name == OWN:
-            warnings.warn(f"mxfp4_compile: {note}", stacklevel=4)
+        if warn:
+            warnings.warn(f"mxfp4_compile: {note}", stacklevel=5)
 
 
 def _merged(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,30 +14,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement as PipRequirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from .. import __version__
 from .. import ops as _ops  # noqa: F401  (registers the backends)
 from ..ops.backend import Requirement
 from ..ops.backends.triton import tuned
-from ..ops.library import numbers as _numbers
 from ..ops.registry import known_backends
 from ..ops.selection import requirements
 from ..ops.target import Request, Target
 
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "depyf")
+_PACKAGE = "mxfp4_compile"
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "compressed-tensors", "depyf")
+
+
+# What the extras of this package are for; those for developers are left out.
+PURPOSES = {
+    "hf": "Hugging Face models; the commands explain and demo",
+    "hf4": "models of transformers 4 in memory",
+    "demo": "the command demo",
+    "inspect": "readable dumps of what torch.compile made",
+    "gguf": 'GGUF files (save with format="gguf")',
+    "bench": "benchmarks and their plots",
+    "test": "the tests",
+}
 
 
 @dataclass(frozen=True)
 class OptionalPart:
-    """An extra of this package: what it is for, and what it installs: (package, "", "5.17" or "4.57,<5")."""
+    """An extra of this package: what it is for, and the versions it requires of packages, as pip writes them."""
 
     extra: str
     purpose: str
-    packages: tuple[tuple[str, str], ...]
+    required: dict[str, str]
 
     def missing(self) -> tuple[str, ...]:
-        """The packages that are not installed, or too old, each with what is there instead."""
-        return tuple(lack for name, least in self.packages if (lack := _lack(name, least)))
+        """The packages that are not there in a version that will do, each with what is there instead."""
+        return tuple(lack for name, versions in self.required.items() if (lack := _lack(name, versions)))
 
     @property
     def install(self) -> str:
@@ -45,24 +60,29 @@ class OptionalPart:
         return f'pip install "mxfp4_compile[{self.extra}]"'
 
 
-_HF = (("transformers", "5.17"), ("accelerate", ""), ("safetensors", ""), ("tqdm", ""))
-_HF4 = (("transformers", "4.57,<5"), ("accelerate", ""), ("tqdm", ""))
-OPTIONAL_PARTS = (
-    OptionalPart("hf", "Hugging Face models; the commands explain and demo", _HF),
-    OptionalPart("hf4", "models of transformers 4 in memory", _HF4),
-    OptionalPart("demo", "the command demo", _HF),
-    OptionalPart("inspect", "readable dumps of what torch.compile made", (("depyf", "0.20"),)),
-    OptionalPart("bench", "benchmarks and their plots", (*_HF, ("matplotlib", ""))),
-    OptionalPart(
-        "test",
-        "the tests",
-        (
-            *_HF,
-            *((name, "") for name in ("pytest", "pytest-xdist", "hypothesis", "numpy", "triton")),
-            *((name, "") for name in ("peft", "compressed-tensors", "matplotlib")),
-        ),
-    ),
-)
+def optional_parts() -> tuple[OptionalPart, ...]:
+    """The extras by the metadata of the installed package; none where it runs without being installed."""
+    try:
+        declared = [PipRequirement(text) for text in importlib.metadata.requires(_PACKAGE) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+    def required(extra: str) -> dict[str, str]:
+        found: dict[str, SpecifierSet] = {}
+        for one in declared:
+            if one.marker is None or not one.marker.evaluate({"extra": extra}):
+                continue
+            if canonicalize_name(one.name) == canonicalize_name(_PACKAGE):
+                several = [(n, SpecifierSet(v)) for inner in one.extras for n, v in required(inner).items()]
+            else:
+                several = [(one.name, one.specifier)]
+            for name, versions in several:
+                found[name] = found.get(name, SpecifierSet()) & versions
+        return {name: str(versions) for name, versions in sorted(found.items())}
+
+    return tuple(
+        OptionalPart(extra, purpose, needs) for extra, purpose in PURPOSES.items() if (needs := required(extra))
+    )
 
 
 @dataclass(frozen=True)
@@ -137,7 +157,7 @@ def environment() -> Environment:
     """Look at this machine; takes no GPU memory beyond what asking a driver takes."""
     statuses = tuple(_status(name, device) for name in known_backends() for device in devices())
     tuned_statuses = tuple(_tuned_status(device) for device in devices() if device.type == "cuda")
-    return Environment(versions(), hardware(), statuses, OPTIONAL_PARTS, tuned_statuses)
+    return Environment(versions(), hardware(), statuses, optional_parts(), tuned_statuses)
 
 
 def versions() -> dict[str, str | None]:
@@ -196,13 +216,11 @@ def _tuned_status(device: torch.device) -> TunedStatus:
     return TunedStatus(str(device), True, f"in use for {shapes}, from {path}", str(path))
 
 
-def _lack(package: str, bounds: str) -> str:
+def _lack(package: str, versions: str) -> str:
     have = installed(package)
     if have is None:
         return package
-    least, _, below = bounds.partition(",<")
-    meets = _numbers(least) <= _numbers(have) and not (below and _numbers(have) >= _numbers(below))
-    return "" if meets else f"{package}>={bounds} (found {have})"
+    return "" if SpecifierSet(versions).contains(have, prereleases=True) else f"{package}{versions} (found {have})"
 
 
 def _cores() -> int:

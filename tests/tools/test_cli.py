@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import re
@@ -19,13 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mxfp4_compile import __version__, mx
 from mxfp4_compile.ops.registry import known_backends
 from mxfp4_compile.tools import demo
-from mxfp4_compile.tools.environment import OPTIONAL_PARTS, environment
+from mxfp4_compile.tools.environment import PURPOSES, environment
 from mxfp4_compile.tools.explain import explain_model
 from mxfp4_compile.tools.families import decorated_families, tiny_inputs, tiny_model
 from mxfp4_compile.tools.main import main
 
 PERPLEXITY_BYTES = demo.PERPLEXITY_BYTES  # of a whole run: the fixture below takes less
-DEVELOPERS = {"dev", "docs", "lint"}  # extras that nobody needs to use the package
+DEVELOPERS = {"dev", "docs", "lint", "package"}  # extras that nobody needs to use the package
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -319,29 +320,48 @@ def test_env_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_env_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    have = {"transformers": "5.2.1", "accelerate": "1.0", "safetensors": "0.8.0", "tqdm": "4.0"}
+    """By the metadata of the installed package: both bounds, extras of extras, and what this Python needs not."""
+    declared = [
+        "torch>=2.11",
+        'transformers>=5.17; extra == "hf"',
+        'tqdm; extra == "hf"',
+        'transformers<5,>=4.57; extra == "hf4"',
+        'depyf>=0.20; extra == "inspect"',
+        'mxfp4_compile[hf]; extra == "test"',
+        'transformers<5.24; extra == "test"',
+        'pytest; python_version < "3" and extra == "test"',
+    ]
+    have = {"transformers": "5.23.0", "tqdm": "4.0", "depyf": "0.19.1"}
+    monkeypatch.setattr("importlib.metadata.requires", {"mxfp4_compile": declared}.__getitem__)
     monkeypatch.setattr("mxfp4_compile.tools.environment.installed", have.get)
     parts = {p.extra: p.missing() for p in environment().optional}
-    assert parts["hf"] == ("transformers>=5.17 (found 5.2.1)",)
-    assert parts["hf4"] == ("transformers>=4.57,<5 (found 5.2.1)",)
-    assert parts["inspect"] == ("depyf",)
-    assert 'missing depyf: pip install "mxfp4_compile[inspect]"' in run(capsys, "env")[1]
+    assert parts == {
+        "hf": (),
+        "hf4": ("transformers<5,>=4.57 (found 5.23.0)",),
+        "inspect": ("depyf>=0.20 (found 0.19.1)",),
+        "test": (),
+    }
+    assert 'missing depyf>=0.20 (found 0.19.1): pip install "mxfp4_compile[inspect]"' in run(capsys, "env")[1]
+    have["transformers"] = "5.24.1"
+    assert {p.extra: p.missing() for p in environment().optional}["test"] == (
+        "transformers<5.24,>=5.17 (found 5.24.1)",
+    )
+
+
+def test_env_of_a_package_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.requires", nowhere)
+    assert "not known, as mxfp4_compile runs without being installed" in run(capsys, "env")[1]
 
 
 @pytest.mark.smoke
 def test_optional_parts_are_the_extras() -> None:
-    """OPTIONAL_PARTS says what pyproject.toml says, leaving out what developers alone need."""
+    """Every extra of pyproject.toml but those that developers alone need has its purpose told."""
     text = (REPO / "pyproject.toml").read_text(encoding="utf-8")
     section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    extras = {name: set(re.findall(r'"([^"]+)"', line)) for name, line in re.findall(r"^(\w+) = (.*)$", section, re.M)}
-    known = {p.extra: {n + (f">={v}" if v else "") for n, v in p.packages} for p in OPTIONAL_PARTS}
-    for extra in extras.keys() - DEVELOPERS:
-        wanted = set(extras[extra])
-        if "mxfp4_compile[hf]" in wanted:
-            wanted = wanted - {"mxfp4_compile[hf]"} | extras["hf"]
-        # A bound of its own (name<version) restricts what is asked for already, and is no further part.
-        bounds = {w for w in wanted if re.fullmatch(r"[\w-]+<[\d.]+", w)}
-        for bound in bounds:
-            assert any(w.startswith(bound.split("<")[0] + ">=") for w in wanted), bound
-        assert known[extra] == wanted - bounds
-    assert known.keys() == extras.keys() - DEVELOPERS
+    extras = set(re.findall(r"^(\w+) = \[", section, re.M))
+    assert PURPOSES.keys() == extras - DEVELOPERS

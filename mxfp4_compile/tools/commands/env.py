@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 def text(found: Environment) -> str:
     machine = found.hardware
     lines = ["Versions"]
-    lines += [f"  {name:<14} {version or 'none'}{_note(name, version)}" for name, version in found.versions.items()]
+    lines += [f"  {name:<18} {version or 'none'}{_note(name, version)}" for name, version in found.versions.items()]
     lines += ["", "Devices", f"  cpu     {machine.cpu}, {machine.cores} cores, {machine.torch_threads} torch threads"]
     lines += [
         f"  cuda:{i}  {gpu.name}, capability {gpu.capability}, {gpu.memory / 2**30:.0f} GiB"
@@ -43,6 +43,8 @@ def text(found: Environment) -> str:
     if found.tuned:
         lines += ["", "Tuned data", *[f"  {status.device:<7} {status.state}" for status in found.tuned]]
     lines += ["", "Optional parts"]
+    if not found.optional:
+        lines.append("  not known, as mxfp4_compile runs without being installed")
     for part in found.optional:
         missing = part.missing()
         state = f"missing {', '.join(missing)}: {part.install}" if missing else "installed"
