@@ -95,7 +95,7 @@ def _processes_of(model: nn.Module) -> OneProcess:
         return OneProcess()
     from .ranks.session import Ranks
 
-    return Ranks(model)
+    return Ranks.of(model)
 
 
 def _optimize(

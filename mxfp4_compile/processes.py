@@ -73,6 +73,17 @@ class OneProcess:
         except failures as error:
             return None, str(error)
 
+    def step(self, what: str) -> None:
+        """Between parts of a work that is done together: an error if another rank has failed."""
+
+    def split(self, model: Any, sites: list[Any], rematch: Callable[[Any, Any], Any]) -> list[str]:
+        """Cut planned sites, whose weights are not there yet, to the part of each process; notes for the report."""
+        return []
+
+    def reader_of(self, site: Any, reader: Any) -> Any:
+        """What reads this process's part of a site, where ``reader`` reads the whole."""
+        return reader
+
     def installed(self, site: Any) -> None:
         """A site was replaced: its weights are not needed any more."""
 

@@ -13,11 +13,12 @@ from typing import Any
 from .. import mx
 from ..circumstances import exclusive
 from ..hf_models import class_of, read_config
+from ..processes import OneProcess
 from .claims import check_numbers, read_config_file, sober
 from .files import CheckpointError, Weights, weight_files
 from .forms import declared_form
 from .note import facts_of, note_of
-from .quantizer import Mxfp4CompileConfig
+from .quantizer import PROCESSES, Mxfp4CompileConfig
 from .requirements import require_transformers_5
 
 
@@ -46,13 +47,18 @@ def wrap_get_hf_quantizer(modeling_utils: Any) -> None:
 
 
 @exclusive
-def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: Any) -> Any:
+def load(path: str | os.PathLike[str], *, model_class: Any = None, experts: str = "auto", **options: Any) -> Any:
     """Load a model with MXFP4 experts: a bf16 checkpoint is quantized while it is read, an MXFP4 one kept as it is.
 
     path: a directory or a hub id; bf16, fp16 or fp32, or MXFP4 in any of the forms of ``mxfp4_compile``,
     gpt-oss, compressed-tensors and Quark, whose bits are kept exactly. model_class: a transformers class, by
     default the one the checkpoint names. Options of ``Mxfp4CompileConfig`` go there, all others
     (``device_map``, ``dtype``, ...) to ``from_pretrained``.
+
+    With ``tp_plan="auto"`` or ``distributed_config``, called on every rank of a torch.distributed job: attention is
+    split by transformers' plan, and of the experts each rank reads and quantizes its part. experts: "expert" (whole
+    experts, as many on each rank), "tensor" (columns of every expert, cut at multiples of 32), or "auto", the first
+    where the experts divide by the ranks.
 
     Raises CheckpointError for files that cannot be read, OptimizeError as ``optimize`` does.
     """
@@ -93,9 +99,24 @@ def load(path: str | os.PathLike[str], *, model_class: Any = None, **options: An
     if model_class is None:
         model_class = class_of(config, trust_remote_code=bool(options["trust_remote_code"]))
     options.setdefault("dtype", "auto")
+    processes = OneProcess()
+    if any(options.get(name) is not None for name in ("distributed_config", "tp_plan", "tp_size")):
+        from ..ranks.load import start
+
+        processes = start(options, experts, config, model_class, own)
+    elif experts != "auto":
+        raise ValueError(f'experts={experts!r} is for several ranks: pass tp_plan="auto" or distributed_config too')
     quantization = Mxfp4CompileConfig(**own, source=declared, **facts)
+
+    def from_pretrained() -> Any:
+        token = PROCESSES.set(processes)
+        try:
+            return model_class.from_pretrained(path, config=config, quantization_config=quantization, **options)
+        finally:
+            PROCESSES.reset(token)
+
     try:
-        return model_class.from_pretrained(path, config=config, quantization_config=quantization, **options)
+        return processes.together("load", from_pretrained)
     except (AttributeError, TypeError, KeyError, OverflowError, RecursionError) as error:
         if quantization.met:  # the model was made: what fails then is no matter of the configuration
             raise

@@ -52,8 +52,15 @@ def plan_sites(
     ``request``: what every site asks of its backend; ``device_of``: where a module of that name will run.
     Raises OptimizeError as ``optimize`` does.
     """
-    with _plain_defaults(), _as_for_inference(model):
+    with planning_modes(model):
         return _plan(model, report, requested, request, skip, strict, example_inputs, device_of)
+
+
+@contextmanager
+def planning_modes(model: nn.Module) -> Iterator[None]:
+    """What a model on the meta device is planned in: plain defaults of torch, and as for inference."""
+    with _plain_defaults(), _as_for_inference(model):
+        yield
 
 
 @contextmanager

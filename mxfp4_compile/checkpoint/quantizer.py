@@ -17,8 +17,10 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,14 @@ from ..passes.find.discover import traceable_experts
 from ..passes.match import NoMatch
 from ..passes.same import structure_key
 from ..passes.weights import projections_of, source_names
-from ..planning import OptimizeError, Site, left_alone, match_structure
+from ..planning import OptimizeError, Site, Structure, left_alone, match_structure
+from ..processes import OneProcess
 from ..report import Report, versions_used
 from ..skipping import as_patterns
 from .claims import check_parameters
 from .files import CheckpointError, Weights
 from .forms import OWN, Form, declared_form, own_config
-from .meta_planning import ExpertParameter, expert_parameters, plan_sites, planned, stand_in
+from .meta_planning import ExpertParameter, expert_parameters, plan_sites, planned, planning_modes, stand_in
 from .names import Names
 from .note import facts_of, note_of
 from .offloading import offload, offloaded, take_offloaded
@@ -55,6 +58,9 @@ from .reader import CheckpointReader
 from .requirements import require_transformers_5
 
 _PLACEHOLDER = "mxfp4_bytes"
+
+PROCESSES: ContextVar[OneProcess] = ContextVar("processes", default=OneProcess())  # noqa: B039 (it has no state)
+"""The processes that ``load`` loads a model in."""
 
 
 class _Method(str, Enum):
@@ -193,8 +199,13 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         files = kwargs.get("checkpoint_files")
         if not files:
             raise CheckpointError("MXFP4 is made while a checkpoint is read from files: a state_dict will not do")
-        if getattr(model, "tp_size", None) not in (None, 1):
-            raise OptimizeError("tensor parallelism (tp_plan) is not supported yet")
+        self.processes = PROCESSES.get()
+        spread = getattr(model.config, "distributed_config", None)
+        if (getattr(spread, "tp_size", None) or 1) > 1 and type(self.processes) is OneProcess:
+            raise OptimizeError(
+                "on several ranks a model with MXFP4 experts is loaded by mxfp4_compile.load(path, "
+                'distributed_config=...) or load(path, tp_plan="auto")'
+            )
         self.files = [Path(f) for f in files]
         self.model = model
         self.started = time.perf_counter()
@@ -232,8 +243,20 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             reader.leave_unquantized(self.sites)
             wanted = expert_parameters(self.sites)
             self._others = _other_codes(model, wanted, weights, self.form)
+        if self._others and type(self.processes) is not OneProcess:
+            raise OptimizeError(f"{next(iter(self._others))} is MXFP4 and no expert: not supported on several ranks")
+        self.wanted = expert_parameters(self.sites)  # the whole ones
+        self.report.notes += self.processes.split(model, self.sites, partial(self._match_again, model))
         self._hold(model)
+        self.processes.step("planning")
         return model
+
+    def _match_again(self, model: nn.Module, module: nn.Module, structure: Structure) -> Structure | NoMatch:
+        """The structure of a module whose parameters have other shapes now."""
+        requested = requested_backend(self.quantization_config.backend)
+        with planning_modes(model), traceable_experts(model):
+            again = stand_in(module, structure.pattern)
+            return match_structure(again, structure.pattern, requested, self.request)
 
     @property
     def request(self) -> Request:
@@ -302,6 +325,8 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                     if place == "disk":
                         raise CheckpointError(f"device_map puts {name} on disk: MXFP4 experts stay in memory")
                     return _device(place)
+        elif isinstance(self.device_map, torch.device):
+            return self.device_map
         elif isinstance(self.device_map, str) and torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
@@ -309,6 +334,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
     @exclusive
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config, report = self.quantization_config, self.report
+        self.processes.step("reading what is no expert")
         for module in model.modules():
             # Some families (jamba) compute their linear layers in another way under this mark; ours are as they were.
             if hasattr(module, "config"):
@@ -325,14 +351,15 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
         todo = planned(self.sites)
         for name in self._others:
             report.notes.append(f"{name} is MXFP4 in the checkpoint; it was dequantized, as only experts stay so")
-        wanted = expert_parameters(self.sites)
         with Weights(self.files) as weights, progress_bar(todo, config.progress) as advance:
-            reader = CheckpointReader(model, wanted, weights, self.form)
+            reader = CheckpointReader(model, self.wanted, weights, self.form)
             for name, (codes, scales) in self._others.items():
                 self._load_other(model, name, codes, scales, weights)
 
             def reader_of(site: Site) -> ExpertReader:
-                return _SiteReader(reader, site, self.device_of(site.name))
+                whole = _SiteReader(reader, site, self.device_of(site.name))
+                found: ExpertReader = self.processes.reader_of(site, whole)
+                return found
 
             if config.verify:
                 with kept_state(model):
@@ -346,7 +373,9 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                     continue
                 hooked = offloaded(site.candidate.module)
                 check = config.verify and not hooked
-                done = install_site(model, site, config.scale_rule, check, advance, prepared, reader_of(site))
+                done = install_site(
+                    model, site, config.scale_rule, check, advance, prepared, reader_of(site), processes=self.processes
+                )
                 if not done.rewritten:  # there is nothing else that the site could run on
                     raise OptimizeError(f"{site.name} failed verification: {done.reason}. Nothing was loaded.", report)
                 if config.verify and not check:
@@ -358,6 +387,7 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                 _take_errors(built, site.name, config.checkpoint.get("weight_errors") or {})
                 if self.place_of(site.name) != self.device_of(site.name):
                     offload(built, self.device_of(site.name))
+        self.processes.tell(report)
         note_state(model, report, self.state_changes, todo)
         finish(model, report, self.started)
         self.held.clear()

@@ -72,15 +72,19 @@ class Agreement:
 
         Returns every rank's ``value``, by rank.
         """
+        return self._ask("step", what, value)
+
+    def _ask(self, kind: str, what: str, value: Any) -> list[Any]:
         if self.failure is not None:
             raise self.failure
         try:
-            messages = self.exchange(_Message("step", what, value=value))
-            self._check(messages, "step", what)
-            return [m.value for m in messages]
+            messages = self.exchange(_Message(kind, what, value=value))
+            self._check(messages, kind, what)
         except OptimizeError as error:
-            self.failure = error  # whatever the code around makes of it
+            if self.depth:
+                self.failure = error  # whatever the code around makes of it
             raise
+        return [m.value for m in messages]
 
     def together(self, what: str, work: Callable[[], _T]) -> _T:
         """The result of ``work`` if it succeeded on every rank; else OptimizeError with the same words on all.
@@ -120,11 +124,10 @@ class Agreement:
 
     def agree(self, what: str, **values: Any) -> None:
         """OptimizeError on every rank, naming the first difference, if a value differs between ranks."""
-        messages = self.exchange(_Message("done", what, value=values))
-        self._check(messages, "done", what)
-        for rank, message in enumerate(messages):
-            for name in {**messages[0].value, **message.value}:
-                first, other = messages[0].value.get(name), message.value.get(name)
+        every = self._ask("done", what, values)
+        for rank, known in enumerate(every):
+            for name in {**every[0], **known}:
+                first, other = every[0].get(name), known.get(name)
                 if first != other:
                     raise OptimizeError(
                         f"{what} must be the same on every rank: {name} is {_brief(first)} on rank 0 and "
@@ -133,9 +136,7 @@ class Agreement:
 
     def gathered(self, what: str, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
-        messages = self.exchange(_Message("done", what, value=value))
-        self._check(messages, "done", what)
-        return [m.value for m in messages]
+        return self._ask("done", what, value)
 
     @contextmanager
     def forwards(self) -> Iterator[None]:

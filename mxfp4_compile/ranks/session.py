@@ -47,9 +47,12 @@ _FAR = 0.5
 
 
 class Ranks(OneProcess):
-    """The ranks that compute ``model`` together. A collective; OptimizeError for what cannot be served."""
+    """All ranks, which compute one model together. A collective; OptimizeError for what cannot be served.
 
-    def __init__(self, model: Any) -> None:
+    ``shards``: the part that this rank has of each split site, by name.
+    """
+
+    def __init__(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise OptimizeError(
                 "this model is tensor-parallel or has DTensors, but torch.distributed is not initialized in this "
@@ -57,7 +60,14 @@ class Ranks(OneProcess):
             )
         self.agreement = Agreement(range(dist.get_world_size()))
         self.locals: list[LocalExperts] = []
-        self.together("the plan", lambda: check_model_plan(model, self.agreement.size))
+        self.shards: dict[str, Shard] = {}
+
+    @classmethod
+    def of(cls, model: Any) -> Ranks:
+        """The ranks that hold a model that transformers has split."""
+        ranks = cls()
+        ranks.together("the plan", lambda: check_model_plan(model, ranks.size))
+        return ranks
 
     @property
     def size(self) -> int:
@@ -102,6 +112,7 @@ class Ranks(OneProcess):
             for local in found:
                 local.take()
                 self.locals.append(local)
+                self.shards[local.name] = local.shard
             yield
         finally:
             for local in self.locals:
@@ -237,6 +248,10 @@ class Ranks(OneProcess):
             built.weight_errors.update(dict.fromkeys(projection.source.parameters, both))
         return torch.cat(joined), worst
 
+    def step(self, what: str) -> None:
+        """OptimizeError if another rank has failed since."""
+        self.agreement.step(what)
+
     def installed(self, site: Site) -> None:
         """Let go of the weights of a site that was replaced."""
         for local in self.locals:
@@ -247,7 +262,7 @@ class Ranks(OneProcess):
         """The report is one of all ranks: bytes of all, and how the experts lie."""
         own = {s.names[0]: (s.bytes_before, s.bytes_after) for s in report.rewritten}
         every = self.agreement.gathered("report", own)
-        shards = {local.name: local.shard for local in self.locals}
+        shards = self.shards
         for i, site in enumerate(report.sites):
             if site.rewritten and site.names[0] in shards:
                 before, after = (sum(known[site.names[0]][k] for known in every) for k in (0, 1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks_models as models
@@ -12,6 +14,7 @@ from ranks_pool import Pool
 
 import mxfp4_compile
 from mxfp4_compile.checkpoint import CheckpointError
+from mxfp4_compile.passes.build.module import mxfp4_sites
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
@@ -80,3 +83,128 @@ def unwritable(rank: int, path: Path, out: Path) -> str:
 def test_a_disk_that_is_full_ends_all_ranks(pool: Pool, folder: Path, tmp_path: Path) -> None:
     assert pool.run(unwritable, checkpoint(folder, "qwen3_moe"), tmp_path / "out") == ["rank 0: disk full"] * 2
     assert not (tmp_path / "out").exists()
+
+
+# loading
+
+
+def loaded(rank: int, path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    model = mxfp4_compile.load(path, progress=False, dtype=torch.float32, **options)
+    return {
+        "logits": models.logits(model),
+        "tokens": models.answer(model),
+        "state": mxfp4_compile.gathered_state_dict(model),
+        "notes": model.mxfp4_report.notes,
+        "bytes": model.mxfp4_report.bytes_after,
+        "errors": [s.weight_error_mean for s in model.mxfp4_report.sites],
+        "parts": [s.plan.shard.parts for s in mxfp4_sites(model).values() if s.plan.shard],
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "options", "parts"),
+    [
+        ("qwen3_moe", {}, {"tp_plan": "auto"}, ((0, 2), (2, 4))),
+        ("qwen3_moe", {"columns": 48}, {"tp_plan": "auto", "experts": "tensor"}, ((0, 32), (32, 48))),
+        (
+            "qwen3_moe",
+            {"columns": 32, "experts": 5},
+            {"tp_plan": "auto"},
+            ((0, 32), (32, 32)),
+        ),  # a rank without columns
+        ("gpt_oss", {"columns": 176}, {"tp_plan": "auto", "experts": "tensor"}, ((0, 96), (96, 176))),
+        ("gpt_oss", {"experts": 6}, {"distributed_config": {"tp_size": 2, "ep_size": 2}}, ((0, 3), (3, 6))),
+        ("deepseek_v3", {"columns": 180}, {"tp_plan": "auto", "experts": "tensor"}, ((0, 96), (96, 180))),
+        ("mixtral", {"num_key_value_heads": 1}, {"tp_plan": "auto"}, ((0, 2), (2, 4))),
+    ],
+)
+def test_loading_gives_what_one_process_loads(
+    pool: Pool, folder: Path, family: str, sizes: dict[str, int], options: dict[str, Any], parts: tuple[Any, ...]
+) -> None:
+    path = checkpoint(folder, family, **sizes)
+    whole = mxfp4_compile.load(path, progress=False, dtype=torch.float32)
+    logits, tokens = models.logits(whole), models.answer(whole)
+    first, second = pool.run(loaded, path, options)
+    assert set(first["parts"]) == {parts}
+    assert torch.equal(first["logits"], second["logits"])
+    assert float((first["logits"] - logits).norm() / logits.norm()) < 1e-5
+    assert torch.equal(first["tokens"], tokens) and torch.equal(second["tokens"], tokens)
+    assert_same_state(first["state"], dict(whole.state_dict()))
+    assert first["notes"] == second["notes"] and first["errors"] == second["errors"]
+    assert first["errors"] == pytest.approx([s.weight_error_mean for s in whole.mxfp4_report.sites], rel=1e-9)
+    if sizes.get("columns") != 32:  # a block of zeros, where a rank has none
+        assert first["bytes"] == whole.mxfp4_report.bytes_after
+    if "num_key_value_heads" in sizes:
+        assert "attention lies whole on every rank: 1 key/value heads, 2 ranks" in first["notes"]
+
+
+def test_an_mxfp4_checkpoint_is_cut_and_kept(pool: Pool, folder: Path, tmp_path: Path) -> None:
+    path = checkpoint(folder, "qwen3_moe", columns=48)
+    whole = mxfp4_compile.optimize(models.load(path), progress=False)
+    whole.save_pretrained(tmp_path / "one")
+    for experts in ("expert", "tensor"):
+        first, _ = pool.run(loaded, tmp_path / "one", {"tp_plan": "auto", "experts": experts})
+        assert_same_state(first["state"], dict(whole.state_dict()))
+
+
+def refused(rank: int, path: Path, cases: list[dict[str, Any]]) -> list[str]:
+    said = []
+    for case in cases:
+        own = {k: v[rank] if isinstance(v, tuple) else v for k, v in case.items()}
+        try:
+            mxfp4_compile.load(path, progress=False, **own)
+            said.append("")
+        except (mxfp4_compile.OptimizeError, ValueError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_load_does_not_serve_is_refused_by_name(pool: Pool, folder: Path) -> None:
+    path = checkpoint(folder, "qwen3_moe", columns=32, experts=5)
+    cases: list[dict[str, Any]] = [
+        {"tp_plan": "auto", "experts": "expert"},
+        {"tp_plan": "auto", "device_map": "auto"},
+        {"distributed_config": {"tp_size": 1, "fsdp_size": 2}},
+        {"distributed_config": {"tp_size": 2, "ep_size": 2}, "experts": "tensor"},
+        {"tp_plan": "auto", "experts": ("tensor", "auto")},
+        {"tp_plan": "auto", "scale_rule": ("mse", "even")},
+        {"experts": "tensor"},
+    ]
+    first, second = pool.run(refused, path, cases)
+    assert first == second
+    words = [
+        "5 experts do not divide by 2 ranks", "device_map='auto'", "fsdp_size=2", "contradict each other",
+        "experts is 'tensor' on rank 0 and 'auto' on rank 1", "scale_rule is 'mse' on rank 0 and 'even'",
+        "is for several ranks",
+    ]  # fmt: skip
+    for said, wanted in zip(first, words, strict=True):
+        assert wanted in said
+
+
+LOAD_PLACES = [
+    "checkpoint.quantizer.check_parameters", "checkpoint.quantizer.stand_in", "checkpoint.quantizer.verify_structures",
+    "checkpoint.reader.CheckpointReader.values", "installing.build_site", "checkpoint.quantizer.finish",
+]  # fmt: skip
+
+
+def load_planted(rank: int, path: Path, places: list[str]) -> list[str]:
+    """What load() says when it fails at each place on rank 1."""
+    from unittest import mock
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("planted")
+
+    said = []
+    for place in places:
+        with mock.patch(f"mxfp4_compile.{place}", fail) if rank == 1 else contextlib.nullcontext():
+            try:
+                mxfp4_compile.load(path, progress=False, tp_plan="auto")
+            except mxfp4_compile.OptimizeError as error:
+                said.append(str(error))
+    return said
+
+
+def test_a_failure_of_load_on_one_rank_is_one_on_all(pool: Pool, folder: Path) -> None:
+    first, second = pool.run(load_planted, checkpoint(folder, "qwen3_moe"), LOAD_PLACES)
+    assert first == second and len(first) == len(LOAD_PLACES)
+    assert all("rank 1: " in words and "planted" in words for words in first), first
