@@ -62,7 +62,8 @@ def recorded():
 
 def check(name, kernel, wanted):
     assert digest_of(kernel) == wanted[name], (
-        f"the text of {name} is not the recorded one. If kernels were meant to change: python {Path(__file__).name}"
+        f"the text of {name} is not the recorded one. If kernels were meant to change: "
+        "python tests/ops/test_triton_texts.py"
     )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -291,7 +292,7 @@ def test_merge_replaces_what_was_tuned_again() -> None:
 
 def test_candidates() -> None:
     pytest.importorskip("triton")
-    from mxfp4_compile.ops.backends.triton.tune import candidates
+    from mxfp4_compile.ops.backends.triton.candidates import candidates
 
     shape = LayerShape(128, 8, 2048, 768)
     for arch in ("sm80", "sm90", "sm100", "gfx942"):
@@ -402,14 +403,20 @@ def test_kernels_of_a_first_call_are_compiled_side_by_side(
         make = step.kernel.create_binder
         monkeypatch.setattr(step.kernel, "device_caches", defaultdict(lambda make=make: (make(), time.sleep(0.2))[0]))
     threads: list[int] = []
+    failures: list[str] = []
     compiling = launch.Step.compile_ahead
 
     def watched(step: launch.Step, *args: Any) -> None:
         threads.append(threading.get_ident())
-        compiling(step, *args)
+        try:
+            compiling(step, *args)
+        except BaseException:
+            failures.append(traceback.format_exc())
+            raise
 
     monkeypatch.setattr(launch.Step, "compile_ahead", watched)
     launch.compile_together(99, launches)
+    assert not failures, failures[0]
     # A thread that is done early may take another kernel.
     assert len(threads) == len(launches) and threading.get_ident() not in threads
     compiled = lambda: [len(step.kernel.device_caches[99][0]) for step, _, _ in launches]
