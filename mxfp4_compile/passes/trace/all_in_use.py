@@ -205,7 +205,8 @@ class AllInUse(TorchFunctionMode):
         return F.one_hot(ids.long(), max(experts, self.experts or 0)).sum(0)
 
     def _unique(
-        self, ids: Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False,
+        self, ids: Tensor, sorted: bool = True,  # noqa: ARG002  (they are sorted)
+        return_inverse: bool = False, return_counts: bool = False,
         dim: int | None = None,
     ) -> Any:  # fmt: skip
         """The experts that were hit, which are all; ``check`` proves that they are those whose rows are taken."""
@@ -501,10 +502,10 @@ class _Counts(list):  # type: ignore[type-arg]
     def tolist(self) -> list[Any]:
         return list(self)
 
-    def astype(self, dtype: Any) -> _Counts:
+    def astype(self, dtype: Any) -> _Counts:  # noqa: ARG002  (as numpy's)
         return self
 
-    def cumsum(self, axis: int | None = None) -> _Counts:
+    def cumsum(self, axis: int | None = None) -> _Counts:  # noqa: ARG002  (as numpy's: there is one axis)
         return _Counts(itertools.accumulate(self))
 
     def sum(self) -> Any:

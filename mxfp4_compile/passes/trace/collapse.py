@@ -391,7 +391,7 @@ class _Collapse:
         stacks: dict[str, fx.Node] = {}
         biases: dict[str, fx.Node] = {}
         for i, (role, found) in enumerate(roles.items()):
-            stacks[role] = self._stack_placeholder(graph, new, f"stacked_{i}", role, found[0])
+            stacks[role] = self._stack_placeholder(graph, new, f"stacked_{i}", role)
             if found[0].bias is not None:
                 biases[role] = self._bias_placeholder(graph, new, f"stacked_bias_{i}", role, found)
         self._order(graph, mapped, roles, stacks, biases)
@@ -411,7 +411,7 @@ class _Collapse:
             waiting.extend([products[node].rows] if node in products else node.all_input_nodes)
         return {n for n in live if n.op == "placeholder"}
 
-    def _stack_placeholder(self, graph: fx.Graph, new: Traced, label: str, role: str, first: _Product) -> fx.Node:
+    def _stack_placeholder(self, graph: fx.Graph, new: Traced, label: str, role: str) -> fx.Node:
         source = stack(self.module, role)
         node = graph.placeholder(label)
         node.meta["val"] = torch.empty(source.shape, dtype=source.dtype, device="meta")
