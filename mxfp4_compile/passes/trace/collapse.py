@@ -113,7 +113,6 @@ class _Collapse:
 
     def run(self) -> Traced:
         products: list[_Product] = []
-        self.graph.eliminate_dead_code()
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         for node in self.graph.nodes:
             product = self._product(node)

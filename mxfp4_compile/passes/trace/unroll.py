@@ -132,6 +132,7 @@ def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Exported
             traced = _sorted(program, pattern)
             _check_names(traced, caller.seen)
             traced.branched_sizes = frozenset(caller.seen.branched_sizes)
+            traced.graph.eliminate_dead_code()  # its masks were named above
             return Exported(traced, program, sizes)
         except TraceError:
             raise
