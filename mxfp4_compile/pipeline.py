@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ from torch import nn
 
 from . import mx
 from .calibration.driver import Options, prepare_windows
-from .calibration.model import calibrate_sites, check_model_kind, mark_of, reader_of
-from .calibration.report import CalibrationReport
+from .calibration.model import calibrate_sites, check_model_kind, mark_of, reader_of, tell_calibration
 from .circumstances import StateChange, exclusively, kept_state, others_wait, plain_modes
 from .installing import build_site, install_site, progress_bar, silenced_hooks, try_sites
 from .lifecycle import finish, note_state
@@ -173,22 +171,6 @@ def _optimize(
         words = "; ".join(f"{s.names[0]} ({s.reason})" for s in failures)
         raise OptimizeError(_half_way(words, [s.name for s in todo], report), report)
     return model
-
-
-def tell_calibration(model: nn.Module, report: Report, calibration: CalibrationReport | None) -> None:
-    """Put a calibration in the report: how far it moved the weights is their error, not what rounding them again is."""
-    if calibration is None:
-        return
-    report.calibration = calibration
-    built = mxfp4_sites(model)
-    for i, site in enumerate(report.sites):
-        known = calibration.of(site.names[0]) if site.rewritten else None
-        if known is not None:
-            report.sites[i] = replace(
-                site, weight_error_mean=known.drift_mean, weight_error_max=known.drift_max, calibrated=True
-            )
-            if site.names[0] in built:
-                built[site.names[0]].weight_errors = {n: dict(e) for n, e in known.by_name.items()}
 
 
 def _check_trials(sites: list[Site], report: Report, strict: bool) -> None:

@@ -33,7 +33,7 @@ from ..planning import OptimizeError, Site, weight_ids
 from ..report import versions_used
 from . import text as texts
 from .recording import Enough, Recorded, Recorder, canonical, plain_weight, recorded, recorded_mxfp4
-from .report import CalibrationReport
+from .report import CalibrationReport, SiteCalibration
 from .sites import Codes, SiteWeights, calibrate_site
 
 # Tokens of one forward.
@@ -147,6 +147,17 @@ def mxfp4_target(
     )
 
 
+class Shelf:
+    """Where calibrated sites are kept for a run that is resumed; this one keeps nothing."""
+
+    def take(self, site: SiteWeights) -> tuple[Codes, SiteCalibration] | None:
+        """What an earlier run left of a site."""
+        return None
+
+    def put(self, report: SiteCalibration, codes: Codes) -> None:
+        """Keep a site that is done."""
+
+
 @dataclass
 class Calibrated:
     """``codes``: site name -> slot -> packed and scales, on the host; every name of a site has them."""
@@ -174,9 +185,12 @@ def calibrate_target(
     windows: texts.Windows | None,
     *,
     advance: Advance = lambda _: None,
-    done: Mapping[str, Any] | None = None,
+    shelf: Shelf | None = None,
 ) -> Calibrated:
-    """Codes for all sites of a target. ``windows``: of ``prepare_windows``. advance: called with tokens run."""
+    """Codes for all sites of a target. ``windows``: of ``prepare_windows``. advance: called with tokens run.
+
+    shelf: what an interrupted calibration of the same text left; sites that are there are not calibrated again.
+    """
     started = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad(), kept_state(target.model):
         own = windows is None
@@ -184,7 +198,7 @@ def calibrate_target(
             windows = texts.write_windows(target.model, tokens=options.tokens, window=options.window, seed=options.seed)
         report = _report(target, options, scale_rule, windows)
         _judge(target.model, windows, report, own=own, ids=isinstance(options.text, Tensor))
-        codes = _Run(target, windows, scale_rule, options.sequential, report, advance).all()
+        codes = _Run(target, windows, scale_rule, options.sequential, report, advance, shelf or Shelf()).all()
     report.seconds = time.perf_counter() - started
     return Calibrated(codes, report)
 
@@ -232,9 +246,10 @@ class _Run:
         sequential: bool,
         report: CalibrationReport,
         advance: Advance,
+        shelf: Shelf,
     ) -> None:
         self.target, self.windows, self.scale_rule = target, windows, scale_rule
-        self.sequential, self.report, self.advance = sequential, report, advance
+        self.sequential, self.report, self.advance, self.shelf = sequential, report, advance, shelf
         self.recorder = Recorder()
         self.inputs = _inputs_of(target.model)
         device = next(iter(target.sites.values())).device
@@ -257,8 +272,14 @@ class _Run:
             if unreached:
                 shown = ", ".join(unreached[:4]) + (f" and {len(unreached) - 4} more" if len(unreached) > 4 else "")
                 self.report.notes.append(f"the text does not reach {shown}: rounded to nearest")
-            groups = self._groups(order, sizes)
-            codes = self._sequential(groups) if self.sequential else self._at_once(groups)
+            found = {key: self.shelf.take(self.target.sites[key]) for key in order}
+            codes = {key: known[0] for key, known in found.items() if known is not None}
+            groups = self._groups([key for key in order if key not in codes], sizes)
+            done = self._sequential(groups, codes) if self.sequential else self._at_once(groups)
+            codes.update(done)
+            known_sites = {known[1].names: known[1] for known in found.values() if known is not None}
+            known_sites |= {site.names: site for site in self.report.sites}
+            self.report.sites = [known_sites[self.target.sites[key].names] for key in order]
         return {name: codes[key] for key in order for name in self.target.sites[key].names}
 
     def _at_once(self, groups: list[list[int]]) -> dict[int, Codes]:
@@ -269,8 +290,9 @@ class _Run:
                 codes[key] = self._solve(key, self.recorder.take(key), None)
         return codes
 
-    def _sequential(self, groups: list[list[int]]) -> dict[int, Codes]:
+    def _sequential(self, groups: list[list[int]], known: Mapping[int, Codes]) -> dict[int, Codes]:
         """Site after site: inputs of the model calibrated so far, outputs of the original."""
+        self.recorder.codes.update(known)
         for some in groups:
             self._pass(some)
             originals = {key: self.recorder.take(key) for key in some}
@@ -295,6 +317,7 @@ class _Run:
                 f"{_needed(site, kept) / 1e9:.1f} GB beside the model. Nothing was changed."
             ) from error
         self.report.sites.append(report)
+        self.shelf.put(report, codes)
         return codes
 
     def _groups(self, order: list[int], sizes: Mapping[int, int]) -> list[list[int]]:
@@ -316,7 +339,7 @@ class _Run:
                 used = 0.0
             groups[-1].append(key)
             used += size
-        return groups
+        return [some for some in groups if some]
 
     def _pass(self, keys: Sequence[int]) -> None:
         """Run all of the text, recording these sites (of which the last is the last that a forward reaches)."""
@@ -390,6 +413,7 @@ def free_host_memory() -> float:
 __all__ = [
     "Calibrated",
     "Options",
+    "Shelf",
     "Target",
     "calibrate_target",
     "mxfp4_target",

@@ -6,7 +6,7 @@ Contract: nothing of the model changes before all of it is calibrated; the loop 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -212,4 +212,20 @@ def reader_of(site: Site, done: Calibrated) -> ExpertReader | None:
     return CodesReader(site.candidate.module, projections_of(site.structure.found.spec), codes)
 
 
-__all__ = ["calibrate", "calibrate_sites", "check_calibrated", "mark_of", "reader_of"]
+def tell_calibration(model: nn.Module, report: Report, calibration: CalibrationReport | None) -> None:
+    """Put a calibration in the report: how far it moved the weights is their error, not what rounding them again is."""
+    if calibration is None:
+        return
+    report.calibration = calibration
+    built = mxfp4_sites(model)
+    for i, site in enumerate(report.sites):
+        known = calibration.of(site.names[0]) if site.rewritten else None
+        if known is not None:
+            report.sites[i] = replace(
+                site, weight_error_mean=known.drift_mean, weight_error_max=known.drift_max, calibrated=True
+            )
+            if site.names[0] in built:
+                built[site.names[0]].weight_errors = {n: dict(e) for n, e in known.by_name.items()}
+
+
+__all__ = ["calibrate", "calibrate_sites", "check_calibrated", "mark_of", "reader_of", "tell_calibration"]

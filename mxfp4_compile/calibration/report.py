@@ -50,6 +50,13 @@ class SiteCalibration:
         return line
 
 
+# What a checkpoint keeps of a report, and of which type it is.
+_FACTS = {
+    "text": str, "text_hash": str, "ids_hash": str, "tokens": int, "window": int, "seed": int, "sequential": bool,
+    "device": str,
+}  # fmt: skip
+
+
 @dataclass
 class CalibrationReport:
     """The report of one calibration; ``str()`` is a readable account.
@@ -91,8 +98,7 @@ class CalibrationReport:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says of how it was calibrated."""
-        names = ("text", "text_hash", "ids_hash", "tokens", "window", "seed", "sequential", "device")
-        return {**{name: getattr(self, name) for name in names}, "versions": dict(self.versions)}
+        return {**{name: getattr(self, name) for name in _FACTS}, "versions": dict(self.versions)}
 
     def lines(self) -> list[str]:
         """A readable account, line by line."""
@@ -112,4 +118,33 @@ class CalibrationReport:
         return "\n".join(self.lines())
 
 
-__all__ = ["CalibrationReport", "SiteCalibration"]
+@dataclass(frozen=True)
+class SavedCalibration:
+    """What a checkpoint says of how it was calibrated when it was made."""
+
+    said: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, said: Any) -> SavedCalibration | None:
+        """What is believed of a note in a file: facts of the kinds that ``CalibrationReport.facts`` has."""
+        if not isinstance(said, Mapping):
+            return None
+        known = {name: said[name] for name, kind in _FACTS.items() if type(said.get(name)) is kind}
+        versions = said.get("versions")
+        if isinstance(versions, Mapping):
+            known["versions"] = {str(k): v for k, v in versions.items() if isinstance(v, str)}
+        return cls(known) if "text_hash" in known or "ids_hash" in known else None
+
+    def facts(self) -> dict[str, Any]:
+        """The same again, for a checkpoint that is made of it."""
+        return dict(self.said)
+
+    def lines(self) -> list[str]:
+        """One line."""
+        return [
+            f"calibrated when it was made, on {self.said.get('tokens', 'some')} tokens of "
+            f"{self.said.get('text', 'a text')} (SHA-256 {self.said.get('text_hash') or self.said.get('ids_hash')})"
+        ]
+
+
+__all__ = ["CalibrationReport", "SavedCalibration", "SiteCalibration"]
