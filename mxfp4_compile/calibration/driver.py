@@ -186,14 +186,16 @@ def calibrate_target(
     *,
     advance: Advance = lambda _: None,
     shelf: Shelf | None = None,
+    own: bool | None = None,
 ) -> Calibrated:
     """Codes for all sites of a target. ``windows``: of ``prepare_windows``. advance: called with tokens run.
 
-    shelf: what an interrupted calibration of the same text left; sites that are there are not calibrated again.
+    own: whether ``windows`` were written by the model. shelf: what an interrupted calibration of the same text left;
+    sites that are there are not calibrated again.
     """
     started = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad(), kept_state(target.model):
-        own = windows is None
+        own = windows is None if own is None else own
         if windows is None:
             windows = texts.write_windows(target.model, tokens=options.tokens, window=options.window, seed=options.seed)
         report = _report(target, options, scale_rule, windows)

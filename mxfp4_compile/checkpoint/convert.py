@@ -15,27 +15,38 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import mx
+from ..calibration.driver import Options, prepare_windows
 from ..circumstances import exclusive, kept_state
-from ..hf_models import class_of, empty_model, is_auto, read_config
+from ..hf_models import class_of, empty_model, is_auto, load_plain, read_config
 from ..ops.target import DEFAULT_CAPTURE_SIZE
 from ..passes.weights import projections_of
-from ..planning import Site, left_alone
+from ..planning import Site, left_alone, plan_model
 from ..report import Report, versions_used
 from ..skipping import as_patterns
+from .calibrating import (
+    DiskShelf,
+    calibrated_codes,
+    check_calibratable,
+    codes_by_parameter,
+    plain_sites,
+    rounded_sites,
+)
 from .claims import check_numbers, check_parameters, most_common_float, read_config_file, sober
 from .directories import CONFIG, check_apart, check_free, check_links, is_checkpoint_file, other_files
 from .files import DEFAULT_SHARD_BYTES, CheckpointError, Entry, Stored, Unit, Weights, shards_of, weight_files
 from .forms import AUTO, ExpertWeight, Form, Written, check_format, declared_form, written
+from .loading import load
 from .meta_planning import expert_parameters, plan_sites, planned
 from .note import facts_of, new_note, note_of
 from .output import Output
@@ -90,6 +101,7 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    calibration: Any = None,
 ) -> Converted:
     """Convert the model in directory ``source`` to MXFP4 experts in directory ``out``.
 
@@ -97,12 +109,16 @@ def convert(
     form that ``load`` reads) keep their bits. An interrupted conversion is resumed by the same call; the work
     lies in OUT.partial until it is complete. progress: called with bytes written and bytes in all.
     trust_remote_code: run the code that comes with the model, as transformers does. overwrite: write into a directory
-    that is neither empty nor an MXFP4 checkpoint, and replace files of the same names there.
+    that is neither empty nor an MXFP4 checkpoint, and replace files of the same names there. calibration: as for
+    ``optimize``; the model is then in memory, rounded to nearest (``sequential``: unquantized), and its new codes.
 
     Raises CheckpointError for anything wrong with the files, OptimizeError for a model without experts.
     """
     started = time.perf_counter()
     check_format(format)
+    options = None if calibration is None or calibration is False else Options.of(calibration)
+    if options is not None:
+        options.check()
     require_transformers_5("converting a checkpoint")
     mx.check_scale_rule(scale_rule)
     skip = as_patterns(skip)
@@ -130,13 +146,42 @@ def convert(
             raise CheckpointError(f"{origin}: no experts are left to convert")
         reader = CheckpointReader(model, wanted, weights, stored_form)
         model.mxfp4_report = report  # type: ignore[assignment]
-        chosen, units, matrices = _layout(model, sites, reader, weights, format, scale_rule)
+        windows = None
+        if options is not None:
+            check_calibratable(reader, wanted)
+            windows = prepare_windows(model, options)
+        calibrated: dict[str, Callable[[slice], tuple[Tensor, Tensor]]] = {}
+        chosen, units, matrices = _layout(model, sites, reader, weights, format, scale_rule, calibrated)
         report.notes += chosen.notes
         shards = shards_of(units, max_shard_bytes)
         total, done, resumed = sum(u.bytes for u in units), 0, 0
         job = _job(origin, weights, chosen.form.name, scale_rule, skip, shards)
         beside = sum(path.stat().st_size for path in others.values())
+        shelf = DiskShelf(output)
+        if options is not None:
+            text = "of its own" if windows is None else windows.ids_hash
+            job["calibration"] = [text, options.tokens, options.window, options.seed, options.sequential]
+            beside += total  # calibrated codes, until all is written
         output.begin(job, [*shards, CONFIG], total + beside, others)
+        if options is not None:
+
+            def rounded() -> Any:
+                place = "cuda" if torch.cuda.is_available() else "cpu"
+                return load(
+                    origin, scale_rule=scale_rule, skip=left_before, strict=strict, verify=False, progress=False,
+                    example_inputs=example_inputs, device_map=place, trust_remote_code=trust_remote_code,
+                )  # fmt: skip
+
+            def unquantized() -> tuple[Any, list[Site]]:
+                whole = load_plain(origin, trust_remote_code=trust_remote_code)
+                whole = whole.cuda() if torch.cuda.is_available() else whole
+                throwaway = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False)
+                return whole, plan_model(whole, throwaway, None, left_before, strict, example_inputs, [])
+
+            made = plain_sites(unquantized()) if options.sequential else rounded_sites(rounded(), reader)
+            found = calibrated_codes(made, options, windows, scale_rule, shelf)
+            report.calibration = found.report
+            calibrated |= codes_by_parameter(planned(sites), found)
         facts: dict[str, Any] = {}
         for file, some in shards.items():
             known = output.finished(file)
@@ -164,6 +209,7 @@ def convert(
         with output.staged() as folder:
             write_config(model, folder, chosen.form, new_note(model, rule, errors), matrices)
         before = sum(s.bytes for s in weights.tensors.values())
+        shelf.close()
         output.install()
     seconds = time.perf_counter() - started
     gone = [name for name in output.replaced if not is_checkpoint_file(name)]
@@ -216,8 +262,12 @@ def _layout(
     weights: Weights,
     format: str,
     scale_rule: str,
+    calibrated: Mapping[str, Callable[[slice], tuple[Tensor, Tensor]]],
 ) -> tuple[Written, list[Unit], list[str]]:
-    """The form, everything that will be written, in order, and the names of unquantized matrices."""
+    """The form, everything that will be written, in order, and the names of unquantized matrices.
+
+    ``calibrated``: filled before anything is written, codes by name of parameter.
+    """
     packed: list[ExpertWeight] = []
     biases: list[Unit] = []
     for site in planned(sites):
@@ -227,7 +277,8 @@ def _layout(
             for name, n in zip(projection.source.parameters, rows, strict=True):
                 full = f"{site.name}.{name}"
                 experts, _, k = projection.shape
-                packed.append(_weight(full, (experts, n, k), projection.source.transposed, reader, scale_rule))
+                transposed = projection.source.transposed
+                packed.append(_weight(full, (experts, n, k), transposed, reader, scale_rule, calibrated))
             for name in projection.source.bias:
                 biases += _biases(f"{site.name}.{name}", reader)
     chosen = written(format, model, packed, [e.name for unit in biases for e in unit.entries])
@@ -241,9 +292,16 @@ def _layout(
 
 
 def _weight(
-    name: str, shape: tuple[int, int, int], transposed: bool, reader: CheckpointReader, scale_rule: str
+    name: str,
+    shape: tuple[int, int, int],
+    transposed: bool,
+    reader: CheckpointReader,
+    scale_rule: str,
+    calibrated: Mapping[str, Callable[[slice], tuple[Tensor, Tensor]]],
 ) -> ExpertWeight:
-    """A weight whose codes are those of the checkpoint, or are made from its values; errors are noted by expert."""
+    """A weight whose codes are those of the checkpoint, were calibrated, or are made from its values; errors are noted
+    by expert.
+    """
     experts, n, k = shape
     noise: dict[str, float] = {}
 
@@ -252,7 +310,7 @@ def _weight(
             return reader.codes(name, some, n, k)
         values = reader.values(name, some)
         values = values.transpose(1, 2) if transposed else values
-        packed, scales = mx.quantize(values, scale_rule)
+        packed, scales = calibrated[name](some) if name in calibrated else mx.quantize(values, scale_rule)
         bad = (scales == 255).flatten(1).any(1)
         if bool(bad.any()):
             expert = some.start + int(bad.nonzero()[0])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import mx
+from ..calibration.report import CalibrationReport, SavedCalibration
 from .forms import NOTE, is_own
 
 
@@ -39,6 +40,9 @@ def facts_of(note: Any) -> dict[str, Any]:
     errors = note.get("weight_errors")
     if isinstance(errors, Mapping):
         facts["weight_errors"] = {str(name): dict(e) for name, e in errors.items() if _is_error(e)}
+    calibration = SavedCalibration.of(note.get("calibration"))
+    if calibration is not None:
+        facts["calibration"] = calibration.facts()
     skip = note.get("skip")
     if isinstance(skip, (list, tuple)):
         facts["skip"] = [name for name in skip if isinstance(name, str)]
@@ -60,7 +64,12 @@ def new_note(model: nn.Module, scale_rule: str, errors: Mapping[str, Mapping[str
     report = getattr(model, "mxfp4_report", None)
     left = [n for s in getattr(report, "sites", []) if s.outcome in ("skipped", "unmatched", "failed") for n in s.names]
     known = {name: {k: _rounded(v) for k, v in error.items()} for name, error in errors.items()}
-    return {"scale_rule": scale_rule, "skip": left, "versions": versions, "weight_errors": known}
+    note = {"scale_rule": scale_rule, "skip": left, "versions": versions, "weight_errors": known}
+    calibration = getattr(report, "calibration", None)
+    if isinstance(calibration, (CalibrationReport, SavedCalibration)):
+        note["calibration"] = calibration.facts()
+    return note
+
 
 
 def _rounded(value: Any) -> Any:

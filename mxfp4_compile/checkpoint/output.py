@@ -379,6 +379,10 @@ class Output:
             self._finish(temporary, name, checksum=checksum, facts=known)
         return known
 
+    def leave_out(self, name: str) -> None:
+        """A finished file of this run that is no part of the output; it goes when that is installed."""
+        self._names.discard(name)
+
     def write_index(self, shards: Mapping[str, Sequence[Unit]]) -> None:
         """The index of a sharded checkpoint; a single file needs none."""
         text = index_of(shards)

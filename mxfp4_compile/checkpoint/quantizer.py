@@ -31,6 +31,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import mx
+from ..calibration.driver import Options
+from ..calibration.report import SavedCalibration
 from ..circumstances import StateChange, exclusive, kept_state
 from ..installing import install_site, progress_bar, verify_structures
 from ..lifecycle import finish, note_state
@@ -47,6 +49,7 @@ from ..planning import OptimizeError, Site, Structure, left_alone, match_structu
 from ..processes import OneProcess
 from ..report import Report, versions_used
 from ..skipping import as_patterns
+from .calibrating import calibrate_loaded
 from .claims import check_parameters
 from .files import CheckpointError, Weights
 from .forms import OWN, Form, declared_form, own_config
@@ -74,7 +77,8 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` makes a model's experts MXFP4: the arguments of ``optimize`` that apply while loading.
 
     backend, scale_rule, skip, strict, verify, activation_dtype, max_capture_size, example_inputs, progress: as for
-    ``optimize``. ``checkpoint`` is what a saved checkpoint says about itself. Raises ValueError for values that
+    ``optimize``. calibration: as for ``optimize``; statistics are then those of the model rounded to nearest.
+    ``checkpoint`` is what a saved checkpoint says about itself. Raises ValueError for values that
     ``optimize`` refuses.
     """
 
@@ -89,6 +93,7 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         max_capture_size: int = DEFAULT_CAPTURE_SIZE,
         example_inputs: Any = None,
         progress: bool | None = None,
+        calibration: Any = None,
         source: Mapping[str, Any] | None = None,
         **checkpoint: Any,
     ) -> None:
@@ -105,6 +110,12 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.verify = verify
         self.example_inputs = example_inputs
         self.progress = progress
+        # In a checkpoint's own note the word is what it says of how it was calibrated.
+        self.calibrated = SavedCalibration.of(calibration)
+        self.calibration: Options | None = None
+        if self.calibrated is None and calibration is not None and calibration is not False:
+            self.calibration = Options.of(calibration)
+            self.calibration.check()
         self.source = source
         self.met = False  # whether a model was made that it is for
         self.checkpoint = {k: v for k, v in checkpoint.items() if k != "quant_method"}
@@ -121,6 +132,7 @@ class Mxfp4CompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """What config.json keeps: the form, the scale rule, what was skipped, and the checkpoint's own facts."""
         return {
             **self.checkpoint,
+            **({} if self.calibrated is None else {"calibration": self.calibrated.facts()}),
             **own_config({"scale_rule": self.scale_rule, "skip": self.skip}),
         }
 
@@ -387,9 +399,13 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                 _take_errors(built, site.name, config.checkpoint.get("weight_errors") or {})
                 if self.place_of(site.name) != self.device_of(site.name):
                     offload(built, self.device_of(site.name))
-        self.processes.tell(report)
-        note_state(model, report, self.state_changes, todo)
-        finish(model, report, self.started)
+            self.processes.tell(report)
+            report.calibration = config.calibrated
+            note_state(model, report, self.state_changes, todo)
+            finish(model, report, self.started)
+            if config.calibration is not None:
+                calibrate_loaded(model, todo, reader_of, config.calibration, report)
+                report.seconds = time.perf_counter() - self.started
         self.held.clear()
         self.sites.clear()
         self.model = None
