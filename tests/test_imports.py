@@ -16,6 +16,7 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import mx, registration
+from mxfp4_compile.calibration import text
 from mxfp4_compile.checkpoint.forms import FORMATS
 from mxfp4_compile.ops.synthetic import parse_shape
 from mxfp4_compile.tools import choices, demo
@@ -156,6 +157,7 @@ def test_choices_are_what_the_modules_know() -> None:
     assert choices.FORMATS == FORMATS
     assert choices.SCALE_RULES == mx.SCALE_RULES
     assert choices.DEFAULT_SCALE_RULE == mx.DEFAULT_SCALE_RULE
+    assert (choices.CALIBRATION_TOKENS, choices.CALIBRATION_WINDOW) == (text.TOKENS, text.WINDOW)
     assert build_parser().parse_args(["optimize", "m", "--out", "o"]).format == FORMATS[0]
     config = (demo.MODEL_DIRECTORY / "config.json").read_text(encoding="utf-8")
     positions = int(config.split('"max_position_embeddings":')[1].split(",")[0])

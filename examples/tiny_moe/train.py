@@ -178,6 +178,7 @@ def report(model: Qwen3MoeForCausalLM, heldout: torch.Tensor, out: Path, step: i
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny byte-level Qwen3-MoE demo model.")
     parser.add_argument("--text", type=Path, help=f"plain text file (default: the plays in {TEXT_PACKAGE})")
+    parser.add_argument("--write-text", type=Path, metavar="FILE", help="write the training text there and end")
     parser.add_argument("--out", type=Path, default=REPO / "mxfp4_compile" / "demo_model")
     parser.add_argument("--minutes", type=float, default=36.0, help="wall time of the training loop")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="time between checkpoints")
@@ -193,11 +194,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     disable_progress_bar()
-    args.out.mkdir(parents=True, exist_ok=True)
 
     text = (args.text.read_text(encoding="utf-8") if args.text else fetch_plays()).encode("utf-8")
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     train_data, heldout = data[:-HELDOUT_BYTES], data[-HELDOUT_BYTES:]
+    if args.write_text:
+        args.write_text.write_bytes(text[:-HELDOUT_BYTES])
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "heldout.txt").write_bytes(bytes(heldout.tolist()))
 
     model = build_model(args.top_k)

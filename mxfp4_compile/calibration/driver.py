@@ -233,6 +233,8 @@ def _judge(model: nn.Module, windows: texts.Windows, report: CalibrationReport, 
     if own:
         report.own_nll = report.nll
         return
+    if report.nll is None:  # no causal model, or one that gives NaN here, which names itself where it is met
+        return
     report.own_nll = texts.own_loss(model, report.window, report.seed)
     report.warnings += texts.judge_loss(report.nll, report.own_nll, texts.vocabulary_of(model), ids=ids)
 

@@ -6,7 +6,7 @@ small tr((Q - W) H (Q - W)^T), the squared error of the outputs:
 1. damping is added to H's diagonal; ``shrunk`` says how much, and mixes in the layer's Hessian, by token counts;
 2. GPTQ: columns by descending power; what rounding a column adds is made up for by those that are left;
 3. coordinate descent: each code is set to its best, given all others; then each block's exponent may move by one;
-4. an expert whose weights have moved too far is solved again with ten times the damping.
+4. an expert whose weights have moved too far is solved again with three times the damping.
 
 Everything is batched over the experts; the only loops are over columns, blocks, sweeps, and attempts at 4. The same
 input gives the same bits on the same device and version of torch.
@@ -34,7 +34,7 @@ DRIFT = 0.1
 # Tokens per column up to which the layer's Hessian is mixed in, and the damping by tokens per column.
 _PRIOR_BELOW = 8
 _LEAST_DAMPING, _DAMPING_PER_COLUMN, _MOST_DAMPING = 0.01, 0.05, 1.0
-_ATTEMPTS = 4
+_ATTEMPTS, _RAISED = 8, 10**0.5
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def solve(weight: Tensor, hessians: Hessians, dtype: torch.dtype, *, sweeps: int
         values[todo] = found
         drift[todo] = (found - weight[todo]).square().sum((1, 2)) / power[todo]
         todo = todo[~(drift[todo] <= DRIFT)]  # NaN included
-        damping[todo] *= 10
+        damping[todo] *= _RAISED
     failed = ~(drift <= DRIFT)
     return Solved(torch.where(failed[:, None, None], weight, values), drift, damping, failed)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...text import printable
-from ..choices import DEFAULT_SCALE_RULE, FORMATS, SCALE_RULES
+from ..choices import CALIBRATION_TOKENS, CALIBRATION_WINDOW, DEFAULT_SCALE_RULE, FORMATS, SCALE_RULES
 from .models import directory
 from .output import print_json
 
@@ -34,6 +35,21 @@ def add_parser(commands: Commands, common: argparse.ArgumentParser, trust: argpa
     optimize.add_argument("--scale-rule", default=DEFAULT_SCALE_RULE, choices=SCALE_RULES, help="default: %(default)s")
     optimize.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="modules to leave alone")
     optimize.add_argument("--no-strict", action="store_true", help="leave what has no match as it is")
+    text = optimize.add_mutually_exclusive_group()
+    text.add_argument(
+        "--calibrate", action="append", metavar="FILE", help="choose codes by what the experts compute on this text"
+    )
+    text.add_argument("--calibrate-self", action="store_true", help="the same, on text that the model writes itself")
+    optimize.add_argument(
+        "--calibration-tokens", type=int, default=CALIBRATION_TOKENS, metavar="N", help="default: %(default)s"
+    )
+    optimize.add_argument(
+        "--calibration-window", type=int, default=CALIBRATION_WINDOW, metavar="N", help="default: %(default)s"
+    )
+    optimize.add_argument("--seed", type=int, default=0, metavar="N", help="of what calibration draws; default: 0")
+    optimize.add_argument(
+        "--sequential", action="store_true", help="calibrate layer after layer; holds the unquantized model in memory"
+    )
     optimize.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s")
     optimize.add_argument(
         "--overwrite",
@@ -44,12 +60,20 @@ def add_parser(commands: Commands, common: argparse.ArgumentParser, trust: argpa
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.sequential and not (args.calibrate or args.calibrate_self):
+        raise ValueError("--sequential says how to calibrate: it needs --calibrate FILE or --calibrate-self")
     source = directory(args.model)
     from ...checkpoint.convert import conversion_bar, convert
     from ...checkpoint.writing import parse_size
     from ..demo import quiet
 
     limit = parse_size(args.max_shard_size)
+    calibration = None
+    if args.calibrate or args.calibrate_self:
+        from ...calibration.driver import Options
+
+        text = [Path(file) for file in args.calibrate] if args.calibrate else None
+        calibration = Options(text, args.calibration_tokens, args.calibration_window, args.seed, args.sequential)
     with quiet(), conversion_bar(sys.stderr.isatty() and not args.json) as progress:
         done = convert(
             source,
@@ -62,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             trust_remote_code=args.trust_remote_code,
             overwrite=args.overwrite,
             progress=progress,
+            calibration=calibration,
         )
     if args.json:
         print_json(done.to_dict())
@@ -78,4 +103,5 @@ def text(done: Converted) -> str:
     )
     left = [f"- {site.names[0]}: {site.outcome}, stays as it was: {site.reason}" for site in done.report.sites]
     notes = [*done.report.notes, *[f"{name} was there and was replaced" for name in done.replaced]]
-    return "\n".join([head, *left, *[f"note: {note}" for note in notes]])
+    calibration = [] if done.report.calibration is None else done.report.calibration.lines()
+    return "\n".join([head, *calibration, *left, *[f"note: {note}" for note in notes]])
