@@ -241,11 +241,11 @@ def loss(model: Any, ids: Tensor) -> float | None:
 
 
 def own_loss(model: nn.Module, window: int, seed: int) -> float | None:
-    """The loss on a little text of the model's own; None for a model that writes none."""
+    """The loss on a little text of the model's own; None for a model that writes none, or cannot (NaN in it)."""
     try:
         length = min(window, _PROMPT_TOKENS)
         return loss(model, written(model, first_token(model), _PROMPTS, length, seed))
-    except ValueError:
+    except (ValueError, RuntimeError):
         return None
 
 

@@ -95,6 +95,8 @@ def load(path: str | os.PathLike[str], *, model_class: Any = None, experts: str 
         del holder.quantization_config
         facts = facts_of(note_of(config, declared))
         facts.pop("skip", None)
+        if own.get("calibration"):
+            facts.pop("calibration", None)
         own.setdefault("scale_rule", facts.pop("scale_rule", mx.DEFAULT_SCALE_RULE))
     if model_class is None:
         model_class = class_of(config, trust_remote_code=bool(options["trust_remote_code"]))

@@ -299,6 +299,7 @@ class Output:
         path = self.work / _JOB
         found = _read_json(path, self.work) if path.exists() else None
         if found is not None and found.get("resumable") and found != _as_json(wanted):
+            self._keep = True  # what is there is another run's
             keys = {k for k in wanted if found.get(k) != _as_json(wanted)[k]} - {"resumable", "made_by"}
             what = f"half of another conversion ({', '.join(sorted(keys))} differ)" if job else "half of a conversion"
             raise CheckpointError(f"{self.work} is {what}; finish that one, or remove the directory")

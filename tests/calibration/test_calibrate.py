@@ -23,7 +23,12 @@ from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 WINDOW, COUNT = 40, 16
 # Biases, transposed weights, gate and up interleaved; weights on the input; two products around a middle of their own.
-FAMILIES = ("qwen3_moe", "gpt_oss", "llama4", "muse_spark")
+FAMILIES = (
+    "qwen3_moe",
+    "gpt_oss",
+    pytest.param("llama4", marks=pytest.mark.slow),
+    pytest.param("muse_spark", marks=pytest.mark.slow),
+)
 
 
 def ids(count: int = COUNT * WINDOW, seed: int = 0) -> Tensor:
@@ -144,6 +149,7 @@ def test_calibrated_weights_are_on_the_grid_and_the_rest_is_as_it_was(calibrated
             assert torch.equal(new, old)
 
 
+@pytest.mark.slow
 def test_the_same_bits_whatever_fits_at_a_time(calibrated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, before = calibrated
     # Room for one site's inputs, so that the text runs once for each; groups of one or two experts.

@@ -63,6 +63,7 @@ def test_what_the_checkpoint_says(converted: Path, tmp_path: Path) -> None:
     assert not [p for p in converted.iterdir() if p.name.startswith("calibration")]
 
 
+@pytest.mark.slow
 def test_the_note_lies_beside_what_other_readers_read(tmp_path: Path) -> None:
     convert(saved(FAMILY), tmp_path / "m", format="compressed_tensors", calibration=options())
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -70,6 +71,7 @@ def test_the_note_lies_beside_what_other_readers_read(tmp_path: Path) -> None:
     assert config["mxfp4_compile"]["calibration"]["tokens"] == 280
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sites_before", [0, 1])
 def test_interrupted_and_resumed(
     converted: Path, sites_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -110,6 +112,7 @@ def test_what_cannot_be_calibrated(converted: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()
 
 
+@pytest.mark.slow
 def test_layer_after_layer_in_the_converter(converted: Path, tmp_path: Path) -> None:
     done = convert(saved(FAMILY), tmp_path / "m", calibration=options(sequential=True))
     assert "layer after layer" in str(done.report.calibration)

@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate or args.calibrate_self:
         from ...calibration.driver import Options
 
-        text = [Path(file) for file in args.calibrate] if args.calibrate else None
-        calibration = Options(text, args.calibration_tokens, args.calibration_window, args.seed, args.sequential)
+        files = [Path(file) for file in args.calibrate] if args.calibrate else None
+        calibration = Options(files, args.calibration_tokens, args.calibration_window, args.seed, args.sequential)
     with quiet(), conversion_bar(sys.stderr.isatty() and not args.json) as progress:
         done = convert(
             source,
