@@ -71,7 +71,6 @@ def new_note(model: nn.Module, scale_rule: str, errors: Mapping[str, Mapping[str
     return note
 
 
-
 def _rounded(value: Any) -> Any:
     """Six digits, which sums in another order (on several ranks) do not change."""
     return float(f"{value:.6g}") if isinstance(value, float) else value

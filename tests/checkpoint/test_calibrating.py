@@ -26,6 +26,13 @@ def options(**changes: Any) -> Options:
     return Options(**{"text": ids, "tokens": COUNT * WINDOW, "window": WINDOW, **changes})
 
 
+def note_in(directory: Path) -> dict[str, Any]:
+    """What config.json says of the calibration, whatever the form."""
+    config = json.loads((directory / "config.json").read_text())
+    beside = config.get("mxfp4_compile") or config["quantization_config"]
+    return beside["calibration"]
+
+
 def listing(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
 
@@ -50,7 +57,7 @@ def test_loading_and_converting_agree(converted: Path) -> None:
 
 
 def test_what_the_checkpoint_says(converted: Path, tmp_path: Path) -> None:
-    note = json.loads((converted / "config.json").read_text())["quantization_config"]["calibration"]
+    note = note_in(converted)
     assert (note["tokens"], note["window"], note["seed"], note["sequential"]) == (280, WINDOW, 0, False)
     assert note["text"] == "token ids" and len(note["text_hash"]) == 64 and "torch" in note["versions"]
     model = mxfp4_compile.load(converted)
@@ -58,8 +65,7 @@ def test_what_the_checkpoint_says(converted: Path, tmp_path: Path) -> None:
         model.mxfp4_report
     )
     model.save_pretrained(tmp_path / "again")  # a copy of a copy still says so
-    config = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert config["quantization_config"]["calibration"] == note
+    assert note_in(tmp_path / "again") == note
     assert not [p for p in converted.iterdir() if p.name.startswith("calibration")]
 
 
@@ -133,7 +139,6 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["optimize", str(saved(FAMILY)), "--out", out, "--calibrate-self", *numbers]) == 0
     said = capsys.readouterr().out
     assert "calibrated on 60 tokens of text that the model wrote itself (windows of 20, seed 1)" in said
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert config["quantization_config"]["calibration"]["text"] == "text that the model wrote itself"
+    assert note_in(tmp_path / "m")["text"] == "text that the model wrote itself"
     with pytest.raises(SystemExit):
         main(["optimize", "m", "--out", out, "--calibrate", "a", "--calibrate-self"])
