@@ -12,6 +12,7 @@ often the model runs, never a result: without ``sequential`` every site sees wha
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -235,8 +236,9 @@ def _judge(model: nn.Module, windows: texts.Windows, report: CalibrationReport, 
         return
     if report.nll is None:  # no causal model, or one that gives NaN here, which names itself where it is met
         return
-    report.own_nll = texts.own_loss(model, report.window, report.seed)
-    report.warnings += texts.judge_loss(report.nll, report.own_nll, texts.vocabulary_of(model), ids=ids)
+    measured = texts.own_loss(model, report.window, report.seed)
+    report.own_nll = None if measured is None or math.isnan(measured) else measured
+    report.warnings += texts.judge_loss(report.nll, measured, texts.vocabulary_of(model), ids=ids)
 
 
 class _Run:

@@ -241,12 +241,14 @@ def loss(model: Any, ids: Tensor) -> float | None:
 
 
 def own_loss(model: nn.Module, window: int, seed: int) -> float | None:
-    """The loss on a little text of the model's own; None for a model that writes none, or cannot (NaN in it)."""
+    """The loss on a little text of the model's own; None for a model that writes none, NaN for one that fails."""
     try:
         length = min(window, _PROMPT_TOKENS)
         return loss(model, written(model, first_token(model), _PROMPTS, length, seed))
-    except (ValueError, RuntimeError):
+    except ValueError:
         return None
+    except RuntimeError:  # probabilities that are NaN: where they come from is told when activations are looked at
+        return math.nan
 
 
 def judge_loss(nll: float | None, own: float | None, vocabulary: int, *, ids: bool) -> list[str]:
@@ -258,8 +260,8 @@ def judge_loss(nll: float | None, own: float | None, vocabulary: int, *, ids: bo
         return []
     noise = math.log(vocabulary)
     says = f"the model gives the calibration text {nll:.2f} nats per token"
-    against = "" if own is None else f", its own text {own:.2f}"
-    knows = own is None or own < _NOISE * noise  # an untrained model has this loss on any text
+    against = "" if own is None or math.isnan(own) else f", its own text {own:.2f}"
+    knows = own is None or own < _NOISE * noise  # an untrained model has this loss on any text; of NaN nothing is known
     if ids and knows and nll >= noise:
         raise ValueError(
             f"{says}{against}; ids drawn at random would have {noise:.2f}: these token ids are no text of this model. "
