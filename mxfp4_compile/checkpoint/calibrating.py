@@ -33,6 +33,7 @@ from ..passes.build.module import MXFP4Experts, mxfp4_sites
 from ..passes.build.prep import ExpertReader
 from ..passes.weights import projections_of
 from ..planning import OptimizeError, Site
+from ..processes import is_spread
 from ..report import Report
 from .files import CheckpointError, Entry, Unit
 from .output import Output
@@ -45,6 +46,8 @@ def calibrate_loaded(
     model: nn.Module, sites: Sequence[Site], reader_of: Callable[[Site], ExpertReader], options: Options, report: Report
 ) -> None:
     """Calibrate the sites of a model that was loaded rounded to nearest, in place."""
+    if is_spread(model):
+        raise OptimizeError("this model is spread over several processes: calibrate it in one, then save and load it")
     if options.sequential:
         raise OptimizeError(
             "layer after layer a model is calibrated to the outputs of the original one, which load() never has in "
