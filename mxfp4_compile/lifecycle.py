@@ -23,6 +23,7 @@ from torch import nn
 
 from .circumstances import StateChange, constants_of, others_wait, plain_modes
 from .passes.build.module import MXFP4Experts, dtype_message, mxfp4_sites
+from .passes.build.training import changed_by_training
 from .planning import OptimizeError, Site
 from .report import Report
 from .runtime import attach, detach, runtime_of
@@ -42,8 +43,11 @@ def finish(model: nn.Module, report: Report, started: float) -> None:
     built = mxfp4_sites(model)
     for i, site in enumerate(report.sites):
         if site.rewritten and site.names[0] in built:
-            constants = constants_of(built[site.names[0]].original)
-            built[site.names[0]].constants = frozenset(constants)
+            experts = built[site.names[0]]
+            constants = constants_of(experts.original)
+            experts.constants = frozenset(constants)
+            experts.training_only = changed_by_training(experts.original)
+            experts.note_dtypes()
             report.sites[i] = replace(site, constants=tuple(f"{k}={v!r}" for k, v in constants.items()))
     model.mxfp4_report = report  # type: ignore[assignment]
     if not report.rewritten:
@@ -105,15 +109,11 @@ class ExpertsSwitch:
 
 
 class DtypeGuard(nn.Module):
-    """First child of a rewritten model: refuses a change of dtype before any other module was cast.
+    """First child of a rewritten model: refuses a change of dtype before any other module was cast."""
 
-    ``trainable``: names of the parameters that optimize() froze.
-    """
-
-    def __init__(self, dtype: torch.dtype, trainable: tuple[str, ...]) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.trainable = trainable
         self.training = False
         _install_router_pass(self)
 
@@ -127,26 +127,16 @@ class DtypeGuard(nn.Module):
             raise TypeError(dtype_message(self.dtype, moved.dtype))
         return self
 
-    def train(self, mode: bool = True) -> DtypeGuard:
-        """Training mode changes nothing in rewritten experts: said, as dropout or noise in them would be missed."""
-        if mode and not self.training:
-            text = "mxfp4_compile: experts were rewritten in eval mode; train() changes only what is around them"
-            warnings.warn(text, stacklevel=2)
-        self.training = mode
-        return self
-
     def forward(self) -> None:
         raise RuntimeError("the guard is never called")
 
 
 def put_guard(model: nn.Module) -> None:
-    """Freeze a rewritten model and have it refuse a change of dtype."""
+    """Have a rewritten model refuse a change of dtype."""
     dtype = next(iter(mxfp4_sites(model).values())).plan.weight_dtype
-    trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    model.requires_grad_(False)
     children = dict(model._modules)
     model._modules.clear()
-    model._modules[GUARD] = DtypeGuard(dtype, trainable)
+    model._modules[GUARD] = DtypeGuard(dtype)
     model._modules.update(children)
 
 
@@ -162,8 +152,8 @@ def _install_router_pass(guard: DtypeGuard) -> None:
 def restore(model: nn.Module) -> Any:
     """Undo optimize(), in place: ordinary experts with dequantized weights, every hook undone; returns the model.
 
-    Weights keep the values MXFP4 gave them (the original ones are gone). Raises OptimizeError if the model
-    is not optimized.
+    Weights keep the values MXFP4 gave them (the original ones are gone); those that required gradients before
+    optimize() do so again. Raises OptimizeError if the model is not optimized.
     """
     runtime = runtime_of(model)
     with ExitStack() as stack:
@@ -191,10 +181,6 @@ def _restore(model: nn.Module) -> Any:
                 module._modules[name] = _restored(child)
     guard = model._modules.pop(GUARD, None)
     if isinstance(guard, DtypeGuard):
-        parameters = dict(model.named_parameters())
-        for name in guard.trainable:
-            if name in parameters:
-                parameters[name].requires_grad_(True)
         from .dynamo import router_pass
 
         router_pass.uninstall(guard)
@@ -219,9 +205,11 @@ def _restored(site: MXFP4Experts) -> nn.Module:
         values.update(site.dequantized(projection))
     for name, value in values.items():
         owner, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(value.clone(), requires_grad=False)
-        original.get_submodule(owner)._parameters[leaf] = parameter
-    return original
+        module = original.get_submodule(owner)
+        released = module._parameters[leaf]
+        assert released is not None
+        module._parameters[leaf] = nn.Parameter(value.clone(), requires_grad=released.requires_grad)
+    return original.train(site.training)
 
 
 __all__ = ["DtypeGuard", "finish", "restore"]

@@ -206,7 +206,9 @@ def _check_arguments(
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or model._compiled_call_impl is not None:
         raise OptimizeError("this model is compiled already: optimize() it first, then torch.compile it")
     if model.training:
-        raise OptimizeError("this model is in training mode; MXFP4 is for inference: call model.eval() first")
+        raise OptimizeError(
+            "this model is in training mode, where experts are not traced: call model.eval() first, train() after"
+        )
     return requested
 
 

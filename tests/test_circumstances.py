@@ -314,15 +314,6 @@ def test_what_forwards_set_is_put_back_and_what_they_read_is_told(family: str) -
     assert logits(model).isfinite().all()
 
 
-def test_train_says_that_experts_stay_as_they_are() -> None:
-    model = mxfp4_compile.optimize(tiny())
-    with pytest.warns(UserWarning, match="rewritten in eval mode"):
-        model.train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.train().eval()
-
-
 def test_kept_state() -> None:
     module = nn.Module()
     module.register_buffer("counts", torch.zeros(3))

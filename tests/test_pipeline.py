@@ -125,13 +125,6 @@ def test_training_mode() -> None:
     refused(make().train(), r"call model.eval\(\)")
 
 
-def test_requires_grad_is_fine() -> None:
-    model = make()
-    assert all(p.requires_grad for p in model.parameters())
-    mxfp4_compile.optimize(model, example_inputs=tokens())
-    assert not any(p.requires_grad for p in model.parameters())
-
-
 def test_dense_model() -> None:
     class Dense(nn.Module):
         def __init__(self) -> None:

@@ -118,7 +118,7 @@ def left_behind(model: nn.Module) -> dict[str, Any]:
         "first child": next(iter(model._modules)),
         "guard": guard.dtype,
         "hooks": hooks(model),
-        "frozen": not any(p.requires_grad for p in model.parameters()),
+        "trainable": {name for name, p in model.named_parameters() if p.requires_grad},
         "generate": (runtime.max_capture_size, runtime.report is report.runtime, runtime.model is model),
         "routes": routes(model),
     }
@@ -150,6 +150,8 @@ def test_every_way_leaves_the_same(way: Callable[[Path], Any], source: Path, exp
                 assert site.pop("weight_error_mean") and site.pop("weight_error_max")
             value = [{k: v for k, v in s.items() if not k.startswith("weight_error")} for s in value]
         assert found[key] == value, key
+    if way in (loaded, from_pretrained):
+        assert model.hf_quantizer.is_trainable
     mxfp4_compile.restore(model)
     assert not hooks(model) and GUARD not in model._modules and runtime_of(model) is None
 

@@ -34,8 +34,9 @@ def take_offloaded(built: nn.Module, values: Mapping[str, Tensor], device: torch
             module = built.get_submodule(owner)
         except AttributeError:
             continue
-        if module._parameters.get(leaf) is not None:
-            module._parameters[leaf] = nn.Parameter(value.to(device), requires_grad=False)
+        old = module._parameters.get(leaf)
+        if old is not None:
+            module._parameters[leaf] = nn.Parameter(value.to(device), requires_grad=old.requires_grad)
         elif module._buffers.get(leaf) is not None:
             module._buffers[leaf] = value.to(device)
 

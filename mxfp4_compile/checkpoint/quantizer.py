@@ -197,8 +197,8 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """No: MXFP4 experts are for inference."""
-        return False
+        """Yes: gradients pass through the experts, whose own weights are frozen."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

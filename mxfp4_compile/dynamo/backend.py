@@ -241,7 +241,10 @@ def _first_fused(
 def _refusal(site: Sequence[Any], parameters: dict[fx.Node, Tensor]) -> str | None:
     tensors = [parameters[a.weight] for a in site]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "compiled with gradients enabled: MXFP4 experts are for inference, call the model under torch.no_grad()"
+        return (
+            "compiled with gradients enabled: this backend is for inference, call the model under torch.no_grad(), or "
+            "optimize() it to train around frozen experts"
+        )
     for t in tensors:
         if t.dtype not in _WEIGHT_DTYPES:
             return f"its weights are {t.dtype}"

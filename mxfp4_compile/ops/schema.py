@@ -150,6 +150,9 @@ def _call(op: str, backend: str, layout: str, x: Tensor, site: Callable[[], str]
     """The method ``op`` of a backend; what it raises names the backend, the op, and what it was given."""
     method = getattr(get_backend(backend), op)
     try:
+        if torch.is_autocast_enabled(x.device.type):  # dtypes are in the op's arguments: nothing inside is to be cast
+            with torch.autocast(x.device.type, enabled=False):
+                return method(*given)
         return method(*given)
     except _OWN:
         raise

@@ -15,6 +15,10 @@ PLAIN_INPUTS = {
     "input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep",
 }  # fmt: skip
 
+# Attributes of PEFT's layers that say which adapters their forward applies.
+_ADAPTER = "_disable_adapters"
+_ADAPTER_STATE = ("_active_adapter", "merged_adapters", "scaling")
+
 
 def refusal_of(model: Any, modules: list[nn.Module]) -> str | None:
     """Why no step of this model may be recorded as it is now, or None."""
@@ -77,13 +81,24 @@ def hooked_module(model: nn.Module, modules: list[nn.Module]) -> str | None:
 
 
 def fingerprint_of(model: nn.Module, modules: list[nn.Module]) -> int:
-    """Changes when a parameter, buffer or module was exchanged or moved: recorded addresses are stale then."""
+    """Changes when a parameter, buffer or module was exchanged or moved: recorded addresses are stale then.
+
+    Also when other adapters of PEFT are active than before: a recorded step has the ones that were.
+    """
     parts: list[Any] = [getattr(getattr(model, "config", None), "_attn_implementation", None)]
     for module in modules:
         parts.append(id(module))
+        if _ADAPTER in module.__dict__:
+            parts += [repr(module.__dict__.get(name)) for name in (_ADAPTER, *_ADAPTER_STATE)]
         parts += [t.data_ptr() for t in module._parameters.values() if t is not None]
         parts += [t.data_ptr() for t in module._buffers.values() if t is not None]
     return hash(tuple(parts))
+
+
+def versions_of(modules: list[nn.Module]) -> int:
+    """Changes when a parameter was written to, as an optimizer does; buffers, which forwards may count in, aside."""
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    return hash(tuple(-1 if p.is_inference() else p._version for p in parameters))
 
 
 def unusual_inputs(inputs: dict[str, Any]) -> list[str]:

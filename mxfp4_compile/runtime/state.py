@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..circumstances import exclusively
 from ..report import CaptureReport, PrefillReport, RuntimeReport
 from .caches.base import Arena, CannotMove
-from .eligibility import fingerprint_of, modules_of, refusal_of
+from .eligibility import fingerprint_of, modules_of, refusal_of, versions_of
 from .graphs import Recorder, brief, recorder_for
 from .layers import compiled_layer, decoder_layers
 from .probe import Probe
@@ -61,6 +61,7 @@ class Runtime:
         self.prompts: dict[tuple[int, int], Any] = {}
         self.arena: Any = None
         self.fingerprint: int | None = None
+        self.versions: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("model", "max_capture_size", "report", "compile_layers", "use_attention", "record_prompts")
@@ -81,6 +82,14 @@ class Runtime:
         self._fresh()
         self.report.captures.clear()
         self.report.prefills.clear()
+
+    def _drop_recordings(self) -> None:
+        """Let go of what was recorded and checked with other weights; compiled layers read weights when they run."""
+        self.steps.clear()
+        self.prompts.clear()
+        self.arena = None
+        self.report.captures.clear()
+        self.report.prefills[:] = [p for p in self.report.prefills if not p.replay]
 
     # whether
 
@@ -104,6 +113,12 @@ class Runtime:
                 self.report.note("weights or modules moved: recorded steps were dropped")
                 self.drop()
             self.fingerprint = fingerprint
+        versions = versions_of(modules)
+        if versions != self.versions:
+            if self.steps or self.prompts:
+                self.report.note("weights were written to: recorded steps were dropped")
+                self._drop_recordings()
+            self.versions = versions
         return self.refused.get("model")
 
     def step(self, batch: int, tokens: int, planes: int = 0) -> Any:

@@ -5,8 +5,10 @@
     call's tensors, retained state of the original, prepared weights  -->  rewritten graph  -->  the original's result
 
 Contract: called in any other way than the traced one, or with other dtypes, it raises TypeError: both are part of the
-rewritten graph. Under autocast, which hands on other dtypes than the ones without it, they are cast. ``.to(device)``
-prepares the weights again and rewrites the ops for that device's backend.
+rewritten graph. Two cases are cast, and the result cast back: under autocast, which hands on other dtypes than the ones
+without it, and fp32 where 16 bits were traced, which is what preparing a model for training leaves (fp32 norms and
+routers around frozen experts). ``.to(device)`` prepares the weights again and rewrites the ops for that device's
+backend.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from ..weights import is_apart, members, source_names
 from .rewrite import reroute
 from .state import BLUEPRINT, PreparedWeights, SitePlan, adopt
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class MXFP4Experts(PreparedWeights):
     """Experts in MXFP4, called exactly as the module they replace.
@@ -35,6 +39,8 @@ class MXFP4Experts(PreparedWeights):
     rewritten: fx.GraphModule
     constants: frozenset[str] = frozenset()
     """Plain attributes that the original's forward read: part of the graph, so that they cannot be set any more."""
+    training_only: tuple[str, ...] = ()
+    """What the original does in training mode only (dropout, noise), in words: the rewritten graph does not have it."""
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class MXFP4Experts(PreparedWeights):
         self.weight_errors = {}
         self.__dict__[BLUEPRINT] = original  # not a child: its parameters are released
         self.training = False
+        self._retained_dtypes: dict[int, torch.dtype] = {}
         _copy_plain_attributes(original, self)
         released = {m for n in source_names(self.projections) for m in members(original, n)}
         for name in plan.retained:
@@ -86,18 +93,25 @@ class MXFP4Experts(PreparedWeights):
                 f"these experts were rewritten for calls as {pattern}, got {len(args)} positional arguments "
                 f"and keywords {sorted(kwargs)}"
             )
+        if self.training and self.training_only:
+            raise RuntimeError(
+                f"{self.__dict__.get('site_name', 'these experts')}: in training mode the original has "
+                f"{', '.join(self.training_only)}, which the rewritten graph lacks. Set it to 0 before optimize(), or "
+                "leave these experts in eval mode"
+            )
         leaves = [*args, *[kwargs[name] for name in pattern.keywords]]
-        if torch.is_autocast_enabled(self.device.type):
-            return self._under_autocast(leaves)
-        return self._run(leaves)
-
-    def _under_autocast(self, leaves: list[Any]) -> Any:
-        """The graph in the dtypes it was traced in; what has the tokens' dtype there has the caller's here."""
+        autocast = torch.is_autocast_enabled(self.device.type)
         floating = [
             (leaf, expected)
-            for leaf, expected in zip(leaves, self.plan.pattern.leaves, strict=True)
+            for leaf, expected in zip(leaves, pattern.leaves, strict=True)
             if isinstance(expected, TensorInfo) and expected.dtype.is_floating_point and leaf.is_floating_point()
         ]
+        if autocast or any(_is_wider(leaf, expected) for leaf, expected in floating):
+            return self._in_traced_dtypes(leaves, [p for p in floating if autocast or _is_wider(*p)])
+        return self._run(leaves)
+
+    def _in_traced_dtypes(self, leaves: list[Any], floating: list[tuple[Tensor, TensorInfo]]) -> Any:
+        """The graph in the dtypes it was traced in; what has the tokens' dtype there has the caller's here."""
         traced = {id(leaf): leaf.to(expected.dtype) for leaf, expected in floating}
         with torch.autocast(self.device.type, enabled=False):
             result = self._run([traced.get(id(leaf), leaf) for leaf in leaves])
@@ -139,7 +153,26 @@ class MXFP4Experts(PreparedWeights):
     def stored(self) -> list[Tensor]:
         """What the rewritten graph takes after the call's tensors: retained state, prepared weights, biases."""
         kept = [state_of(self, name, self.original) for name in self.plan.retained]
+        for i, dtype in self._retained_dtypes.items():
+            if kept[i].dtype == torch.float32:  # cast since, with the rest of the model, for training
+                kept[i] = kept[i].to(dtype)
         return kept + [getattr(self, name) for name in self._tensor_names]
+
+    def note_dtypes(self) -> None:
+        """Remember which retained state is 16 bits wide, as the rewritten graph was made for."""
+        kept = [state_of(self, name, self.original) for name in self.plan.retained]
+        self._retained_dtypes = {i: t.dtype for i, t in enumerate(kept) if t.dtype in _HALF}
+
+    def requires_grad_(self, requires_grad: bool = True) -> MXFP4Experts:
+        """As for every module, but that asking for gradients of the experts is an error: their weights are codes."""
+        if requires_grad:
+            name = self.__dict__.get("site_name", "these experts")
+            raise RuntimeError(
+                f"{name}: weights of MXFP4 experts are 4-bit codes and cannot be trained. Train adapters or other "
+                "parameters, or mxfp4_compile.restore(model) for full fine-tuning"
+            )
+        super().requires_grad_(False)
+        return self
 
     def _arranged(self, result: Any) -> Any:
         """One tensor, or several as the original returned them."""
@@ -168,7 +201,7 @@ class MXFP4Experts(PreparedWeights):
             if child is not None:
                 child._apply(fn)
             elif self._parameters.get(name) is not None:
-                self._parameters[name] = nn.Parameter(fn(self._parameters[name]), requires_grad=False)
+                self._parameters[name] = _moved(self._parameters[name], fn)
             else:
                 self._buffers[name] = fn(self._buffers[name])
         return self
@@ -180,6 +213,16 @@ class MXFP4Experts(PreparedWeights):
 
     def extra_repr(self) -> str:
         return f"{self.plan.spec}, backend={self.backend!r}, layout={self.layout!r}"
+
+
+def _is_wider(tensor: Tensor, traced: TensorInfo) -> bool:
+    """fp32 where 16 bits were traced: norms and routers that were cast for training."""
+    return traced.dtype in _HALF and tensor.dtype == torch.float32
+
+
+def _moved(parameter: Any, fn: Any) -> nn.Parameter:
+    with torch.no_grad():
+        return nn.Parameter(fn(parameter), requires_grad=parameter.requires_grad)
 
 
 def dtype_message(old: torch.dtype, new: torch.dtype) -> str:

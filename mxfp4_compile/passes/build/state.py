@@ -309,7 +309,7 @@ def adopt(module: nn.Module, original: nn.Module, path: str, released: Iterable[
 
 
 def release(original: nn.Module, names: Iterable[str]) -> None:
-    """Drop parameters of ``original``, leaving their shape and dtype on the meta device."""
+    """Drop parameters of ``original``, leaving shape, dtype and ``requires_grad`` on the meta device."""
     for name in (member for n in names for member in members(original, n)):
         owner, _, leaf = name.rpartition(".")
         module = original.get_submodule(owner)
@@ -317,5 +317,5 @@ def release(original: nn.Module, names: Iterable[str]) -> None:
         assert parameter is not None
         if parameter.device.type != "meta":
             module._parameters[leaf] = nn.Parameter(
-                torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False
+                torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), parameter.requires_grad
             )
