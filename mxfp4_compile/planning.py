@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from .circumstances import StateChange, kept_state
+from .ops.platforms import refusal_to_quantize
 from .ops.selection import Choice, choose
-from .ops.target import PLAIN, Request
+from .ops.target import PLAIN, Request, Target
 from .passes.alterations import parametrized
 from .passes.build.rewrite import RewriteError, retained_names
 from .passes.build.verify import Verification
@@ -125,6 +126,10 @@ def check_model(model: nn.Module, candidates: list[Candidate], *, loaded: bool =
                 raise OptimizeError(
                     f"{path} is {parameter.dtype}: quantized already; optimize() takes bf16, fp16 or fp32 experts"
                 )
+        device = next((p.device for p in candidate.weights.parameters()), None)
+        refusal = "" if device is None or not loaded else refusal_to_quantize(Target.of(device))
+        if refusal:
+            raise OptimizeError(refusal)
         sharding = _sharding(candidate.module)
         if sharding:
             raise OptimizeError(f"{candidate.name} {sharding}, which is not supported yet")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,8 @@ class Windows:
 
 def ids_hash(ids: Tensor) -> str:
     """SHA-256 of token ids as int64, little-endian."""
-    return hashlib.sha256(ids.cpu().long().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    numbers = ids.flatten().tolist()
+    return hashlib.sha256(struct.pack(f"<{len(numbers)}q", *numbers)).hexdigest()
 
 
 def check_numbers(tokens: Any, window: Any, seed: Any) -> None:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
+from ..text import missing_package
 from .files import CheckpointError
 
 
 def require_transformers_5(what: str) -> None:
-    """CheckpointError where transformers cannot say which tensors of a checkpoint make up which parameters."""
+    """CheckpointError where transformers cannot say which tensors of a checkpoint make up which parameters.
+
+    ModuleNotFoundError, with what to install, where there is none.
+    """
+    try:
+        importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(missing_package(error, what) or str(error), name=error.name) from error
     if importlib.util.find_spec("transformers.core_model_loading") is None:
         version = importlib.import_module("transformers").__version__
         raise CheckpointError(

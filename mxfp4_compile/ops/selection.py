@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..spec import MoEParams
+from . import platforms
 from .backend import Requirement
 from .registry import failed_backends, get_backend, known_backends
 from .target import Request, Target
@@ -37,7 +38,7 @@ _VLLM = "vLLM 0.33's order, the native kernels where it has nothing better that 
 # "reference" is last everywhere: it serves whatever has data.
 ORDER: dict[str, Order] = {
     "cpu": Order(("cpu", "reference"), True, "the only ones that run there"),
-    "sm_75": Order(("marlin", "reference"), False, _VLLM),
+    "sm_75": Order(("reference",), False, "no MXFP4 kernel begins below sm_80"),
     "sm_80": Order(("marlin", "humming", "triton", "triton_kernels", "reference"), False, _VLLM),
     "sm_86": Order(("marlin", "humming", "triton", "triton_kernels", "reference"), False, _VLLM),
     "sm_89": Order(("marlin", "humming", "triton", "triton_kernels", "reference"), False, _VLLM),
@@ -168,6 +169,9 @@ def choose(
                 unmet = (Requirement("import", False, f"{type(error).__name__}: {error}"),)
             else:
                 notes += _better(rejected, name, target)
+                if requested is None:
+                    lacks = "; ".join(f"{n}: {', '.join(map(str, unmet))}" for n, unmet in rejected)
+                    notes += filter(None, [platforms.note_of_choice(name, target, lacks)])
                 return Choice(name, layout, tuple(rejected), tuple(notes))
         rejected.append((name, unmet))
     lines = "; ".join(f"{name}: " + ", ".join(map(str, unmet)) for name, unmet in rejected)

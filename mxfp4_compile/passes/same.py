@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..buffers import as_bytes
+
 # Larger tensors among the attributes are compared by identity.
 _READ = 1 << 20
 
@@ -136,8 +138,7 @@ class _Key:
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
         if not plain or tensor.device.type == "meta" or tensor.numel() * tensor.element_size() > _READ:
             return _Itself(tensor)
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride(), content
+        return tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride(), as_bytes(tensor)
 
 
 def _state(value: Any) -> list[dict[str, Any]]:

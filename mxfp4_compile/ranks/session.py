@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import __version__
+from ..buffers import as_bytes
 from ..circumstances import kept_state
 from ..passes.build.module import MXFP4Experts
 from ..passes.build.verify import Verification
@@ -323,7 +324,7 @@ def _comparable(value: Any) -> Any:
         if isinstance(leaf, Tensor):
             plain = leaf.detach().cpu().contiguous()
             digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(as_bytes(plain))
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()

@@ -20,15 +20,24 @@ from packaging.utils import canonicalize_name
 
 from .. import __version__
 from .. import ops as _ops  # noqa: F401  (registers the backends)
+from ..ops import platforms
 from ..ops.backend import Requirement
 from ..ops.backends.triton import tuned
 from ..ops.registry import known_backends
 from ..ops.selection import requirements
 from ..ops.target import Request, Target
+from ..text import INSTALL_HF
+
+# What happens without a package.
+_WITHOUT = {
+    "triton": "without triton no kernel runs: on a GPU experts are computed in plain torch, slowly: pip install triton",
+    "transformers": "without transformers optimize() and restore() take any torch module; load, save and the commands "
+    f"that read models need it: {INSTALL_HF}",
+    "numpy": "without numpy all works that works without transformers, which brings it; torch warns of it itself",
+}
 
 _PACKAGE = "mxfp4_compile"
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "compressed-tensors", "depyf")
-
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "compressed-tensors", "numpy", "depyf")
 
 # What the extras of this package are for; those for developers are left out.
 PURPOSES = {
@@ -138,6 +147,7 @@ class Environment:
     backends: tuple[BackendStatus, ...]
     optional: tuple[OptionalPart, ...]
     tuned: tuple[TunedStatus, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -150,6 +160,7 @@ class Environment:
                 for p in self.optional
             ],
             "tuned": [asdict(t) for t in self.tuned],
+            "notes": list(self.notes),
         }
 
 
@@ -157,7 +168,15 @@ def environment() -> Environment:
     """Look at this machine; takes no GPU memory beyond what asking a driver takes."""
     statuses = tuple(_status(name, device) for name in known_backends() for device in devices())
     tuned_statuses = tuple(_tuned_status(device) for device in devices() if device.type == "cuda")
-    return Environment(versions(), hardware(), statuses, optional_parts(), tuned_statuses)
+    found = versions()
+    return Environment(found, hardware(), statuses, optional_parts(), tuned_statuses, _notes(found))
+
+
+def _notes(found: dict[str, str | None]) -> tuple[str, ...]:
+    """What a user of this machine should know: its system, its GPUs, packages that are not there; a sentence each."""
+    archs = [Target.of(device).arch for device in devices() if device.type != "cpu"]
+    said = [platforms.of_system(), *platforms.of_devices(archs)]
+    return tuple(filter(None, [*said, *(text for name, text in _WITHOUT.items() if not found[name])]))
 
 
 def versions() -> dict[str, str | None]:
@@ -166,6 +185,7 @@ def versions() -> dict[str, str | None]:
     found |= {name: installed(name) for name in PACKAGES}
     found["cuda"] = torch.version.cuda
     found["hip"] = torch.version.hip
+    found["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
     return found
 
 
@@ -192,8 +212,13 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def devices() -> list[torch.device]:
-    """The CPU, then the GPUs."""
-    return [torch.device("cpu"), *[torch.device("cuda", i) for i in range(len(gpus()))]]
+    """The CPU, then the GPUs: NVIDIA's and AMD's, then Intel's, then Apple's."""
+    found = [torch.device("cpu"), *[torch.device("cuda", i) for i in range(len(gpus()))]]
+    if torch.xpu.is_available():
+        found += [torch.device("xpu", i) for i in range(torch.xpu.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps"))
+    return found
 
 
 def _status(name: str, device: torch.device) -> BackendStatus:

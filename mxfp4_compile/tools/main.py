@@ -16,13 +16,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import __version__
-from ..text import printable
+from ..text import missing_package, printable
 from .commands import backends, bench, compare, demo, env, explain, optimize, tune
 from .commands.output import PROGRAM
 
 # In the order in which ``--help`` lists them.
 COMMANDS = (demo, explain, optimize, compare, tune, backends, bench, env)
-INSTALL_HF = 'pip install "mxfp4_compile[hf]"'
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -88,8 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name in ("transformers", "safetensors"):
-        return f"this needs {error.name}, which is not installed: {INSTALL_HF}"
+    if isinstance(error, ModuleNotFoundError) and (said := missing_package(error)):
+        return said
     text = " ".join(str(error).split())
     # Errors of ours are sentences; for others the class says what kind of failure it was.
     ours = type(error).__module__.startswith(f"{_PACKAGE}.") or isinstance(error, (OSError, ValueError))

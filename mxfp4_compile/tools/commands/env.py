@@ -37,8 +37,11 @@ def text(found: Environment) -> str:
         f"  cuda:{i}  {gpu.name}, capability {gpu.capability}, {gpu.memory / 2**30:.0f} GiB"
         for i, gpu in enumerate(machine.gpus)
     ]
-    if not machine.gpus:
+    others = [b.device for b in found.backends if b.device.startswith(("xpu", "mps"))]
+    lines += [f"  {device:<6}  as torch has it" for device in dict.fromkeys(others)]
+    if not machine.gpus and not others:
         lines.append("  no GPU that torch can use")
+    lines += [f"  {note}" for note in found.notes]
     lines += ["", "Backends", *[f"  {_backend_line(status)}" for status in found.backends]]
     if found.tuned:
         lines += ["", "Tuned data", *[f"  {status.device:<7} {status.state}" for status in found.tuned]]
