@@ -6,7 +6,7 @@
 - after Dynamo's table of backends: ``torch.compile(model, backend="mxfp4_compile")``. An installed package is found by
   its entry point as well; this holds for a checkout on ``sys.path`` too;
 - after two modules of transformers: our quantizer, so that a plain ``from_pretrained`` reads a saved model, and
-  ``save_pretrained`` of optimized models.
+  ``save_pretrained`` and ``push_to_hub`` of optimized models.
 
 A module that is there already is served at once. For the others one finder waits at the head of ``sys.meta_path``; it
 takes itself away when all have come. The modules keep the loaders they had.
@@ -53,6 +53,8 @@ def _save_and_load() -> None:
     modeling_utils = sys.modules["transformers.modeling_utils"]
     writing: Any = importlib.import_module(f"{_PACKAGE}.checkpoint.writing")
     writing.wrap_save_pretrained(modeling_utils)
+    hub: Any = importlib.import_module(f"{_PACKAGE}.checkpoint.hub")
+    hub.wrap_push_to_hub(modeling_utils)
     if hasattr(modeling_utils, "get_hf_quantizer"):
         loading: Any = importlib.import_module(f"{_PACKAGE}.checkpoint.loading")
         loading.wrap_get_hf_quantizer(modeling_utils)

@@ -335,7 +335,10 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
                 place = self.device_map.get(".".join(parts[:length]))
                 if place is not None:
                     if place == "disk":
-                        raise CheckpointError(f"device_map puts {name} on disk: MXFP4 experts stay in memory")
+                        raise CheckpointError(
+                            f'device_map puts {name} on disk, and MXFP4 experts stay in memory: give it "cpu", from '
+                            "where they are brought to the GPU for each forward, or more room (max_memory={'cpu': ...})"
+                        )
                     return _device(place)
         elif isinstance(self.device_map, torch.device):
             return self.device_map

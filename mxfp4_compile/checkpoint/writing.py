@@ -274,7 +274,7 @@ def save_pretrained(
     """
     for name, value, default, instead in (
         ("state_dict", state_dict, None, "save it, then upload the directory"),
-        ("push_to_hub", push_to_hub, False, "save it, then upload the directory"),
+        ("push_to_hub", push_to_hub, False, "model.push_to_hub(NAME) saves and uploads it"),
         ("variant", variant, None, "readers of MXFP4 look for model.safetensors"),
         ("save_peft_format", save_peft_format, True, "adapters are saved by PEFT"),
         ("save_original_format", save_original_format, True, "experts are saved as MXFP4, in no other form"),
