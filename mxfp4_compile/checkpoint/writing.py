@@ -122,7 +122,7 @@ def _save(
         for unit in (unit for some in shards.values() for unit in some):
             for _ in unit.produce():
                 pass
-        return
+        return _note(model, chosen.notes, warn=False)
     with Output(directory) as out:
         out.begin(None, [*shards, CONFIG], sum(unit.bytes for unit in units))
         with out.staged() as folder:

@@ -14,7 +14,6 @@ from ranks_pool import Pool
 from torch import Tensor
 
 import mxfp4_compile
-from mxfp4_compile.ops import schema
 from mxfp4_compile.passes.build.module import mxfp4_sites
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
@@ -25,66 +24,88 @@ EXPERT, TENSOR = {"tp_size": 2, "ep_size": 2}, {"tp_size": 2}
 # what runs on each rank
 
 
-def optimized(rank: int, path: Path, split: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+def optimized(
+    rank: int, path: Path, split: dict[str, int], dtype: torch.dtype, out: Path, limit: int
+) -> dict[str, Any]:
     model = mxfp4_compile.optimize(models.load(path, dtype, **split), progress=False)
     sites = mxfp4_sites(model)
-    report = model.mxfp4_report
+    logits = models.logits(model)
+    model.save_pretrained(out, is_main_process=rank == 0, max_shard_size=limit)
     return {
-        "logits": models.logits(model),
+        "logits": logits,
         "tokens": models.answer(model),
         "shards": {n: s.plan.shard for n, s in sites.items()},
-        "report": {**report.to_dict(), "seconds": 0},
+        "report": {**model.mxfp4_report.to_dict(), "seconds": 0},
         "ops": {
             n: [str(x.target) for x in s.rewritten.graph.nodes if "mxfp4" in str(x.target)] for n, s in sites.items()
         },
-        "state": {k: v for k, v in model.state_dict().items() if k.endswith(("_packed", "_scales", "_bias"))},
+        "state": mxfp4_compile.gathered_state_dict(model),
+        "graphs": layer_graphs(model, logits) if dtype == torch.float32 else [],
     }
 
 
-def one_process(path: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
-    model = mxfp4_compile.optimize(models.load(path, dtype), progress=False)
-    return models.logits(model), models.answer(model), model
+def layer_graphs(model: Any, eager: Tensor) -> list[list[str]]:
+    """The mxfp4 ops of each graph that a layer is compiled to; the graphs compute what the layers do."""
+    graphs: list[list[str]] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append([str(n.target) for n in graph.graph.nodes if "mxfp4" in str(n.target)])
+        return graph.forward
+
+    layer = model.model.layers[-1]
+    layer.forward = torch.compile(layer.forward, fullgraph=True, backend=backend)
+    assert torch.equal(models.logits(model), eager)
+    return graphs
 
 
 @pytest.mark.parametrize(
-    ("family", "split", "kind", "dtype"),
+    ("family", "split", "kind", "dtype", "limit"),
     [
-        ("qwen3_moe", EXPERT, "expert", torch.float32),
-        ("qwen3_moe", TENSOR, "tensor", torch.bfloat16),
-        ("gpt_oss", EXPERT, "expert", torch.float32),
-        ("gpt_oss", TENSOR, None, torch.float32),  # its plan splits the output layer only
-        ("deepseek_v3", TENSOR, "tensor", torch.float32),
-        ("mixtral", EXPERT, "expert", torch.bfloat16),
-        ("glm4_moe", TENSOR, "tensor", torch.float32),
+        ("qwen3_moe", EXPERT, "expert", torch.float32, 10**9),
+        ("qwen3_moe", TENSOR, "tensor", torch.bfloat16, 100_000),
+        ("gpt_oss", EXPERT, "expert", torch.float32, 60_000),
+        ("gpt_oss", TENSOR, None, torch.float32, 10**9),  # its plan splits the output layer only
+        ("deepseek_v3", TENSOR, "tensor", torch.float32, 10**9),
+        ("mixtral", EXPERT, "expert", torch.bfloat16, 10**9),
     ],
 )
-def test_ranks_compute_what_one_process_does(
-    pool: Pool, folder: Path, family: str, split: dict[str, int], kind: str | None, dtype: torch.dtype
+def test_ranks_do_what_one_process_does(
+    pool: Pool,
+    folder: Path,
+    tmp_path: Path,
+    family: str,
+    split: dict[str, int],
+    kind: str | None,
+    dtype: torch.dtype,
+    limit: int,
 ) -> None:
+    """Logits, tokens, state, saved files and report."""
     path = checkpoint(folder, family)
-    logits, tokens, whole = one_process(path, dtype)
-    found = pool.run(optimized, path, split, dtype)
-    assert torch.equal(found[0]["logits"], found[1]["logits"])
-    error = float((found[0]["logits"] - logits).norm() / logits.norm())
-    assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+    whole = mxfp4_compile.optimize(models.load(path, dtype), progress=False)
+    logits, report = models.logits(whole), whole.mxfp4_report
+    whole.save_pretrained(tmp_path / "one", max_shard_size=limit)
+    first, second = pool.run(optimized, path, split, dtype, tmp_path / "two", limit)
+    assert torch.equal(first["logits"], second["logits"])
+    assert float((first["logits"] - logits).norm() / logits.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(first["tokens"], second["tokens"])
     if dtype == torch.float32:
-        assert all(torch.equal(r["tokens"], tokens) for r in found)
-    assert torch.equal(found[0]["tokens"], found[1]["tokens"])
-    assert found[0]["report"] == found[1]["report"]
-    report = whole.mxfp4_report
-    assert found[0]["report"]["bytes_after"] == report.bytes_after * (2 if kind is None else 1) // (
-        2 if kind is None else 1
-    )
-    for name, ops in found[0]["ops"].items():
-        assert ops == ["mxfp4.moe.default"] + ["mxfp4.reduce.default"] * (kind is not None)
-        shard = found[1]["shards"][name]
+        assert torch.equal(first["tokens"], models.answer(whole))
+    ops = ["mxfp4.moe.default"] + ["mxfp4.reduce.default"] * (kind is not None)
+    for name, found in first["ops"].items():
+        assert found == ops
+        shard = second["shards"][name]
         assert (shard and (shard.kind, shard.rank)) == (kind and (kind, 1))
-    if kind == "expert":  # every code, scale and bias, and their errors, are the whole's
-        wanted = {k: v for k, v in whole.state_dict().items() if k in found[0]["state"]}
-        for name, value in wanted.items():
-            assert torch.equal(torch.cat([r["state"][name] for r in found]), value), name
-        ours = [(s["weight_error_mean"], s["weight_error_max"]) for s in found[0]["report"]["sites"]]
-        assert ours == [(s.weight_error_mean, s.weight_error_max) for s in report.sites]
+    assert all(graph == ops for graph in first["graphs"])
+    assert first["report"] == second["report"]
+    assert first["report"]["bytes_after"] == report.bytes_after
+    ours = [(s["weight_error_mean"], s["weight_error_max"]) for s in first["report"]["sites"]]
+    assert ours == [pytest.approx((s.weight_error_mean, s.weight_error_max), rel=1e-9) for s in report.sites]
+    assert second["state"] == {}
+    assert first["state"].keys() == whole.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(first["state"][name], value), name
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert one == two
 
 
 # refused, or failing
@@ -234,31 +255,6 @@ def test_without_the_agreement_the_other_rank_waits(folder: Path) -> None:
         pool.stop()
     assert "planted" in failing
     assert "planted" not in waiting and took >= 5
-
-
-# compiled and exported
-
-
-def compiled(rank: int, path: Path) -> tuple[bool, list[list[str]]]:
-    model = mxfp4_compile.optimize(models.load(path, **EXPERT), progress=False)
-    eager = models.logits(model)
-    graphs: list[list[str]] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
-        return graph.forward
-
-    for layer in model.model.layers:
-        layer.forward = torch.compile(layer.forward, fullgraph=True, backend=backend)
-    return torch.equal(models.logits(model), eager), graphs
-
-
-def test_a_layer_is_one_graph_with_one_sum_behind_the_experts(pool: Pool, folder: Path) -> None:
-    for same, graphs in pool.run(compiled, checkpoint(folder, "qwen3_moe")):
-        assert same
-        for graph in graphs:
-            ops = [name for name in graph if name in (str(schema.moe), str(schema.reduce))]
-            assert ops == [str(schema.moe), str(schema.reduce)]
 
 
 def test_a_process_without_a_group_is_told_to_start_one(folder: Path) -> None:

@@ -18,11 +18,7 @@ from mxfp4_compile.passes.build.module import mxfp4_sites
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
-EXPERT, TENSOR = {"tp_size": 2, "ep_size": 2}, {"tp_size": 2}
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+EXPERT = {"tp_size": 2, "ep_size": 2}
 
 
 def assert_same_state(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -32,37 +28,6 @@ def assert_same_state(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Ten
 
 
 # saving
-
-
-def saved(rank: int, path: Path, out: Path, split: dict[str, int], limit: int) -> dict[str, torch.Tensor]:
-    model = mxfp4_compile.optimize(models.load(path, **split), progress=False)
-    model.save_pretrained(out, is_main_process=rank == 0, max_shard_size=limit)
-    return mxfp4_compile.gathered_state_dict(model)
-
-
-@pytest.mark.parametrize(
-    ("family", "split", "limit"),
-    [
-        ("qwen3_moe", EXPERT, 10**9),
-        ("qwen3_moe", TENSOR, 100_000),
-        ("gpt_oss", EXPERT, 60_000),
-        ("gpt_oss", TENSOR, 10**9),
-        ("deepseek_v3", TENSOR, 10**9),
-    ],
-)
-def test_files_and_state_are_those_of_one_process(
-    pool: Pool, folder: Path, tmp_path: Path, family: str, split: dict[str, int], limit: int
-) -> None:
-    path = checkpoint(folder, family)
-    whole = mxfp4_compile.optimize(models.load(path), progress=False)
-    whole.save_pretrained(tmp_path / "one", max_shard_size=limit)
-    first, second = pool.run(saved, path, tmp_path / "two", split, limit)
-    assert second == {}
-    assert_same_state(first, dict(whole.state_dict()))
-    one, two = files(tmp_path / "one"), files(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name in one:
-        assert one[name] == two[name], name
 
 
 def unwritable(rank: int, path: Path, out: Path) -> str:
@@ -114,7 +79,6 @@ def loaded(rank: int, path: Path, options: dict[str, Any]) -> dict[str, Any]:
         ),  # a rank without columns
         ("gpt_oss", {"columns": 176}, {"tp_plan": "auto", "experts": "tensor"}, ((0, 96), (96, 176))),
         ("gpt_oss", {"experts": 6}, {"distributed_config": {"tp_size": 2, "ep_size": 2}}, ((0, 3), (3, 6))),
-        ("deepseek_v3", {"columns": 180}, {"tp_plan": "auto", "experts": "tensor"}, ((0, 96), (96, 180))),
         ("mixtral", {"num_key_value_heads": 1}, {"tp_plan": "auto"}, ((0, 2), (2, 4))),
     ],
 )
@@ -182,8 +146,9 @@ def test_what_load_does_not_serve_is_refused_by_name(pool: Pool, folder: Path) -
 
 
 LOAD_PLACES = [
-    "checkpoint.quantizer.check_parameters", "checkpoint.quantizer.stand_in", "checkpoint.quantizer.verify_structures",
-    "checkpoint.reader.CheckpointReader.values", "installing.build_site", "checkpoint.quantizer.finish",
+    "checkpoint.quantizer.check_parameters", "checkpoint.quantizer.verify_structures",
+    "checkpoint.reader.CheckpointReader.values",
+    "checkpoint.quantizer.finish",
 ]  # fmt: skip
 
 
