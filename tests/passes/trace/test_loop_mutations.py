@@ -411,7 +411,7 @@ def test_verification_sees_a_hundredth_that_an_expert_without_tokens_leaves_out(
     example = torch.randn(2, 9, H, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         block.usual = float(block(example)[0].square().mean().sqrt())
-    with pytest.raises(OptimizeError, match="failed verification: 2 x 7 tokens: the original block is"):
+    with pytest.raises(OptimizeError, match=r"failed verification: \d x \d tokens: the original block is"):
         mxfp4_compile.optimize(model, example_inputs=(example,))
 
 
