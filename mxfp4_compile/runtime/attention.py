@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import latent
+
 NAME = "mxfp4_decode"
 
 _LIB = torch.library.Library("mxfp4_runtime", "DEF")
@@ -44,8 +46,8 @@ def reference(
     b, hq, _, d = query.shape
     hkv = keys.shape[1]
     grouped = query.reshape(b, hkv, hq // hkv, d)
-    logits = torch.matmul(grouped, keys.transpose(2, 3)) * scaling
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    logits = torch.matmul(grouped.to(wide), keys.transpose(2, 3).to(wide)) * scaling
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.masked_fill(~mask, -torch.inf)
@@ -54,7 +56,7 @@ def reference(
         probabilities = torch.softmax(torch.cat([logits, sink], dim=-1), dim=-1)[..., :-1]
     else:
         probabilities = torch.softmax(logits, dim=-1)
-    return torch.matmul(probabilities.to(values.dtype), values).reshape(b, hq, 1, values.shape[-1])
+    return torch.matmul(probabilities, values.to(wide)).to(query.dtype).reshape(b, hq, 1, values.shape[-1])
 
 
 @cache
@@ -178,7 +180,13 @@ def attention_forward(
         chosen = torch.zeros_like(attention_mask[:, 0]).expand(query.shape[0], -1, -1)
         attention_mask = attention_mask & chosen.scatter(-1, indices.long(), True)[:, None]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    over_latents = latent.is_absorbed(module)
+    if over_latents:
+        query = latent.into_latents(module, query)
+        key, value = (latent.in_groups(t, query.shape[1]) for t in (key, value))
     out = torch.ops.mxfp4_runtime.decode_attention(query, key, value, attention_mask, s_aux, scaling, softcap)
+    if over_latents:
+        out = latent.from_latents(module, out)
     return out.transpose(1, 2), None
 
 

@@ -6,6 +6,7 @@ Dynamo turns into inputs.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,19 +42,51 @@ def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def let_compile(modules: list[nn.Module]) -> None:
+    """Let Dynamo pass over the hooks by which transformers records hidden states and attentions.
+
+    One forward that asks for them leaves the hooks on the modules for good. They read a ContextVar, which Dynamo
+    cannot trace, and do nothing unless a forward asks again; where a whole model is compiled that asks, they stay.
+    """
+    for module in modules:
+        for key, hook in module._forward_hooks.items():
+            records = (getattr(hook, "__module__", None) or "").startswith("transformers.utils.output_capturing")
+            if records and not hasattr(hook, "__wrapped__"):
+                module._forward_hooks[key] = _passed_over(hook)
+
+
+def _passed_over(hook: Any) -> Any:
+    from transformers.utils import output_capturing
+
+    collector: Any = getattr(output_capturing, "_active_collector", None)
+
+    @functools.wraps(hook)
+    def record(module: nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling() and not getattr(collector, "compiling", False):
+            return None
+        return hook(module, args, output)
+
+    return record
+
+
 @contextmanager
 def layers_run_by(
-    model: nn.Module, cache: StepCache, run: LayerFunction | None, note: Callable[[str], None]
+    model: nn.Module,
+    cache: StepCache,
+    run: LayerFunction | None,
+    note: Callable[[str], None],
+    teach: Callable[..., Any] | None = None,
 ) -> Iterator[None]:
     """Inside the block the decoder layers run as ``run`` has it, each with its own view of the cache.
 
-    ``note`` is told of layers that did not; RuntimeError if none did.
+    ``note`` is told of layers that did not; RuntimeError if none did. ``teach(index, args, kwargs, call)``: called in
+    the place of a layer that would be called by ``call(args, kwargs)``.
     """
-    layers = decoder_layers(model) if run is not None else {}
-    if run is None or not layers:
+    layers = decoder_layers(model) if run is not None or teach is not None else {}
+    if not layers:
         yield
         return
-    forwards = [_Forward(run, layer, cache, index) for index, layer in layers.items()]
+    forwards = [_Forward(run or _run_layer, layer, cache, index, teach) for index, layer in layers.items()]
     with layer_forwards({forward.layer: forward for forward in forwards}):
         yield
     missed = sorted(index for index, forward in zip(layers, forwards, strict=True) if not forward.used)
@@ -102,8 +135,11 @@ def own_code(function: Any, name: str) -> LayerFunction:
 class _Forward:
     """A decoder layer's forward for the time of recording; other threads' calls have caches of their own."""
 
-    def __init__(self, run: LayerFunction, layer: nn.Module, cache: StepCache, index: int) -> None:
+    def __init__(
+        self, run: LayerFunction, layer: nn.Module, cache: StepCache, index: int, teach: Callable[..., Any] | None
+    ) -> None:
         self.layer = layer
+        self._index, self._teach = index, teach
         self.used = False
         self._run, self._cache, self._view = run, cache, cache.views[index]
 
@@ -112,4 +148,9 @@ class _Forward:
             return type(self.layer).forward(self.layer, *args, **kwargs)
         kwargs.pop(CACHE)
         self.used = True
+        if self._teach is not None:
+            return self._teach(self._index, args, kwargs, self._call)
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._run(self.layer, self._view, args, kwargs)

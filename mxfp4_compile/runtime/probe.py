@@ -64,11 +64,24 @@ class Probe:
             raise CannotMove(f"the model makes attention masks of its own ({', '.join(others)})")
         return tuple(sorted({*kinds, *masks}))
 
-    def error_of(self, step: DecodeStep) -> float:
-        """Relative error of the step's logits for the token after the prompt."""
+    def _set(self, step: DecodeStep) -> None:
+        """The token after the prompt, for the step to run."""
         step.cache.fill(self.cache, self._mask(self.mask.shape[1] - 1))
         step.tokens.copy_(self.token)
         step.position_ids.copy_(self.positions[:, -1:])
+
+    def difference_when_recorded(self, step: DecodeStep) -> float:
+        """Relative difference of the step's logits as recorded from the same step's unrecorded."""
+        self._set(step)
+        step.run_unrecorded()
+        expected = step.logits.clone()
+        self._set(step)
+        step.replay()
+        return relative_error(step.logits, expected)
+
+    def error_of(self, step: DecodeStep) -> float:
+        """Relative error of the step's logits for the token after the prompt."""
+        self._set(step)
         step.replay()
         expected = self.model(
             input_ids=self.token,
@@ -88,7 +101,13 @@ def probe_tokens(model: Any, rows: int, length: int, longest: int = 1024) -> Ten
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
     length += window if window <= 512 and length + window <= longest else 0
-    ids = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    return random_tokens(model, rows, length, 0)
+
+
+def random_tokens(model: Any, rows: int, length: int, seed: int) -> Tensor:
+    """Random tokens int64 [rows, length] on the model's device."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
     return ids.to(next(model.parameters()).device)
 
 

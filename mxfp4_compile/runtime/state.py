@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ..circumstances import exclusively
 from ..report import CaptureReport, PrefillReport, RuntimeReport
-from .caches.base import Arena, CannotMove
+from .caches.base import Arena, CannotMove, LayerForm
 from .eligibility import fingerprint_of, modules_of, refusal_of, versions_of
 from .graphs import Recorder, brief, recorder_for
-from .layers import compiled_layer, decoder_layers
+from .latent import latent_modules
+from .layer_check import LayerCheck
+from .layers import compiled_layer, decoder_layers, let_compile
 from .probe import Probe
 from .prompts import Prefill, RecordedPrompt, kind_of
 from .sizes import length_for, prompt_length_for, size_for
@@ -23,14 +25,16 @@ from .step import DecodeStep, StepKey
 # Prompts of few tokens are recorded whole if this is 1: not yet by themselves, as captures of it have been seen to
 # work on a GPU for three models only, with eager and sdpa attention (tests/gpu/test_generation_gpu.py, benchmarks).
 RECORD_PROMPTS = "MXFP4_COMPILE_RECORD_PROMPTS"
+# Latents are attended to as they are if this is 1 (latent.py): not yet by themselves, as it was run on a CPU only.
+ABSORB_LATENTS = "MXFP4_COMPILE_ABSORB_LATENTS"
 
 # Free memory that a capture must leave for activations and whatever else runs on the device.
 _RESERVE_BYTES = 1 << 30
 
-# Relative error of a recorded step's logits against the eager ones, above which it is not used. What this is
-# to catch (a wrong mask, position or cache) comes out near 1; half precision differs by rounding, and by
-# experts that are chosen differently where the router is nearly undecided: on random weights as large as
-# gpt-oss-20b's, bf16 differs from fp32 by 0.28 without any of this.
+# Relative error of a recorded step's logits above which it is not used: against itself without recording, and against
+# eager ones where layers cannot be checked by themselves (layer_check.py). A wrong mask, position or cache comes out
+# near 1; whole models in half precision differ by rounding, and by experts that are chosen differently where the router
+# is nearly undecided.
 _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 _HALF_TOLERANCE = 0.5
 
@@ -45,6 +49,7 @@ class Runtime:
         self.compile_layers = True
         self.use_attention = True
         self.record_prompts = os.environ.get(RECORD_PROMPTS) == "1"
+        self.absorb_latents = os.environ.get(ABSORB_LATENTS) == "1"
         self.recorder: Recorder | None = None
         self._free()
         self._fresh()
@@ -65,7 +70,7 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("model", "max_capture_size", "report", "compile_layers", "use_attention", "record_prompts")
-        return {k: getattr(self, k) for k in kept}
+        return {k: getattr(self, k) for k in (*kept, "absorb_latents")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -107,6 +112,8 @@ class Runtime:
         reason = refusal_of(model, modules)
         if reason is not None:
             return reason
+        if self.recorder.compiles:
+            let_compile(modules)
         fingerprint = fingerprint_of(model, modules)
         if fingerprint != self.fingerprint:
             if self.steps or self.refused:
@@ -212,8 +219,10 @@ class Runtime:
             if free is not None and need + _RESERVE_BYTES > free:
                 text = f"{key}: not captured, its cache takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
                 return self._refuse(key, text)
-            for layers, use_attention in self._attempts():
+            check = self._layer_check(key, forms)
+            for layers, use_attention, absorb in self._attempts():
                 attention = "own attention" if use_attention else "the attention of the model"
+                attention += " over latents" if absorb else ""
                 made = f"{layers} layers, {attention}"
                 try:
                     function = None
@@ -222,15 +231,15 @@ class Runtime:
                         function = self.layers.setdefault(which, compiled_layer(key.rows))
                     step = DecodeStep(
                         self.model, key, forms, kinds, self.recorder, self.arena,
-                        layer=function, any_length=layers == "compiled", use_attention=use_attention,
+                        layer=function, any_length=layers == "compiled", use_attention=use_attention, absorb=absorb,
                     )  # fmt: skip
-                    difference = probe.error_of(step)
+                    fault, difference = self._fault_of(step, probe, check)
                 except torch.OutOfMemoryError:
                     return self._refuse(key, f"{key}: not captured, out of memory")
                 except Exception as failure:
                     self.report.note(f"{key} with {made}: {brief(failure)}")
                     continue
-                if difference <= self._tolerance():
+                if fault is None:
                     for note in step.notes:
                         self.report.note(f"{key}: {note}")
                     self.steps[key] = step
@@ -240,18 +249,41 @@ class Runtime:
                         CaptureReport(key.rows, key.length, how, made, step.seconds, size, step.bytes, difference)
                     )
                     return step
-                self.report.note(f"{key} with {made}: not used, logits differ from the eager ones by {difference:.2g}")
+                self.report.note(f"{key} with {made}: not used, {fault}")
             return self._refuse("model", "no recorded step agrees with the eager one: generate runs without graphs")
 
-    def _attempts(self) -> list[tuple[str, bool]]:
-        """Ways to make a step, best first: how layers run, and whether attention.py stands in for attention."""
+    def _layer_check(self, key: StepKey, forms: tuple[LayerForm, ...]) -> LayerCheck | None:
+        try:
+            return LayerCheck(self.model, forms, key.rows, key.length)
+        except Exception as failure:
+            self.report.note(f"steps are checked by whole logits, not by the layer ({brief(failure)})")
+            return None
+
+    def _fault_of(self, step: DecodeStep, probe: Probe, check: LayerCheck | None) -> tuple[str | None, float]:
+        """What is wrong with a step, or None; and its relative difference from the eager one (layers, or logits)."""
+        if check is None:
+            difference = probe.error_of(step)
+            wrong = difference > self._tolerance()
+            return f"logits differ from the eager ones by {difference:.2g}" if wrong else None, difference
+        fault, difference = check.fault_of(step)
+        if fault is None:
+            recorded = probe.difference_when_recorded(step)
+            if recorded > self._tolerance():
+                fault = f"recorded it gives other logits than unrecorded ({recorded:.2g})"
+        return fault, difference
+
+    def _attempts(self) -> list[tuple[str, bool, bool]]:
+        """Ways to make a step, best first: how layers run; whether attention.py is used, over latents."""
         assert self.recorder is not None
         compiled = self.compile_layers and self.recorder.compiles
         if compiled and not decoder_layers(self.model):
             self.report.note("its decoder layers cannot be told apart: steps are recorded with layers as they are")
             compiled = False
         ways = ["compiled", "compiled for this length:", "eager"] if compiled else ["eager"]
-        return [(way, own) for own in (True, False) if own <= self.use_attention for way in ways]
+        attention = [(True, False), (False, False)] if self.use_attention else [(False, False)]
+        if self.use_attention and self.absorb_latents and latent_modules(self.model):
+            attention.insert(0, (True, True))
+        return [(way, own, absorb) for own, absorb in attention for way in ways]
 
     def _refuse(self, what: Any, reason: str) -> None:
         self.refused[what] = reason

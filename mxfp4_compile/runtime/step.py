@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention
+from . import attention, latent
 from .caches.base import CACHE, Arena, LayerForm
 from .caches.kinds import DYNAMIC_MASKS
 from .caches.step_cache import StepCache
@@ -54,10 +55,11 @@ class DecodeStep:
         layer: LayerFunction | None,
         any_length: bool = False,
         use_attention: bool,
+        absorb: bool = False,
     ) -> None:
         """``kinds``: by which the forward wants its masks, empty for just one. ``layer``: what ``compiled_layer``
         returned for as many rows, or None to record layers as they are. ``any_length``: it is to be compiled for
-        caches of every length."""
+        caches of every length. ``absorb``: attention over latents (latent.py)."""
         started = time.perf_counter()
         device = next(model.parameters()).device
         self.key = key
@@ -73,15 +75,24 @@ class DecodeStep:
         self.notes: list[str] = []
         self._model = model
         self._kinds = kinds
-        self._attention = use_attention
+        self._attention, self._absorb = use_attention, absorb
         self._layer = layer
         self.recording = recorder.record(self._in_place, 2)
         self.seconds = time.perf_counter() - started
         self.bytes = self.recording.bytes
 
-    def _in_place(self) -> None:
-        layers = layers_run_by(self._model, self.cache, self._layer, self.notes.append)
-        with attention.exchanged(self._model) if self._attention else nullcontext(), layers:
+    def run_taught(self, teach: Callable[..., Any]) -> None:
+        """Run the step once as it was recorded, each decoder layer through ``teach(index, args, kwargs, call)``."""
+        self._in_place(teach)
+
+    def run_unrecorded(self) -> None:
+        """Run the step once as it was recorded."""
+        self._in_place()
+
+    def _in_place(self, teach: Callable[..., Any] | None = None) -> None:
+        layers = layers_run_by(self._model, self.cache, self._layer, self.notes.append, teach)
+        own = attention.exchanged(self._model) if self._attention else nullcontext()
+        with own, latent.absorbed(self._model) if self._absorb else nullcontext(), layers:
             self._run()
 
     def _run(self) -> None:

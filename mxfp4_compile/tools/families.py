@@ -146,7 +146,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "inkling2": dict(vision_config=dict(text_hidden_size=H), audio_config=dict(text_hidden_size=H)),
     "kimi_linear": dict(layer_types=_each("linear_attention", "full_attention"), num_key_value_heads=4),
     "lfm2_moe": dict(layer_types=_each("conv", "full_attention")),
-    "llama4": dict(moe_layers=_layer_ids, num_experts_per_tok=1),
+    "llama4": dict(moe_layers=_layer_ids, num_experts_per_tok=1, attention_chunk_size=8),
     "longcat_flash": dict(head_dim=8, num_key_value_heads=4),
     "mistral4": dict(num_key_value_heads=4),
     "mistral_large4": dict(num_key_value_heads=4),
