@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -351,37 +350,15 @@ def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPa
     assert "power of 2" in reason
 
 
-ALONE = "MXFP4_COMPILE_TEST_ALONE"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "names"), [(1, {"vector_up", "vector_down"}), (64, {"sort_pairs", "sorted_matmul", "combine"})]
 )
 def test_kernels_of_a_first_call_are_compiled_side_by_side(
-    tokens: int, names: set[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    tokens: int, names: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:  # fmt: skip
     """For exactly what is launched afterwards: launching compiles nothing more; and what fails, fails when launched."""
     pytest.importorskip("triton")
-    if os.environ.get(ALONE) is None:  # what other tests have compiled in this process does not count
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-n",
-            "0",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "",
-            request.node.nodeid,
-        ]
-        environment = {**os.environ, ALONE: "1"}
-        root = request.config.rootpath
-        run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stdout[-4000:]
-        return
     from triton.runtime import driver
 
     from mxfp4_compile.ops.backends.triton import launch, moe, select
@@ -402,6 +379,7 @@ def test_kernels_of_a_first_call_are_compiled_side_by_side(
         # Both products are one function: two threads at once would make its cache twice, and lose one kernel.
         make = step.kernel.create_binder
         monkeypatch.setattr(step.kernel, "device_caches", defaultdict(lambda make=make: (make(), time.sleep(0.2))[0]))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # they are compiled indeed
     threads: list[int] = []
     failures: list[str] = []
     compiling = launch.Step.compile_ahead
@@ -415,7 +393,16 @@ def test_kernels_of_a_first_call_are_compiled_side_by_side(
             raise
 
     monkeypatch.setattr(launch.Step, "compile_ahead", watched)
-    launch.compile_together(99, launches)
+    # Collecting garbage runs Python code, and with it another thread, wherever a thread allocates.
+    switch, threshold = lambda *_: time.sleep(0), gc.get_threshold()
+    gc.callbacks.append(switch)
+    gc.set_threshold(200)
+    try:
+        launch.compile_together(99, launches)
+    finally:
+        gc.callbacks.remove(switch)
+        gc.set_threshold(*threshold)
+    assert gc.isenabled()
     assert not failures, failures[0]
     # A thread that is done early may take another kernel.
     assert len(threads) == len(launches) and threading.get_ident() not in threads

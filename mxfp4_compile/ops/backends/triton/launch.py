@@ -8,8 +8,12 @@ checked for the 16-byte alignment that the compiled kernel assumes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,6 +114,31 @@ class Step:
 
 Launch = tuple[Step, tuple[int, int, int], tuple[Any, ...]]
 
+# CPython 3.11 before 3.11.8 and 3.12 before 3.12.2 count how deep ast.parse is for all threads together (gh-106905).
+_PARSER_COUNTS_THREADS = (3, 11) <= sys.version_info < (3, 11, 8) or (3, 12) <= sys.version_info < (3, 12, 2)
+_PARSING = threading.Lock()
+
+
+@contextmanager
+def _parsing_in_threads() -> Iterator[None]:
+    """Within it threads may parse Python side by side, as Triton does with kernels.
+
+    Where the interpreter counts threads together, parsing fails once the garbage collector has run Python code, and
+    with it another thread, in the midst of it; a function of Triton that fails so keeps a cache key that says nothing
+    of its source. No collection, then, until all are done.
+    """
+    if not _PARSER_COUNTS_THREADS:
+        yield
+        return
+    with _PARSING:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
+
 
 def compile_together(device: int, launches: Sequence[Launch]) -> None:
     """Compile what was never launched on ``device``, in threads: most of compiling is outside of Python's lock."""
@@ -119,7 +148,7 @@ def compile_together(device: int, launches: Sequence[Launch]) -> None:
     for step, _ in fresh:
         # Makes the driver and each function's cache, once: two threads would each make theirs, and one would be lost.
         step.kernel.device_caches[device]
-    with ThreadPoolExecutor(len(fresh)) as pool:
+    with _parsing_in_threads(), ThreadPoolExecutor(len(fresh)) as pool:
         for job in [pool.submit(step.compile_ahead, device, *args) for step, args in fresh]:
             # What fails here fails again when it is launched, in the caller's own thread.
             job.exception()
