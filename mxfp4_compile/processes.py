@@ -1,14 +1,16 @@
 """One process or several: whether a model is computed by ranks together, and what is asked of them while it is changed.
 
-Nothing here imports torch.distributed or the room of several ranks (``ranks``): a model in one process meets neither.
+For a model in one process neither torch.distributed nor the room of several ranks (``ranks``) is imported.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 _T = TypeVar("_T")
@@ -17,7 +19,23 @@ _T = TypeVar("_T")
 def is_spread(model: nn.Module) -> bool:
     """Whether several processes compute this model together: a parameter is a DTensor, or the model says so."""
     sizes = [getattr(model, f"_{kind}_size", None) or 1 for kind in ("tp", "fsdp")]
-    return max(sizes) > 1 or any(is_dtensor(p) for p in model.parameters())
+    if max(sizes) > 1:
+        return True
+    distributed: Any = sys.modules.get("torch.distributed")
+    started = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return started and any(is_dtensor(p) for p in model.parameters())  # of one process no parameter is looked at
+
+
+def share_random_state(model: nn.Module) -> None:
+    """Give every rank the first one's random state of the model's device: what they sample then is the same."""
+    import torch.distributed as dist
+
+    device = next(model.parameters()).device
+    random: Any = torch.cuda if device.type == "cuda" else torch
+    of_device = (device,) if device.type == "cuda" else ()
+    state = random.get_rng_state(*of_device).to(device)
+    dist.broadcast(state, 0)
+    random.set_rng_state(state.cpu(), *of_device)
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -91,4 +109,4 @@ class OneProcess:
         """The report is one of all processes."""
 
 
-__all__ = ["OneProcess", "is_dtensor", "is_spread"]
+__all__ = ["OneProcess", "is_dtensor", "is_spread", "share_random_state"]

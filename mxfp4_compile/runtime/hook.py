@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ..passes.build.module import mxfp4_sites
+from ..processes import is_spread, share_random_state
 from ..report import Report, RuntimeReport
 from .sizes import MIN_LENGTH, capture_sizes, prompt_lengths
 
@@ -41,6 +42,8 @@ class Generate:
             return function(runtime.model, *args, **kwargs)
         runtime.owner = threading.get_ident()
         try:
+            if is_spread(runtime.model):
+                share_random_state(runtime.model)
             reason = runtime.refusal()
             if reason is not None:
                 runtime.report.note(f"generate runs without graphs: {reason}")

@@ -34,6 +34,7 @@ def optimized(
     return {
         "logits": logits,
         "tokens": models.answer(model),
+        "sampled": sampled(model, seed=rank),
         "shards": {n: s.plan.shard for n, s in sites.items()},
         "report": {**model.mxfp4_report.to_dict(), "seconds": 0},
         "ops": {
@@ -42,6 +43,11 @@ def optimized(
         "state": mxfp4_compile.gathered_state_dict(model),
         "graphs": layer_graphs(model, logits) if dtype == torch.float32 else [],
     }
+
+
+def sampled(model: Any, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return model.generate(models.tokens(), max_new_tokens=6, do_sample=True, pad_token_id=0, eos_token_id=None)
 
 
 def layer_graphs(model: Any, eager: Tensor) -> list[list[str]]:
@@ -87,7 +93,7 @@ def test_ranks_do_what_one_process_does(
     first, second = pool.run(optimized, path, split, dtype, tmp_path / "two", limit)
     assert torch.equal(first["logits"], second["logits"])
     assert float((first["logits"] - logits).norm() / logits.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
-    assert torch.equal(first["tokens"], second["tokens"])
+    assert torch.equal(first["tokens"], second["tokens"]) and torch.equal(first["sampled"], second["sampled"])
     if dtype == torch.float32:
         assert torch.equal(first["tokens"], models.answer(whole))
     ops = ["mxfp4.moe.default"] + ["mxfp4.reduce.default"] * (kind is not None)
