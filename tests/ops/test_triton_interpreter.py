@@ -246,7 +246,7 @@ def cases():
         out[f"blocks{tokens}-{split}-{unroll}-short"] = {**wide, "h": 40, "i": 64, "on_input": True}
     for dtype in ("bfloat16", "float16"):
         tiles = {"BT": 2, "QUADS": 1, "SPLIT_K": 2}
-        out[f"blocks-{dtype}"] = {"regime": "scan", "tiles": tiles, "dtype": dtype, "h": 256, "i": 320}
+        out[f"blocks-{dtype}"] = {"regime": "scan", "tiles": tiles, "dtype": dtype, "e": 2, "h": 256, "i": 192}
     for tokens in (1, 2, 4):
         tiles = {"BT": tokens, "QUADS": 1, "TAIL": 0}
         out[f"blocks{tokens}-sorted"] = {"regime": "sorted", "tiles": tiles, "e": 3, "t": 9, "h": 200, "i": 128}

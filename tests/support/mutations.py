@@ -453,7 +453,22 @@ def distance(a: Tensor, b: Tensor) -> float:
 def quantized(
     source: Source, found: FusedMatch | SplitMatch
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], dict[str, Tensor]]:
-    """State with dequantized weights, weights by slot, and biases by slot, as optimize() would make them."""
+    """State with dequantized weights, weights by slot, and biases by slot, as optimize() would make them.
+
+    Mutations of one source that use its weights alike share them.
+    """
+    key = id(source), repr(projections_of(found.spec))  # sources are kept for good
+    if key not in _quantized:
+        _quantized[key] = _quantize(source, found)
+    return _quantized[key]
+
+
+_quantized: dict[tuple[int, str], tuple[dict[str, Tensor], dict[str, list[Tensor]], dict[str, Tensor]]] = {}
+
+
+def _quantize(
+    source: Source, found: FusedMatch | SplitMatch
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], dict[str, Tensor]]:
     state = dict(source.state)
     weights, biases = {}, {}
     for projection in projections_of(found.spec):

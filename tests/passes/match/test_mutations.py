@@ -98,7 +98,9 @@ def record(request: pytest.FixtureRequest) -> Callable[[Mutation, str], None]:
 
 
 def _parameters(catalogue: list[Mutation]) -> list[object]:
-    return [pytest.param(m, id=m.id, marks=[pytest.mark.slow]) for m in catalogue]
+    # Graphs of one source in one process, which traces it and quantizes its weights once.
+    of = lambda m: pytest.mark.xdist_group(f"mutations {m.family} {m.dtype} {m.form} {m.overrides}")
+    return [pytest.param(m, id=m.id, marks=[pytest.mark.slow, of(m)]) for m in catalogue]
 
 
 @pytest.mark.parametrize("mutation", _parameters(CHANGING))
