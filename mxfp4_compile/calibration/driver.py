@@ -222,6 +222,7 @@ def _report(target: Target, options: Options, scale_rule: str, windows: texts.Wi
         device=name,
         notes=list(windows.notes),
         versions=versions_used(),
+        file_hashes=list(windows.file_hashes),
     )
     if not windows.held:
         report.notes.append("a single window: no text was held back, so that overfitting would not show")

@@ -83,6 +83,7 @@ class CalibrationReport:
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    file_hashes: list[str] = field(default_factory=list)
 
     def of(self, name: str) -> SiteCalibration | None:
         """The site of that name, if it was calibrated."""
@@ -98,7 +99,8 @@ class CalibrationReport:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says of how it was calibrated."""
-        return {**{name: getattr(self, name) for name in _FACTS}, "versions": dict(self.versions)}
+        hashes = {"file_hashes": list(self.file_hashes)} if len(self.file_hashes) > 1 else {}
+        return {**{name: getattr(self, name) for name in _FACTS}, **hashes, "versions": dict(self.versions)}
 
     def lines(self) -> list[str]:
         """A readable account, line by line."""
@@ -130,6 +132,9 @@ class SavedCalibration:
         if not isinstance(said, Mapping):
             return None
         known = {name: said[name] for name, kind in _FACTS.items() if type(said.get(name)) is kind}
+        hashes = said.get("file_hashes")
+        if isinstance(hashes, list) and all(isinstance(h, str) for h in hashes):
+            known["file_hashes"] = hashes
         versions = said.get("versions")
         if isinstance(versions, Mapping):
             known["versions"] = {str(k): v for k, v in versions.items() if isinstance(v, str)}

@@ -39,13 +39,16 @@ _NOISE, _FAR = 0.8, 1.0
 
 @dataclass
 class Windows:
-    """``ids`` [n, window] int64 on the host; the last ``held`` of them are held back. ``text``: what they are of."""
+    """``ids`` [n, window] int64 on the host; the last ``held`` of them are held back. ``text``: what they are of;
+    ``file_hashes``: SHA-256 of each file, or of the text that is given.
+    """
 
     ids: Tensor
     held: int
     text: str
     text_hash: str
     notes: list[str] = field(default_factory=list)
+    file_hashes: list[str] = field(default_factory=list)
 
     @property
     def ids_hash(self) -> str:
@@ -106,10 +109,13 @@ def read_windows(model: nn.Module, text: Text, *, tokens: int, window: int, seed
     tokenizer where ids would be needed.
     """
     window, notes = window_for(model, window)
+    hashes: list[str] = []
     if isinstance(text, Tensor):
         ids, what, digest = text.detach().cpu().long().flatten(), "token ids", ids_hash(text)
     else:
-        content, what = _content(text)
+        parts, what = _content(text)
+        content = "".join(parts)
+        hashes = [hashlib.sha256(part.encode()).hexdigest() for part in parts]
         digest = hashlib.sha256(content.encode()).hexdigest()
         ids = torch.tensor(encoder(model)(content), dtype=torch.int64)
         if not len(ids):
@@ -133,7 +139,7 @@ def read_windows(model: nn.Module, text: Text, *, tokens: int, window: int, seed
         cut = ids[starts[:, None] + torch.arange(window)]
     else:
         cut = ids[: whole * window].view(whole, window)
-    return Windows(cut, held_of(len(cut)), what, digest, notes)
+    return Windows(cut, held_of(len(cut)), what, digest, notes, hashes)
 
 
 def held_of(count: int) -> int:
@@ -141,9 +147,9 @@ def held_of(count: int) -> int:
     return 0 if count < 2 else max(1, count // _HELD)
 
 
-def _content(text: Any) -> tuple[str, str]:
+def _content(text: Any) -> tuple[list[str], str]:
     if isinstance(text, str):
-        return text, "the text given"
+        return [text], "the text given"
     files = [Path(f) for f in ([text] if isinstance(text, os.PathLike) else text)]
     parts = []
     for file in files:
@@ -151,7 +157,7 @@ def _content(text: Any) -> tuple[str, str]:
             parts.append(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is no UTF-8 text: {error}") from error
-    return "".join(parts), ", ".join(file.name for file in files)
+    return parts, ", ".join(file.name for file in files)
 
 
 def vocabulary_of(model: nn.Module) -> int:

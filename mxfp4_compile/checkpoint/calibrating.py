@@ -137,7 +137,7 @@ class DiskShelf(Shelf):
         if found is not None:
             return Windows(found[0]["ids"], **found[1])
         windows = make()
-        facts = {n: getattr(windows, n) for n in ("held", "text", "text_hash", "notes")}
+        facts = {n: getattr(windows, n) for n in ("held", "text", "text_hash", "notes", "file_hashes")}
         self._write(name, {"ids": windows.ids.contiguous()}, facts)
         return windows
 

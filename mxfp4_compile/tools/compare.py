@@ -8,13 +8,15 @@ more with the values MXFP4 gives its weights, one site at a time.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,13 +24,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import mx
-from ..checkpoint.forms import OWN
+from ..checkpoint.files import Weights, weight_files
+from ..checkpoint.forms import OWN, declared_form
+from ..checkpoint.meta_planning import expert_parameters
+from ..checkpoint.note import facts_of, note_of
+from ..checkpoint.reader import CheckpointReader
 from ..circumstances import exclusively, kept_state, plain_modes
 from ..hf_models import load_plain, read_config
 from ..ops.target import DEFAULT_CAPTURE_SIZE
 from ..passes.build.module import mxfp4_sites
 from ..passes.find.discover import find_candidates, traceable_experts
-from ..passes.weights import members, projections_of, stack, unstack
+from ..passes.weights import projections_of, stack, unstack
 from ..pipeline import optimize
 from ..planning import Site, check_matches, match_all
 from ..report import Report
@@ -36,10 +42,14 @@ from ..report import Report
 
 @dataclass(frozen=True)
 class SiteError:
-    """One site on its real inputs: relative squared error of its output, ||mxfp4 - original||^2 / ||original||^2."""
+    """One site on its real inputs: relative squared error of its output, ||mxfp4 - original||^2 / ||original||^2.
+
+    ``damage``: mean divergence in nats per token, measured, of the model with this site alone in MXFP4.
+    """
 
     name: str
     error: float
+    damage: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Comparison:
     """Both models on the same tokens; ``kl``: KL(original || MXFP4) in nats per token, over the vocabulary.
 
     ``suggested_skip``: sites to leave alone for the mean divergence to be at most ``bound``, ``None`` where no bound
-    was named. It is an estimate: the divergence is taken to be shared between sites as their errors are.
+    was named. It is an estimate: the divergence is taken to be shared between sites as what each does alone.
     """
 
     model: str
@@ -79,8 +89,8 @@ class Comparison:
             f"KL per token     mean {self.kl_mean:.5f}, median {self.kl_median:.5f}, 99% below {self.kl_p99:.5f}, "
             f"largest {self.kl_max:.4f} nats",
             f"top-1 agreement  {self.top1_agreement:.2%}",
-            "relative squared error of each site's output:",
-            *[f"  {site.name}  {site.error:.5f}" for site in self.sites],
+            "relative squared error of each site's output, and mean KL of the model with that site alone in MXFP4:",
+            *[f"  {site.name}  {site.error:.5f}{_nats(site.damage)}" for site in self.sites],
         ]
         if self.bound is not None:
             if self.kl_mean <= self.bound:
@@ -88,6 +98,10 @@ class Comparison:
             elif self.suggested_skip is not None:
                 lines.append(f"for a mean divergence of {self.bound:g}, by estimate: skip={list(self.suggested_skip)}")
         return "\n".join(lines)
+
+
+def _nats(damage: float | None) -> str:
+    return "" if damage is None else f"  {damage:.6f} nats"
 
 
 def compare(
@@ -107,8 +121,8 @@ def compare(
     against: a saved MXFP4 checkpoint; by default the model is quantized in memory, with ``scale_rule``, which is
     also the rule of the errors by site unless ``against`` says with which one it was made. window:
     tokens of context; every token but a window's first is predicted. bound: a mean divergence in nats that
-    should hold. trust_remote_code: run the code that comes with the models. Raises ValueError for bad numbers or a
-    text too short, OSError for unreadable files.
+    should hold. trust_remote_code: run the code that comes with the models. Raises ValueError for bad numbers, a text
+    too short or one that ``against`` was calibrated on, OSError for unreadable files.
     """
     from ..checkpoint.loading import load
 
@@ -120,18 +134,22 @@ def compare(
         config = json.loads((against / "config.json").read_text())
         rule = (config.get("quantization_config") or {}).get("scale_rule") or (config.get(OWN) or {}).get("scale_rule")
         scale_rule = rule if rule in mx.SCALE_RULES else scale_rule
+        _check_judge(against, text, facts_of(note_of(SimpleNamespace(**config), config.get("quantization_config"))))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     first = _unquantized(model, trust_remote_code).to(place)
     windows = _windows(model, first, text, tokens, window, trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
         kept = _Scratch(Path(scratch), windows)
-        with _site_errors(first, scale_rule) as errors:
-            for i, ids in enumerate(windows):
-                kept.put(i, _log_probabilities(first, ids.to(place)))
+        sites = _planned_sites(first, scale_rule)
+        with _values(first, sites, against, scale_rule) as values:
+            with _site_errors(sites, values) as errors:
+                for i, ids in enumerate(windows):
+                    kept.put(i, _log_probabilities(first, ids.to(place)))
+            damages = _damages(first, sites, values, [ids.to(place) for ids in windows])
         if against is None:
             second: nn.Module = optimize(first, scale_rule=scale_rule)
         else:
-            del first
+            del first, sites, values
             gc.collect()
             second = load(against, device_map=str(place), trust_remote_code=trust_remote_code)
             named = mxfp4_sites(second)
@@ -145,7 +163,7 @@ def compare(
             kl.append((p.exp() * (p - q)).nan_to_num(0.0).sum(1).clamp_(min=0))
             same.append(p.argmax(1) == q.argmax(1))
     divergence = torch.cat(kl).double()
-    sites = tuple(SiteError(n, e[0] / e[1] if e[1] else 0.0) for n, e in errors.items())
+    told = tuple(SiteError(n, e[0] / e[1] if e[1] else 0.0, damages.get(n)) for n, e in errors.items())
     mean = float(divergence.mean())
     return Comparison(
         model=str(model),
@@ -160,22 +178,27 @@ def compare(
         kl_p99=float(divergence.quantile(0.99)),
         kl_max=float(divergence.max()),
         top1_agreement=float(torch.cat(same).double().mean()),
-        sites=sites,
+        sites=told,
         bound=bound,
-        suggested_skip=None if bound is None else suggest_skip(sites, mean, bound),
+        suggested_skip=None if bound is None else suggest_skip(told, mean, bound),
         kl=tuple(divergence.tolist()),
     )
 
 
 def suggest_skip(sites: tuple[SiteError, ...], kl_mean: float, bound: float) -> tuple[str, ...]:
-    """The worst sites, as few as bring ``kl_mean`` to ``bound`` if each contributes in proportion to its error."""
-    total = sum(site.error for site in sites)
+    """The worst sites, as few as bring ``kl_mean`` to ``bound`` if each has the share that it has of all damage.
+
+    Damage alone adds up to that of all sites together but for a few percent. Where it was not measured: of the errors.
+    """
+    measured = all(site.damage is not None for site in sites)
+    shares = {site.name: (site.damage or 0.0) if measured else site.error for site in sites}
+    total = sum(shares.values())
     left, skip = kl_mean, []
-    for site in sorted(sites, key=lambda s: -s.error):
+    for name in sorted(shares, key=lambda n: -shares[n]):
         if left <= bound or not total:
             break
-        skip.append(site.name)
-        left -= kl_mean * site.error / total
+        skip.append(name)
+        left -= kl_mean * shares[name] / total
     return tuple(skip)
 
 
@@ -239,26 +262,82 @@ class _Scratch:
         return values
 
 
-@contextmanager
-def _site_errors(model: nn.Module, scale_rule: str) -> Iterator[dict[str, list[float]]]:
-    """While the unquantized model runs: site -> [squared error, squared norm] of its output under MXFP4 weights."""
+def _check_judge(against: Path, text: Path, facts: Mapping[str, Any]) -> None:
+    """ValueError if ``against`` was calibrated on this very text: it would be its own judge."""
+    calibration = facts.get("calibration") or {}
+    digest = hashlib.sha256(text.read_text(encoding="utf-8").encode()).hexdigest()
+    if digest in (calibration.get("text_hash"), *calibration.get("file_hashes", ())):
+        raise ValueError(
+            f"{against} was calibrated on {text} (SHA-256 {digest[:12]}...): judge it on another text, which it has "
+            "not seen"
+        )
+
+
+def _planned_sites(model: nn.Module, scale_rule: str) -> list[Site]:
     report = Report(scale_rule, "bf16", DEFAULT_CAPTURE_SIZE, False)
     sites = [Site(c) for c in find_candidates(model)]
     with exclusively(), plain_modes(), kept_state(model), traceable_experts(model):
         match_all(model, sites, None, None)
     check_matches(sites, report, strict=True)
-    sums: dict[str, list[float]] = {}
-    handles = []
-    for site in sites:
-        if site.structure is not None:
-            sums[site.name] = [0.0, 0.0]
-            transposed = {
-                name: projection.source.transposed
-                for projection in projections_of(site.structure.found.spec)
-                for name in projection.source.parameters
-            }
-            hook = _error_hook(sums[site.name], transposed, scale_rule)
-            handles.append(site.candidate.module.register_forward_hook(hook, with_kwargs=True))
+    return [site for site in sites if site.structure is not None]
+
+
+# A site -> its parameters by name, with the values that MXFP4 gives them.
+Values = Callable[[Site], dict[str, Tensor]]
+
+
+@contextmanager
+def _values(model: nn.Module, sites: list[Site], against: Path | None, scale_rule: str) -> Iterator[Values]:
+    """What MXFP4 makes of a site's weights: those of the checkpoint ``against`` where it has them, else rounded."""
+    with ExitStack() as stack_:
+        reader: CheckpointReader | None = None
+        if against is not None:
+            weights = stack_.enter_context(Weights(weight_files(against)))
+            form, _ = declared_form(json.loads((against / "config.json").read_text()).get("quantization_config"), "")
+            reader = CheckpointReader(model, expert_parameters(sites), weights, form)
+
+        def values(site: Site) -> dict[str, Tensor]:
+            assert site.structure is not None
+            module, found = site.candidate.module, dict[str, Tensor]()
+            for projection in projections_of(site.structure.found.spec):
+                source = projection.source
+                for name, n in zip(source.parameters, projection.rows(module), strict=True):
+                    weight, full = stack(module, name), f"{site.name}.{name}"
+                    if reader is not None and full in reader.parts and reader.quantized(full):
+                        packed, scales = reader.codes(full, slice(0, weight.shape[0]), n, projection.shape[2])
+                        value = mx.dequantize(packed, scales, projection.shape[2], weight.dtype)
+                        value = value.transpose(1, 2).contiguous() if source.transposed else value
+                        value = value.to(weight.parts[0].device)
+                    else:
+                        value = _rounded(weight[:], source.transposed, scale_rule)
+                    found |= unstack(module, name, value)
+            return found
+
+        yield values
+
+
+@contextmanager
+def _swapped(site: Site, values: Values) -> Iterator[None]:
+    """The site on MXFP4's values of its weights."""
+    module, new = site.candidate.module, values(site)
+    originals = {name: module.get_parameter(name).data for name in new}
+    try:
+        for name, value in new.items():
+            module.get_parameter(name).data = value
+        yield
+    finally:
+        for name, value in originals.items():
+            module.get_parameter(name).data = value
+
+
+@contextmanager
+def _site_errors(sites: list[Site], values: Values) -> Iterator[dict[str, list[float]]]:
+    """While the unquantized model runs: site -> [squared error, squared norm] of its output under MXFP4 weights."""
+    sums = {site.name: [0.0, 0.0] for site in sites}
+    handles = [
+        site.candidate.module.register_forward_hook(_error_hook(sums[site.name], site, values), with_kwargs=True)
+        for site in sites
+    ]
     try:
         yield sums
     finally:
@@ -266,7 +345,7 @@ def _site_errors(model: nn.Module, scale_rule: str) -> Iterator[dict[str, list[f
             handle.remove()
 
 
-def _error_hook(sums: list[float], transposed: dict[str, bool], scale_rule: str) -> Callable[..., None]:
+def _error_hook(sums: list[float], site: Site, values: Values) -> Callable[..., None]:
     running = False
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -274,18 +353,10 @@ def _error_hook(sums: list[float], transposed: dict[str, bool], scale_rule: str)
         if running:
             return
         running = True
-        names = {member for name in transposed for member in members(module, name)}
-        originals = {name: module.get_parameter(name).data for name in names}
         try:
-            for name, swap in transposed.items():
-                rounded = unstack(module, name, _rounded(stack(module, name)[:], swap, scale_rule))
-                for member, value in rounded.items():
-                    module.get_parameter(member).data = value
-            with torch.no_grad():
+            with _swapped(site, values), torch.no_grad():
                 other = module(*args, **kwargs)
         finally:
-            for name, value in originals.items():
-                module.get_parameter(name).data = value
             running = False
         # A block may return what its router computed as well; the experts' sum comes first.
         ours, theirs = (next(t for t in tree_leaves(o) if isinstance(t, Tensor)).double() for o in (other, output))
@@ -293,6 +364,27 @@ def _error_hook(sums: list[float], transposed: dict[str, bool], scale_rule: str)
         sums[1] += float(theirs.square().sum())
 
     return hook
+
+
+# Tokens on which the damage of each site alone is taken: a forward for each site.
+_DAMAGE_TOKENS = 1024
+
+
+def _damages(model: nn.Module, sites: list[Site], values: Values, windows: list[Tensor]) -> dict[str, float]:
+    """Site -> mean divergence, in nats per token, of the model with that site alone in MXFP4."""
+    some, tokens = [], 0
+    for ids in windows:
+        if tokens < _DAMAGE_TOKENS:
+            some.append(ids[:, : _DAMAGE_TOKENS - tokens] if _DAMAGE_TOKENS - tokens > 1 else ids)
+            tokens += some[-1].numel()
+    truth = [_log_probabilities(model, ids).cpu() for ids in some]
+    found = {}
+    for site in sites:
+        with _swapped(site, values):
+            kl = [(p.exp() * (p - _log_probabilities(model, ids).cpu())).nan_to_num(0.0).sum(1)
+                  for p, ids in zip(truth, some, strict=True)]  # fmt: skip
+        found[site.name] = float(torch.cat(kl).double().mean())
+    return found
 
 
 def _rounded(weight: Tensor, transposed: bool, scale_rule: str) -> Tensor:

@@ -12,8 +12,11 @@ from torch import nn
 
 import mxfp4_compile
 from mxfp4_compile import mx
+from mxfp4_compile.calibration.driver import Options
+from mxfp4_compile.checkpoint.convert import convert
 from mxfp4_compile.tools import main as cli
 from mxfp4_compile.tools.compare import Comparison, SiteError, compare, plot, suggest_skip
+from mxfp4_compile.tools.families import tiny_model
 
 DEMO = Path(mxfp4_compile.__file__).parent / "demo_model"
 TEXT = DEMO / "heldout.txt"
@@ -105,3 +108,45 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         compare(DEMO, TEXT, bound=-1.0)
     assert cli.main(["compare", str(DEMO), "--text", str(tmp_path / "none.txt")]) == 1
     assert "none.txt" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A byte-level model's directory, its calibrated MXFP4 form, and the text it was calibrated on."""
+    folder = tmp_path_factory.mktemp("compare")
+    tiny_model("qwen3_moe", vocab_size=256, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    text = folder / "calibration.txt"
+    text.write_text("what it was calibrated on. " * 40)
+    other = folder / "other.txt"
+    other.write_text("one more file")
+    convert(folder / "model", folder / "mxfp4", calibration=Options([text, other], tokens=1000, window=50))
+    return folder / "model", folder / "mxfp4", text
+
+
+def test_the_calibration_text_is_no_judge(calibrated: tuple[Path, Path, Path]) -> None:
+    model, against, text = calibrated
+    with pytest.raises(ValueError, match=r"was calibrated on .*calibration\.txt .*: judge it on another text"):
+        compare(model, text, against=against, tokens=64, window=32)
+
+
+def test_damage_of_each_site_and_a_checkpoints_own_weights(calibrated: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, against, _ = calibrated
+    text = tmp_path / "judge.txt"
+    text.write_text("what it was calibrated on, and now is not. " * 8)
+    nearest = compare(model, text, tokens=256, window=64, bound=1e-9)
+    ours = compare(model, text, against=against, tokens=256, window=64)
+    for site, plain in zip(ours.sites, nearest.sites, strict=True):
+        assert site.name == plain.name and site.error < 0.8 * plain.error
+        assert site.damage is not None and plain.damage is not None and site.damage < plain.damage
+    total = sum(site.damage or 0.0 for site in nearest.sites)
+    assert total == pytest.approx(nearest.kl_mean, rel=0.3)  # what each does alone adds up
+    assert f"{nearest.sites[0].damage:.6f} nats" in str(nearest)
+    worst = max(nearest.sites, key=lambda s: s.damage or 0.0)
+    assert nearest.suggested_skip is not None and nearest.suggested_skip[0] == worst.name
+
+
+def test_suggestions_follow_damage_where_it_was_measured() -> None:
+    sites = (SiteError("a", 0.9, 0.001), SiteError("b", 0.1, 0.004), SiteError("c", 0.2, 0.005))
+    assert suggest_skip(sites, 0.01, 0.006) == ("c",)
+    assert suggest_skip(sites, 0.01, 0.002) == ("c", "b")
+    assert suggest_skip(tuple(SiteError(s.name, s.error) for s in sites), 0.01, 0.006) == ("a",)
