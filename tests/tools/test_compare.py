@@ -136,7 +136,7 @@ def test_damage_of_each_site_and_a_checkpoints_own_weights(calibrated: tuple[Pat
     nearest = compare(model, text, tokens=256, window=64, bound=1e-9)
     ours = compare(model, text, against=against, tokens=256, window=64)
     for site, plain in zip(ours.sites, nearest.sites, strict=True):
-        assert site.name == plain.name and site.error < 0.8 * plain.error
+        assert site.name == plain.name and site.error < 0.9 * plain.error
         assert site.damage is not None and plain.damage is not None and site.damage < plain.damage
     total = sum(site.damage or 0.0 for site in nearest.sites)
     assert total == pytest.approx(nearest.kl_mean, rel=0.3)  # what each does alone adds up
