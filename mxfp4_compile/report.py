@@ -7,6 +7,8 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+from .text import size
+
 Outcome = Literal["fused", "split", "skipped", "dense", "unmatched", "failed"]
 
 
@@ -103,12 +105,12 @@ class RuntimeReport:
         """A readable account."""
         out = [
             f"decode step: batch {c.batch}, {c.length} tokens, {c.replay}, {c.made}: {c.seconds:.1f} s, cache "
-            f"{_size(c.cache_bytes)}, graph {_size(c.graph_bytes)}, error {c.error:.1e} against eager"
+            f"{size(c.cache_bytes)}, graph {size(c.graph_bytes)}, error {c.error:.1e} against eager"
             for c in self.captures
         ]
         out += [
             f"{p.prompts}: {p.replay + ', ' if p.replay else ''}compiled layers: {p.seconds:.1f} s, "
-            f"{'graph ' + _size(p.graph_bytes) + ', ' if p.replay else ''}error {p.error:.1e} against eager"
+            f"{'graph ' + size(p.graph_bytes) + ', ' if p.replay else ''}error {p.error:.1e} against eager"
             for p in self.prefills
         ]
         return out + [f"generate: {note}" for note in self.notes]
@@ -172,7 +174,7 @@ class Report:
         if done:
             ratio = self.bytes_before / max(self.bytes_after, 1)
             lines[0] += (
-                f", experts {_size(self.bytes_before)} -> {_size(self.bytes_after)} ({ratio:.2f}x smaller), "
+                f", experts {size(self.bytes_before)} -> {size(self.bytes_after)} ({ratio:.2f}x smaller), "
                 f"{self.seconds:.1f} s"
             )
         for group in _groups(self.sites):
@@ -216,7 +218,7 @@ def _describe(group: list[SiteReport]) -> list[str]:
     if first.reason:
         lines.append(f"    {first.reason}")
     before, after = sum(s.bytes_before for s in group), sum(s.bytes_after for s in group)
-    detail = f"    {_size(before)} -> {_size(after)}"
+    detail = f"    {size(before)} -> {size(after)}"
     means = [s.weight_error_mean for s in group if s.weight_error_mean is not None]
     if means:
         what = "moved by calibration, " if any(s.calibrated for s in group) else ""
@@ -235,15 +237,6 @@ def _describe(group: list[SiteReport]) -> list[str]:
     lines += [f"    not {line}" for line in first.rejected]
     lines += [f"    warning: {s.names[0]}: {w}" for s in group for w in s.warnings]
     return lines
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def versions_used() -> dict[str, str]:

@@ -93,10 +93,12 @@ class SiteExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``optimize`` would do to a model."""
+    """What ``optimize`` would do to a model. ``parameters`` and ``bytes``: of the whole model as it is."""
 
     model: str
     sites: tuple[SiteExplanation, ...]
+    parameters: int = 0
+    bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -124,7 +126,13 @@ def explain_model(model: nn.Module, name: str = "", example_inputs: Any = None, 
         key = id(site.structure) if site.structure else (site.outcome, reason, type(site.candidate.module))
         groups.setdefault(key, []).append(site)
     explained = tuple(_explain_group(group, model if measure else None) for group in groups.values())
-    return Explanation(name or type(model).__name__, explained)
+    parameters = list(model.parameters())
+    return Explanation(
+        name or type(model).__name__,
+        explained,
+        sum(p.numel() for p in parameters),
+        sum(p.numel() * p.element_size() for p in parameters),
+    )
 
 
 def _explain_group(group: list[Site], model: nn.Module | None) -> SiteExplanation:

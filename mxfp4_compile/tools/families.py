@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..text import nearest
+
 __all__ = ["decorated_families", "listed_families", "tiny_experts", "tiny_inputs", "tiny_model", "undecorated_families"]
 
 # hidden size, intermediate size (dense, expert), experts, experts per token
@@ -273,7 +275,9 @@ def listed_families() -> list[str]:
 def _check_family(family: str) -> None:
     known = decorated_families() + undecorated_families() + listed_families()
     if family not in known:
-        raise ValueError(f"unknown family {family!r}; known families: {', '.join(sorted(known)) or 'none'}")
+        near = nearest(family, known)
+        names = f"the nearest: {', '.join(near)}" if near else f"known families: {', '.join(sorted(known)) or 'none'}"
+        raise ValueError(f"unknown family {family!r}; {names}")
 
 
 # ------------ configurations

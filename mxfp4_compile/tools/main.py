@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import __version__
-from ..text import missing_package, printable
+from ..text import missing_package, nearest, printable
 from .commands import backends, bench, compare, demo, env, explain, optimize, tune
 from .commands.output import PROGRAM
 
@@ -69,14 +69,26 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says which command or choice was meant, where a word is nearly one of them."""
+
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = nearest(str(value), map(str, action.choices or ()))
+            if near:
+                error.message = f"{value!r} is not known; the nearest: {', '.join(near)}"
+            raise
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``run``."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="MXFP4 experts for Hugging Face mixture-of-experts models."
-    )
+    parser = _Parser(prog=PROGRAM, description="MXFP4 experts for Hugging Face mixture-of-experts models.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    common.add_argument("--quiet", action="store_true", help="no progress on stderr")
     common.add_argument("--traceback", action="store_true", help="on a failure, show where it happened")
     trust = argparse.ArgumentParser(add_help=False)
     trust.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with MODEL")

@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+from mxfp4_compile.text import size
 from mxfp4_compile.tools.explain import Measured, explain_model
 from mxfp4_compile.tools.explain_html import page
 from mxfp4_compile.tools.families import tiny_model
@@ -67,6 +69,31 @@ def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture
     for part in ("fused", "silu(gate)*up", "Verified on", "times smaller", "mxfp4.moe", "_grouped_mm", "before"):
         assert part in seen.text, part
     assert "page.html" in capsys.readouterr().err
+    for part in ("The whole model", "Quantization error", "Kernel error", "Why none of the others"):
+        assert part in seen.text, part
+
+
+def test_the_summary_is_of_the_whole_model() -> None:
+    model = tiny_model("qwen3_moe", layers=2, dtype=torch.bfloat16)
+    explanation = explain_model(model, "m", measure=True)
+    parameters = list(model.parameters())
+    experts = [p for name, p in model.named_parameters() if ".experts." in name]
+    total, moved = sum(p.nbytes for p in parameters), sum(p.nbytes for p in experts)
+    count, held = sum(p.numel() for p in parameters), sum(p.numel() for p in experts)
+    assert (explanation.parameters, explanation.bytes) == (count, total)
+    text = page(explanation)
+    after = moved * 17 // 64  # 4.25 of 16 bits
+    assert f"{size(total)} &rarr; {size(total - moved + after)}" in text
+    for value in (
+        f"{held:,}",
+        f"{held / count:.1%}",
+        f"{count - held:,}",
+        size(moved),
+        size(after),
+        size(total - moved),
+    ):
+        assert f">{value}</td>" in text, value
+    assert "The whole model" not in page(explain_model(model, "m")), "without a measurement there is no after"
 
 
 def test_nothing_gets_through_unescaped() -> None:

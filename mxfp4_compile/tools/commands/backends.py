@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...text import printable
 from .models import load, tiny
-from .output import print_json
+from .output import columns, print_json, whole
 
 if TYPE_CHECKING:
     from ..matrix import Matrix
@@ -58,11 +58,13 @@ def text(found: Matrix) -> str:
     for row in found.rows:
         names = row.names[0] if len(row.names) == 1 else f"{row.names[0]} ... {row.names[-1]} ({len(row.names)} sites)"
         lines += ["", f"{names}: {row.form}"]
+        cells = []
         for cell in row.cells:
             mark = "chosen" if cell.backend == row.chosen else "usable" if cell.usable else "no"
             why = ", ".join(map(str, cell.unmet))
-            install = "; ".join(dict.fromkeys(r.install for r in cell.unmet if r.install))
-            lines.append(f"  {cell.backend:<18} {mark:<7} {why}" + (f"; {install}" if install else ""))
+            install = "; ".join(dict.fromkeys(whole(r.install) for r in cell.unmet if r.install))
+            cells.append((cell.backend, mark, why + (f"; {install}" if install else "")))
+        lines.append(columns(cells))
         lines.append(f"  -> {row.chosen} (layout {row.layout})" if row.chosen else "  -> none")
-        lines += [f"  note: {note}" for note in row.notes]
+        lines += [columns([("note:", note)]) for note in row.notes]
     return "\n".join(line.rstrip() for line in lines)

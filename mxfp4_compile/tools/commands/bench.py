@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import layers as of_layers
-from .output import print_json, progress_line, table
+from .output import print_json, progress_lines, table
 
 if TYPE_CHECKING:
     from ..benchmark import Bench
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     what, shapes = of_layers.layers(args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.compile, about what it meets inside transformers
-        results = [run_bench(shape, tokens, device, names, args.skew, progress_line) for shape in shapes]
+        say = progress_lines(args)
+        results = [run_bench(shape, tokens, device, names, args.skew, say) for shape in shapes]
     if args.plot is not None:
         panels = {str(result.shape): flat_rows(result) for result in results}
         plot(panels, results[0].providers, results[0].device, args.plot)

@@ -7,7 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from ..choices import DEMO_MAX_TOKENS, DEMO_TOKENS
-from .output import print_json, progress_line, table
+from .output import print_json, progress_lines, table
 
 if TYPE_CHECKING:
     from ..demo import DemoResult
@@ -31,7 +31,7 @@ def _tokens(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     from ..demo import run_demo
 
-    result = run_demo(DEMO_TOKENS if args.tokens is None else args.tokens, progress=progress_line)
+    result = run_demo(DEMO_TOKENS if args.tokens is None else args.tokens, progress=progress_lines(args))
     if args.json:
         print_json(result.to_dict())
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .output import print_json
+from ...text import size
+from .output import columns, print_json, whole
 
 if TYPE_CHECKING:
     from ..environment import BackendStatus, Environment
@@ -30,29 +31,30 @@ def run(args: argparse.Namespace) -> int:
 
 def text(found: Environment) -> str:
     machine = found.hardware
-    lines = ["Versions"]
-    lines += [f"  {name:<18} {version or 'none'}{_note(name, version)}" for name, version in found.versions.items()]
-    lines += ["", "Devices", f"  cpu     {machine.cpu}, {machine.cores} cores, {machine.torch_threads} torch threads"]
-    lines += [
-        f"  cuda:{i}  {gpu.name}, capability {gpu.capability}, {gpu.memory / 2**30:.0f} GiB"
+    versions = [(name, f"{version or 'none'}{_note(name, version)}") for name, version in found.versions.items()]
+    devices = [("cpu", f"{machine.cpu}, {machine.cores} cores, {machine.torch_threads} torch threads")]
+    devices += [
+        (f"cuda:{i}", f"{gpu.name}, capability {gpu.capability}, {size(gpu.memory)}")
         for i, gpu in enumerate(machine.gpus)
     ]
-    others = [b.device for b in found.backends if b.device.startswith(("xpu", "mps"))]
-    lines += [f"  {device:<6}  as torch has it" for device in dict.fromkeys(others)]
+    others = dict.fromkeys(b.device for b in found.backends if b.device.startswith(("xpu", "mps")))
+    devices += [(device, "as torch has it") for device in others]
+    lines = ["Versions", columns(versions), "", "Devices", columns(devices)]
     if not machine.gpus and not others:
         lines.append("  no GPU that torch can use")
-    lines += [f"  {note}" for note in found.notes]
-    lines += ["", "Backends", *[f"  {_backend_line(status)}" for status in found.backends]]
+    lines += [columns([("note:", note)]) for note in found.notes]
+    lines += ["", "Backends", columns(map(_backend_row, found.backends))]
     if found.tuned:
-        lines += ["", "Tuned data", *[f"  {status.device:<7} {status.state}" for status in found.tuned]]
+        lines += ["", "Tuned data", columns([(status.device, status.state) for status in found.tuned])]
     lines += ["", "Optional parts"]
     if not found.optional:
         lines.append("  not known, as mxfp4_compile runs without being installed")
+    parts = []
     for part in found.optional:
         missing = part.missing()
-        state = f"missing {', '.join(missing)}: {part.install}" if missing else "installed"
-        lines.append(f"  {part.extra:<8} {part.purpose}: {state}")
-    return "\n".join(lines)
+        state = f"missing {', '.join(missing)}: {whole(part.install)}" if missing else "installed"
+        parts.append((part.extra, f"{part.purpose}: {state}"))
+    return "\n".join([*lines, columns(parts)]).rstrip()
 
 
 def _note(package: str, version: str | None) -> str:
@@ -65,7 +67,7 @@ def _note(package: str, version: str | None) -> str:
     return "" if timed else f"  (figures are from {', '.join(TIMED)}; this one was not timed)"
 
 
-def _backend_line(status: BackendStatus) -> str:
+def _backend_row(status: BackendStatus) -> tuple[str, ...]:
     unmet = ", ".join(f"{r.name} ({r.reason})" for r in status.requirements if not r.met)
-    state = f"no: {unmet}" if unmet else "available"
-    return f"{status.name:<10} on {status.device:<7} {state}" + (f"; {status.install}" if status.install else "")
+    state = ("no", unmet) if unmet else ("available", "")
+    return status.name, status.device, state[0], state[1] + (f"; {whole(status.install)}" if status.install else "")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...text import printable
 from .models import load, tiny
-from .output import PROGRAM, print_json
+from .output import PROGRAM, columns, print_json
 
 if TYPE_CHECKING:
     from ..explain import Explanation, SiteExplanation
@@ -68,7 +68,7 @@ def _site_text(site: SiteExplanation) -> str:
         "  weights",
         *[f"    {weight}" for weight in site.weights],
         f"  backend on {site.device}: {site.backend} (layout {site.layout})",
-        *[f"    not {name}: {reason}" for name, reason in site.others],
+        columns([(f"not {name}", reason) for name, reason in site.others], "    "),
     ]
     for slot, code in site.prep:
         lines += [f"  prep program of {slot}", textwrap.indent(code, "    ")]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...text import printable
+from ...text import printable, size
 from ..choices import CALIBRATION_TOKENS, CALIBRATION_WINDOW, DEFAULT_SCALE_RULE, FORMATS, SCALE_RULES
 from .models import directory
-from .output import print_json
+from .output import byte_progress, print_json
 
 if TYPE_CHECKING:
     from ...checkpoint.convert import Converted
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sequential and not (args.calibrate or args.calibrate_self):
         raise ValueError("--sequential says how to calibrate: it needs --calibrate FILE or --calibrate-self")
     source = directory(args.model)
-    from ...checkpoint.convert import conversion_bar, convert
+    from ...checkpoint.convert import convert
     from ...checkpoint.writing import parse_size
     from ..demo import quiet
 
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
         files = [Path(file) for file in args.calibrate] if args.calibrate else None
         calibration = Options(files, args.calibration_tokens, args.calibration_window, args.seed, args.sequential)
-    with quiet(), conversion_bar(sys.stderr.isatty() and not args.json) as progress:
+    with quiet(), byte_progress(args) as progress:
         done = convert(
             source,
             args.out,
@@ -95,10 +94,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
 def text(done: Converted) -> str:
     resumed = f", {done.resumed} of them from before" if done.resumed else ""
     head = (
-        f"{done.directory}: {done.bytes_before / 1e9:.2f} GB -> {done.bytes_after / 1e9:.2f} GB in {done.files} files"
+        f"{done.directory}: {size(done.bytes_before)} -> {size(done.bytes_after)} in {_files(done.files)}"
         f"{resumed}, in the form {done.format}, {done.seconds:.0f} s"
     )
     left = [f"- {site.names[0]}: {site.outcome}, stays as it was: {site.reason}" for site in done.report.sites]

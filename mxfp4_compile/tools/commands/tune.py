@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from . import layers as of_layers
-from .output import print_json, table
+from .output import print_json, progress_lines, table, told
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     results = []
     with torch.cuda.device(device), torch.no_grad():
         for shape in shapes:
-            with _bar(str(shape)) as progress:
+            with _bar(args, str(shape)) as progress:
                 budget = args.budget or tuning.DEFAULT_BUDGET
                 tokens = args.tokens or tuning.DEFAULT_TOKENS
                 results.append(tuning.tune(shape, tokens, budget, device, progress=progress))
@@ -84,14 +84,24 @@ def _gpu_name(device: torch.device) -> str:
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Progress]:
-    """A progress bar on a terminal, by tqdm where that is installed; nothing elsewhere."""
+def _bar(args: argparse.Namespace, title: str) -> Iterator[Progress]:
+    """A progress bar on a terminal, by tqdm where that is installed; a line for each phase elsewhere."""
+    if not told(args):
+        yield lambda phase, done, total: None
+        return
     try:
         from tqdm import tqdm
     except ImportError:
-        if sys.stderr.isatty():
-            print(f"... tuning {title}", file=sys.stderr)
-        yield lambda phase, done, total: None
+        tqdm = None
+    if tqdm is None or not sys.stderr.isatty():
+        said: list[str] = []
+
+        def line(phase: str, done: int, total: int) -> None:
+            if said[-1:] != [phase]:
+                said.append(phase)
+                progress_lines(args)(f"{phase} {title}, {total} candidates")
+
+        yield line
         return
     with tqdm(disable=None, leave=False, unit="candidate") as bar:
 
