@@ -195,7 +195,8 @@ def _measured(site: SiteExplanation) -> str:
         f"{m.weight_error_mean:.3g} on average, {m.weight_error_max:.3g} for the worst expert.</li>"
         f"<li><strong>Kernel error</strong>, {escape(site.backend)} against the original module on the same "
         f"dequantized weights in fp32: relative, {m.error:.2g}; the original in its own dtype is at "
-        f"{m.original_error:.2g}, and {m.limit:.2g} is allowed. Verified on <code>{escape(m.name)}</code>.</li></ul>{warnings}"
+        f"{m.original_error:.2g}, and {m.limit:.2g} is allowed. Verified on "
+        f"<code>{escape(m.name)}</code>.</li></ul>{warnings}"
     )
 
 
