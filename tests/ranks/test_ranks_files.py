@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ranks_pool import Pool
 
 import mxfp4_compile
 from mxfp4_compile.checkpoint import CheckpointError
+from mxfp4_compile.ops import schema
 from mxfp4_compile.passes.build.module import mxfp4_sites
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
@@ -109,6 +111,47 @@ def test_an_mxfp4_checkpoint_is_cut_and_kept(pool: Pool, folder: Path, tmp_path:
     for experts in ("expert", "tensor"):
         first, _ = pool.run(loaded, tmp_path / "one", {"tp_plan": "auto", "experts": experts})
         assert_same_state(first["state"], dict(whole.state_dict()))
+
+
+def used(rank: int, path: Path) -> dict[str, Any]:
+    """What else one does with a site that holds a part of its experts."""
+    model = mxfp4_compile.load(path, tp_plan="auto", progress=False, dtype=torch.float32)
+    site = next(iter(mxfp4_sites(model).values()))
+    generator = torch.Generator().manual_seed(0)
+    call = (
+        torch.randn(5, 64, generator=generator),
+        torch.tensor([[0, 3], [1, 2], [3, 1], [0, 2], [2, 3]]),
+        torch.ones(5, 2),
+    )
+    eager = site(*call)
+    exported = torch.export.export(site, call)
+    incompatible = model.load_state_dict(model.state_dict())
+    said = []
+    for work in (
+        lambda: mxfp4_compile.restore(model),
+        lambda: site(call[0].clone().requires_grad_(), *call[1:]).sum().backward(),
+    ):
+        try:
+            work()
+        except (mxfp4_compile.OptimizeError, NotImplementedError) as error:
+            said.append(str(error))
+    others = {"exported": exported.module()(*call), "copied": copy.deepcopy(site)(*call), "loaded again": site(*call)}
+    return {
+        "ops": [n.args[-1] for n in exported.graph.nodes if n.target is schema.reduce],
+        "same": {name: torch.equal(value, eager) for name, value in others.items()},
+        "keys": incompatible.missing_keys + incompatible.unexpected_keys,
+        "said": said,
+    }
+
+
+def test_a_part_is_exported_copied_and_loaded_like_a_whole(pool: Pool, folder: Path) -> None:
+    for found in pool.run(used, checkpoint(folder, "qwen3_moe")):
+        assert len(found["ops"]) == 1 and isinstance(found["ops"][0], str)  # the group, by name
+        assert all(found["same"].values()), found["same"]
+        assert found["keys"] == []
+        restoring, training = found["said"]
+        assert "of 4 (rank" in restoring and "restore() does not serve experts on several ranks" in restoring
+        assert "mxfp4::reduce has no backward" in training
 
 
 def refused(rank: int, path: Path, cases: list[dict[str, Any]]) -> list[str]:
