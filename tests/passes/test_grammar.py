@@ -1,6 +1,6 @@
 """Blocks of a grammar of spellings: none is silently wrong or unseen; those that no size decides are all rewritten.
 
-Any two choices meet in one of the blocks.
+Any two choices meet in one of the blocks (185 of them); to these come 120 random ones, 213 in all without a branch.
 "Wrong" is judged by running the optimized model beside the original on dequantized weights, at several sizes.
 """
 
@@ -10,7 +10,8 @@ import copy
 
 import pytest
 import torch
-from grammar import H, Spelled, Spelling, together
+from grammar import H, Spelled, Spelling, spellings, together
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from loop_models import Model
 from torch import Tensor
 
@@ -20,8 +21,14 @@ from mxfp4_compile import OptimizeError
 pytestmark = pytest.mark.slow
 
 # So that several processes share them.
-PARTS = 12
+PARTS, RANDOM_PARTS, EACH = 12, 10, 8
 SIZES = ((1, 1), (1, 2), (2, 9), (3, 37), (1, 41), (1, 201), (2, 300))
+
+
+random = settings(
+    max_examples=EACH, deadline=None, database=None, phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
 
 
 def inputs(batch: int, length: int) -> Tensor:
@@ -61,3 +68,26 @@ def test_right_or_refused_where_a_size_decides(part: int) -> None:
     for spelling in together(branches=True)[part::PARTS]:
         found = outcome(spelling)
         assert found in ("fused", "split") or "layers.0" in found, spelling
+
+
+@pytest.mark.parametrize("part", range(RANDOM_PARTS))
+def test_random_blocks_where_no_size_decides(part: int) -> None:
+    @seed(part)
+    @random
+    @given(spellings(branches=False))
+    def rewritten(spelling: Spelling) -> None:
+        assert outcome(spelling) in ("fused", "split"), spelling
+
+    rewritten()
+
+
+@pytest.mark.parametrize("part", range(RANDOM_PARTS // 2))
+def test_random_blocks_where_a_size_decides(part: int) -> None:
+    @seed(1000 + part)
+    @random
+    @given(spellings(branches=True))
+    def right(spelling: Spelling) -> None:
+        found = outcome(spelling)
+        assert found in ("fused", "split") or "layers.0" in found, spelling
+
+    right()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 H, MI, E, K = 32, 32, 4, 2
@@ -87,6 +88,12 @@ def together(branches: bool) -> tuple[Spelling, ...]:
         left -= most
         found.append(spelling)
     return tuple(found)
+
+
+def spellings(branches: bool) -> st.SearchStrategy[Spelling]:
+    """Any blocks; with ``branches`` each has one."""
+    choices = _CHOICES | (_BRANCHING if branches else {})
+    return st.builds(Spelling, **{name: st.sampled_from(values) for name, values in choices.items()})
 
 
 class Expert(nn.Module):
