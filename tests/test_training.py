@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,3 +202,13 @@ def test_recorded_steps_have_the_active_adapters() -> None:
     with adapted.disable_adapter():
         adapted.generate(input_ids=ids, **options)
     assert recorder.recorded == 2
+
+
+@pytest.mark.slow
+def test_the_example_of_fine_tuning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends with an error unless the held-out loss falls and the adapter that it reads back gives the same one."""
+    pytest.importorskip("peft")
+    script = Path(__file__).parents[1] / "examples" / "finetune" / "finetune.py"
+    monkeypatch.setattr("sys.argv", [str(script)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "read back" in capsys.readouterr().out
