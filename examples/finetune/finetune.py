@@ -34,7 +34,7 @@ def held_out_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
 def main() -> None:
     """Load, train, save, read back."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--out", help="a directory for the adapter; by default a temporary one")
     args = parser.parse_args()
     torch.manual_seed(0)
