@@ -91,8 +91,8 @@ def survey(family: str) -> list[dict[str, Any]]:
 def _row(cls: str, outcome: str, **more: Any) -> dict[str, Any]:
     blank: dict[str, Any] = {"weights": "", "activation": "", "gate": "", "biases": "", "weighted": "", "reason": ""}
     row = {"class": cls, "sites": 1, "outcome": outcome, **blank, "error": None, "original": None, **more}
-    # Reasons may quote addresses of objects and names of this machine's files; neither is a property of the family.
-    row["reason"] = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(row["reason"]).split()))
+    # Reasons may quote addresses of objects and torch's numbers of sizes; neither is a property of the family.
+    row["reason"] = re.sub(r" at 0x[0-9a-f]+|(?<=\bs)\d+\b", "", " ".join(str(row["reason"]).split()))
     return row
 
 
