@@ -19,8 +19,8 @@ from mxfp4_compile.runtime.caches.step_cache import StepCache
 from mxfp4_compile.tools.families import tiny_model
 
 
-@pytest.mark.parametrize("window", [2, 5, 700])
-@pytest.mark.parametrize("prompt", [1, 5, 13])
+@pytest.mark.parametrize("window", [2, 5, pytest.param(700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("prompt", [1, pytest.param(5, marks=pytest.mark.slow), 13])
 def test_windows(window: int, prompt: int) -> None:
     """gpt-oss before, at and past its window; 700 is longer than the cache."""
     model = tiny_model("gpt_oss")

@@ -36,7 +36,7 @@ def test_equal_layers_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert "compiled layers" in runtime_of(model).report.captures[0].made
 
 
-@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+@pytest.mark.parametrize("asked", ["output_hidden_states", pytest.param("output_attentions", marks=pytest.mark.slow)])
 def test_outputs_that_were_asked_for_once_do_not_keep_layers_from_being_compiled(
     asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sample": {"do_sample": True, "top_k": 20},
     "sample, end": {"do_sample": True, "temperature": 1.5, "eos_token_id": [10, 46, 32]},
     "greedy, end": {"eos_token_id": 32},
-    "greedy, processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 20},
+    "greedy, processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 10},
     "beam": {"num_beams": 3},
     "beam, sample, several": {"num_beams": 4, "do_sample": True, "num_return_sequences": 2, "eos_token_id": 10},
     "several": {"do_sample": True, "num_return_sequences": 3},
@@ -49,7 +49,7 @@ def test_options(trained: nn.Module, options: dict[str, Any]) -> None:
 def test_everything_finished_early_and_the_random_state_is_as_if_nothing_more_was_drawn(trained: nn.Module) -> None:
     expected, got, _ = both(trained, prompts(2), do_sample=True, eos_token_id=list(range(0, 256, 2)))
     assert torch.equal(got, expected)
-    assert got.shape[1] < 64
+    assert got.shape[1] < 24 + 16
 
 
 @pytest.mark.parametrize("options", [{}, {"eos_token_id": 32}, {"do_sample": True, "eos_token_id": 32}])
@@ -72,7 +72,7 @@ def test_a_shorter_generation_after_a_longer_one_sees_nothing_of_it(trained: nn.
     options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
     short = prompts(2, 12)
     first = trained.generate(**short, **options)
-    trained.generate(**prompts(2, 100, seed=4), **(options | {"max_new_tokens": 200}))
+    trained.generate(**prompts(2, 100, seed=4), **(options | {"max_new_tokens": 60}))
     assert torch.equal(trained.generate(**short, **options), first)
 
 

@@ -69,7 +69,7 @@ def prompts(batch: int, length: int = 24, mixed: bool = True, seed: int = 0) -> 
 
 def both(model: nn.Module, inputs: dict[str, Any], seed: int = 3, **options: Any) -> tuple[Any, Any, CountingRecorder]:
     """What transformers' loop gives, and what recorded steps give."""
-    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0} | options
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0} | options
     out = []
     for use in (False, True):
         if use:
