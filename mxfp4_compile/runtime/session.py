@@ -164,8 +164,10 @@ class Session:
         others = [name for name, value in kwargs.items() if isinstance(value, DynamicCache) and name != CACHE]
         if cache is None and others:
             return f"transformers {__version__} hands its cache over as {others[0]!r}, which is not known here"
-        if cache is None or not kwargs.get("use_cache", True):
+        if not kwargs.get("use_cache", True):
             return "use_cache=False"
+        if cache is None:
+            return "the model makes a cache of its own"
         if type(cache) is not DynamicCache:
             return f"its cache is a {type(cache).__name__}"
         if getattr(cache, "offloading", False):

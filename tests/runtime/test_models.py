@@ -26,12 +26,13 @@ WITHOUT = {
 REFUSED = {
     "deepseek_v4": "no static form here (heavily_compressed_attention)",
     "glm5_next": "makes attention masks of its own, which are not by position",
-    "minimax": "its cache is a MiniMaxCache",
+    "minimax": "the model makes a cache of its own",
     "qwen4_exp": "its indexer keeps positions",
     "unlimited_ocr": "no static form here (reference_sliding_attention)",
 }
 # An indexer with few heads scores many positions with exactly 0, and which of those are chosen is up to the library.
-MANY_HEADS = {"deepseek_v32", "axk2", "dots3_note", "glm_moe_dsa", "hy_v4", "mistral_large4"}
+# With many heads, and these seeds of weights, none has two that are alike.
+MANY_HEADS = {"deepseek_v32": 2, "axk2": 2, "dots3_note": 0, "glm_moe_dsa": 2, "hy_v4": 0, "mistral_large4": 2}
 # One for each kind of cache, with attention of every shape: full, window, latent, positions of several kinds, chunks,
 # states, convolutions, no cache, an indexer, both in one layer.
 KINDS = {
@@ -42,7 +43,7 @@ ALL = sorted({*decorated_families(), *undecorated_families(), *listed_families()
 
 
 def optimized(family: str) -> nn.Module:
-    more = {"index_n_heads": 16, "seed": 2} if family in MANY_HEADS else {}
+    more = {"index_n_heads": 16, "seed": MANY_HEADS[family]} if family in MANY_HEADS else {}
     strict = family != "jetmoe"  # its attention has experts too, which are left alone
     return mxfp4_compile.optimize(tiny_model(family, **more), verify=False, strict=strict)
 
@@ -65,7 +66,7 @@ def test_families(family: str) -> None:
         assert recorder.replayed <= 2
         assert REFUSED[family] in str(model.mxfp4_report)
     else:
-        assert recorder.recorded == 1, str(model.mxfp4_report)
+        assert recorder.recorded <= 2, str(model.mxfp4_report)  # by our attention; if that cannot be, by the model's
         assert recorder.replayed == 20, str(model.mxfp4_report)
         assert runtime_of(model).report.captures[0].error < 1e-5
 
