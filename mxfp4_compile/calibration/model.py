@@ -5,7 +5,9 @@ Contract: nothing of the model changes before all of it is calibrated; the loop 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,13 +110,29 @@ def calibrate_sites(
 def _calibrated(
     model: nn.Module, sites: Sequence[Site], options: Options, scale_rule: str, windows: Any, progress: bool | None
 ) -> Calibrated:
-    done = calibrate_target(plain_target(model, sites), options, scale_rule, windows)
+    with _bar(progress) as advance:
+        done = calibrate_target(plain_target(model, sites), options, scale_rule, windows, advance=advance)
     try:
         for site in done.report.sites:
             check_calibrated(site)
     except VerificationError as error:
         raise OptimizeError(f"{error}. Nothing was changed.") from error
     return done
+
+
+@contextmanager
+def _bar(wanted: bool | None) -> Iterator[Callable[[int], None]]:
+    """Tokens that were run, and how many a second; None: on a terminal."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda count: None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield lambda count: None
+        return
+    with tqdm(unit="tok", unit_scale=True, desc="calibration") as bar:
+        yield lambda count: bar.update(count)
 
 
 def check_calibrated(site: SiteCalibration) -> None:

@@ -215,6 +215,13 @@ def test_three_tokens_in_all() -> None:
     mxfp4_compile.optimize(model)
 
 
+def test_a_bar_counts_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    mxfp4_compile.calibrate(make(layers=1), ids(80), tokens=80, window=40, progress=True)
+    assert "calibration: " in capsys.readouterr().err
+    mxfp4_compile.calibrate(make(layers=1), ids(80), tokens=80, window=40, progress=False)
+    assert "calibration: " not in capsys.readouterr().err
+
+
 def test_a_model_writes_its_own_text() -> None:
     model = make(layers=1)
     state = torch.get_rng_state()
