@@ -131,13 +131,29 @@ class DtypeGuard(nn.Module):
         raise RuntimeError("the guard is never called")
 
 
+# Their children are counted, indexed or called one after the other.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
 def put_guard(model: nn.Module) -> None:
-    """Have a rewritten model refuse a change of dtype."""
+    """Have a rewritten model refuse a change of dtype: its first child, or in a container the first child's."""
     dtype = next(iter(mxfp4_sites(model).values())).plan.weight_dtype
-    children = dict(model._modules)
-    model._modules.clear()
-    model._modules[GUARD] = DtypeGuard(dtype)
-    model._modules.update(children)
+    place = model
+    while isinstance(place, _CONTAINERS):  # one that holds a site has a child
+        place = next(child for child in place._modules.values() if child is not None)
+    if isinstance(place, MXFP4Experts):
+        return  # refuses by itself, before anything else was cast
+    children = dict(place._modules)
+    place._modules.clear()
+    place._modules[GUARD] = DtypeGuard(dtype)
+    place._modules.update(children)
+
+
+def _take_guard(model: nn.Module) -> nn.Module | None:
+    for module in model.modules():
+        if GUARD in module._modules:
+            return module._modules.pop(GUARD)
+    return None
 
 
 def _install_router_pass(guard: DtypeGuard) -> None:
@@ -179,7 +195,7 @@ def _restore(model: nn.Module) -> Any:
         for name, child in list(module._modules.items()):
             if isinstance(child, MXFP4Experts):
                 module._modules[name] = _restored(child)
-    guard = model._modules.pop(GUARD, None)
+    guard = _take_guard(model)
     if isinstance(guard, DtypeGuard):
         from .dynamo import router_pass
 

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from loop_models import RemoteMoE
 from torch import nn
 from toy_backend import register
 
@@ -170,6 +171,23 @@ def test_casting_raises_before_anything_changes() -> None:
     model.to("cpu")
     with pytest.raises(RuntimeError, match="meta"):
         model.get_submodule("model.layers.0.mlp.experts").to("meta")
+
+
+def test_a_container_at_the_root() -> None:
+    """What is called, counted and indexed by its children's order gets none of ours."""
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(64)
+    model = nn.Sequential(nn.Sequential(norm, RemoteMoE())).eval()
+    x = torch.randn(2, 9, 64)
+    mxfp4_compile.optimize(model, example_inputs=(x,))
+    assert len(model) == 1 and len(model[0]) == 2 and model[0][0] is norm
+    got = model(x)
+    with pytest.raises(TypeError, match="bfloat16"):
+        model.to(torch.bfloat16)
+    assert norm.weight.dtype == torch.float32, "nothing was cast"
+    restored = mxfp4_compile.restore(model)
+    torch.testing.assert_close(got, restored(x), rtol=1e-4, atol=1e-4)
+    assert not [name for name, _ in restored.named_modules() if "guard" in name]
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "muse_spark"])

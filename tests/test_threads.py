@@ -89,7 +89,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> Any:
         real(*args, **kwargs)
         Inside.log.append(("out", threading.get_ident()))
 
-    for module in ("mxfp4_compile.pipeline", "mxfp4_compile.planning", "mxfp4_compile.checkpoint.meta_planning"):
+    for module in ("mxfp4_compile.planning", "mxfp4_compile.checkpoint.meta_planning"):
         monkeypatch.setattr(f"{module}.match_all", match_all)
     return Inside
 

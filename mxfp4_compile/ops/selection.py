@@ -175,9 +175,9 @@ def choose(
                 return Choice(name, layout, tuple(rejected), tuple(notes))
         rejected.append((name, unmet))
     lines = "; ".join(f"{name}: " + ", ".join(map(str, unmet)) for name, unmet in rejected)
-    what = f"backend {requested!r}" if requested else "no backend"
+    what, can = (f"backend {requested!r}", "cannot") if requested else ("no backend", "can")
     install = " ".join(dict.fromkeys(f"Install: {r.install}." for _, unmet in rejected for r in unmet if r.install))
-    message = f"{what} cannot serve this site on {target}: {lines}"
+    message = f"{what} {can} serve this site on {target}: {lines}"
     raise BackendUnavailable(f"{message}. {install}" if install else message)
 
 

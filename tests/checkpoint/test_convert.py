@@ -212,7 +212,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = json.loads(capsys.readouterr().out)
     assert said["files"] == len(list((tmp_path / "m").glob("*.safetensors"))) > 2
     assert cli.main([*arguments]) == 0  # an older output is replaced
-    assert re.search(r"GB -> .* GB in 1 files", capsys.readouterr().out)
+    assert re.search(r"KiB -> .* KiB in 1 file,", capsys.readouterr().out)
     assert_same(mxfp4_compile.optimize(loaded("qwen3_moe")), mxfp4_compile.load(tmp_path / "m", dtype=torch.bfloat16))
     assert cli.main(["optimize", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 1
     assert "there is no directory" in capsys.readouterr().err

@@ -425,7 +425,7 @@ def test_kernel_that_raises_at_first_use(monkeypatch: pytest.MonkeyPatch, split:
 def test_when_the_last_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, Raising())
     monkeypatch.setitem(ORDER, "cpu", selection.Order(("raising",), False, "for a test"))
-    with pytest.raises(OptimizeError, match=r"undefined symbol.*no backend cannot|undefined symbol.*cannot serve"):
+    with pytest.raises(OptimizeError, match=r"undefined symbol.*no backend can serve"):
         mxfp4_compile.optimize(tiny_model("qwen3_moe"))
 
 
