@@ -55,15 +55,21 @@ def _said(config: Any, names: set[str]) -> str:
     )
 
 
-@functools.cache
 def _code(cls: type) -> Any:
-    """A class of transformers by the code of its methods, wrapped or not; any other by itself."""
+    """A class of transformers by the code of the methods that it has now, wrapped or not; any other by itself."""
     if not cls.__module__.startswith("transformers."):
         return cls
-    methods = sorted(
-        (n, f) for c in reversed(cls.__mro__) for n, f in vars(c).items() if _of_models(f) and n != "__init__"
+    methods = [
+        (c, n, f) for c in reversed(cls.__mro__) for n, f in vars(c).items() if isinstance(f, types.FunctionType)
+    ]
+    return _code_of(
+        tuple((n, f) for c, n, f in methods if n != "__init__" and c.__module__.startswith("transformers."))
     )
-    return tuple((name, _function(method, ())) for name, method in methods)
+
+
+@functools.cache
+def _code_of(methods: tuple[tuple[str, types.FunctionType], ...]) -> Any:
+    return tuple((name, _function(method, ())) for name, method in sorted(methods, key=lambda named: named[0]))
 
 
 def _of_models(value: Any) -> bool:
