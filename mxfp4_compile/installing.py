@@ -7,11 +7,10 @@ must give the same bytes. (All sites' prepared weights beside the originals woul
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 
 from .ops.backend import BackendError
 from .ops.selection import BackendUnavailable, choose
-from .passes.alterations import hooks_of, own_forwards, without_hooks
+from .passes.alterations import copy_hooks, hooks_of, own_forwards, without_hooks
 from .passes.build.module import MXFP4Experts
 from .passes.build.prep import ExpertReader, codes_program, prep_program, prepare_bias, run_prep
 from .passes.build.rewrite import RewriteError, rewrite
@@ -34,6 +33,7 @@ from .passes.trace.guards import quietly
 from .passes.weights import Stack, projections_of, source_names, stack
 from .planning import OptimizeError, Site, Structure, Trial
 from .processes import OneProcess
+from .progress import advancing
 from .report import SiteReport
 from .spec import SHARD
 
@@ -139,7 +139,7 @@ def try_sites(
             except Exception as error:
                 own_words = isinstance(error, (VerificationError, RewriteError))
                 site.reason = str(error) if own_words else f"{type(error).__name__}: {error}"
-                site.reason = _altered(site, scale_rule, model) or site.reason
+                site.reason = _altered(site, scale_rule, model, reader_of(site)) or site.reason
                 site.outcome = "failed"
             if structure.choice is not choice:
                 waiting.extendleft(reversed(done))  # another backend serves them now
@@ -150,14 +150,14 @@ def try_sites(
             site.structure = None
 
 
-def _altered(site: Site, scale_rule: str, model: nn.Module) -> str:
+def _altered(site: Site, scale_rule: str, model: nn.Module, reader: ExpertReader | None) -> str:
     """What changes the values of a site that failed from outside its class, "" if nothing is known to."""
     module = site.candidate.module
     hooks, own = hooks_of(module), own_forwards(module)
     if hooks:
         try:
             with without_hooks(module):
-                _trial(site, scale_rule, model, lambda _: None, None)
+                _trial(site, scale_rule, model, lambda _: None, reader)
         except Exception:  # the hooks are not, or not alone, what it failed for
             pass
         else:
@@ -346,14 +346,7 @@ def install_site(
         errors, verification = processes.whole_errors(site.name, built, errors, verification)
         built.weight_powers = None
     built.__dict__["site_name"] = site.name
-    for hooks in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        setattr(built, hooks, copy.copy(getattr(module, hooks)))
+    copy_hooks(module, built)
     carry_hooks(module, built)
     for name in site.candidate.names:
         owner, _, leaf = name.rpartition(".")
@@ -394,23 +387,15 @@ def _share_tensors(built: MXFP4Experts, first: MXFP4Experts) -> None:
 # progress
 
 
-@contextmanager
-def progress_bar(sites: list[Site], wanted: bool | None, times: int = 1) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    sites: list[Site], wanted: bool | None, times: int = 1
+) -> AbstractContextManager[Callable[[int], None]]:
     """A bar over the bytes of the sites' weights, read so many times; None: on a terminal, for long work."""
     total = times * sum(p.numel() * p.element_size() for s in sites for p in _weights_of(s))
     if wanted is None:
         # Short work needs no bar: a gigabyte takes seconds.
         wanted = sys.stderr.isatty() and total > 1 << 28
-    if not wanted:
-        yield lambda count: None
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        yield lambda count: None
-        return
-    with tqdm(total=total, unit="B", unit_scale=True, desc="MXFP4") as bar:
-        yield lambda count: bar.update(count)
+    return advancing(wanted, total=total, unit="B", unit_scale=True, desc="MXFP4")
 
 
 def _weights_of(site: Site) -> list[Stack]:

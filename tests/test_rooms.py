@@ -13,7 +13,7 @@ PACKAGE = ROOT / "mxfp4_compile"
 
 # From the bottom up. A module may import modules of its own room and of those before it.
 ROOMS = (
-    "registration", "text", "__init__", "activations", "spec", "mx", "buffers", "timing",
+    "registration", "text", "__init__", "activations", "spec", "mx", "buffers", "progress", "timing",
     "circumstances", "processes", "hf_models", "report", "ops",
     "passes", "passes.trace", "passes.find", "passes.match", "passes.build",
     "skipping", "planning", "ranks", "installing", "calibration", "runtime", "dynamo", "lifecycle", "pipeline",

@@ -6,8 +6,8 @@ Contract: nothing of the model changes before all of it is calibrated; the loop 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..passes.build.verify import WRONG_LAYOUT, VerificationError
 from ..passes.weights import Projection, members, projections_of, stack, unstack
 from ..planning import OptimizeError, Site, plan_model
 from ..processes import is_spread
+from ..progress import advancing
 from ..report import Report
 from .driver import Calibrated, Options, calibrate_target, plain_target, prepare_windows
 from .report import CalibrationReport, SiteCalibration
@@ -120,19 +121,10 @@ def _calibrated(
     return done
 
 
-@contextmanager
-def _bar(wanted: bool | None) -> Iterator[Callable[[int], None]]:
+def _bar(wanted: bool | None) -> AbstractContextManager[Callable[[int], None]]:
     """Tokens that were run, and how many a second; None: on a terminal."""
-    if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda count: None
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        yield lambda count: None
-        return
-    with tqdm(unit="tok", unit_scale=True, desc="calibration") as bar:
-        yield lambda count: bar.update(count)
+    wanted = sys.stderr.isatty() if wanted is None else wanted
+    return advancing(wanted, unit="tok", unit_scale=True, desc="calibration")
 
 
 def check_calibrated(site: SiteCalibration) -> None:

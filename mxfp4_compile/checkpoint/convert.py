@@ -32,6 +32,7 @@ from ..hf_models import class_of, empty_model, is_auto, load_plain, read_config
 from ..ops.target import DEFAULT_CAPTURE_SIZE
 from ..passes.weights import projections_of
 from ..planning import Site, left_alone, plan_model
+from ..progress import bar
 from ..report import Report, versions_used
 from ..skipping import as_patterns
 from .calibrating import (
@@ -377,21 +378,13 @@ def _job(
 @contextmanager
 def conversion_bar(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar for ``convert``: bytes written and the time left."""
-    if not wanted:
-        yield None
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        yield None
-        return
-    with tqdm(unit="B", unit_scale=True, desc="MXFP4") as bar:
+    with bar(wanted, unit="B", unit_scale=True, desc="MXFP4") as shown:
 
         def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            shown.total = total
+            shown.update(done - shown.n)
 
-        yield show
+        yield None if shown is None else show
 
 
 __all__ = ["Converted", "conversion_bar", "convert"]

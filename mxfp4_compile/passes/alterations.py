@@ -9,6 +9,7 @@ Contract: modules are read; ``without_hooks`` puts back what it took away.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,27 @@ def hooks_of(module: nn.Module) -> list[str]:
     return found
 
 
+def copy_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Give ``other`` the forward hooks of ``module`` itself, in place of its own."""
+    for name in (*_HOOKS, *_FLAGS):
+        setattr(other, name, copy.copy(getattr(module, name)))
+
+
+def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy without the hooks of the module itself, which a rewritten one keeps: what is verified is the module.
+
+    ``memo``: as for ``copy.deepcopy``, what is not to be copied. Nor is its configuration: the caller decides which
+    implementation of experts that names.
+    """
+    config = getattr(module, "config", None)
+    if config is not None:
+        memo[id(config)] = config
+    twin = copy.deepcopy(module, memo)
+    for name in _HOOKS:
+        getattr(twin, name).clear()
+    return twin
+
+
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Inside the block a module and what it holds run without their forward hooks."""
@@ -75,4 +97,4 @@ def _called(function: Any) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-__all__ = ["hooks_of", "own_forwards", "parametrized", "without_hooks"]
+__all__ = ["copied", "copy_hooks", "hooks_of", "own_forwards", "parametrized", "without_hooks"]

@@ -40,7 +40,7 @@ def structure_key(module: nn.Module) -> tuple[Any, ...]:
     return _Key(module).of_module(module)
 
 
-class _Itself:
+class Itself:
     """Equal to nothing but the same object."""
 
     __slots__ = ("value",)
@@ -49,7 +49,7 @@ class _Itself:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and other.value is self.value
+        return isinstance(other, Itself) and other.value is self.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -95,10 +95,10 @@ class _Key:
         except Exception:  # code of the object's own
             parts = None
         if parts is None:
-            return _Itself(value)
+            return Itself(value)
         self.met[id(value)] = len(self.met)
         self.kept.append(value)
-        return kind, tuple(p if isinstance(p, _Itself) else self.of(p) for p in parts)
+        return kind, tuple(p if isinstance(p, Itself) else self.of(p) for p in parts)
 
     def _parts(self, value: Any) -> list[Any] | None:
         """What a value consists of; None for one that is only equal to itself."""
@@ -116,8 +116,8 @@ class _Key:
         if kind is types.MethodType:
             return [value.__func__, value.__self__]
         if kind is types.FunctionType:
-            cells = [c.cell_contents if _full(c) else _Itself(types.CellType) for c in value.__closure__ or ()]
-            own = [value.__code__, _Itself(value.__globals__), value.__defaults__, value.__kwdefaults__]
+            cells = [c.cell_contents if _full(c) else Itself(types.CellType) for c in value.__closure__ or ()]
+            own = [value.__code__, Itself(value.__globals__), value.__defaults__, value.__kwdefaults__]
             return [*own, len(cells), *cells, *extra]
         if kind is slice:
             return [value.start, value.stop, value.step]
@@ -137,7 +137,7 @@ class _Key:
             return "tensor", self.tensors[id(tensor)]
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
         if not plain or tensor.device.type == "meta" or tensor.numel() * tensor.element_size() > _READ:
-            return _Itself(tensor)
+            return Itself(tensor)
         return tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride(), as_bytes(tensor)
 
 
@@ -157,4 +157,4 @@ def _full(cell: types.CellType) -> bool:
     return True
 
 
-__all__ = ["structure_key"]
+__all__ = ["Itself", "structure_key"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import codes
 from torch import Tensor, nn
 
 import mxfp4_compile
@@ -46,15 +47,6 @@ def make(family: str = "qwen3_moe", **kwargs: Any) -> Any:
 def planned(model: nn.Module) -> list[Any]:
     sites = plan_model(model, Report("mse", "bf16", 0, False), None, (), True, None, [])
     return [site for site in sites if site.structure is not None]
-
-
-def codes(model: nn.Module) -> dict[str, Tensor]:
-    found = {}
-    for name, site in mxfp4_sites(model).items():
-        for projection in site.projections:
-            packed, scales = site.canonical(projection)
-            found[f"{name}.{projection.slot}"], found[f"{name}.{projection.slot}.scales"] = packed, scales
-    return found
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -84,21 +84,8 @@ def _function(function: types.FunctionType, above: tuple[Any, ...]) -> Any:
     code = function.__code__
     cells = [c.cell_contents for c in function.__closure__ or ()]
     known = [function.__globals__[n] for n in _names(_plain(code)) if n in function.__globals__]
-    meant = [_function(v, above) if _of_models(v) else _Itself(v) for v in (*cells, *known)]
+    meant = [_function(v, above) if _of_models(v) else same.Itself(v) for v in (*cells, *known)]
     return _plain(code), repr((function.__defaults__, function.__kwdefaults__)), tuple(meant)
-
-
-class _Itself:
-    """Equal to nothing but the same object."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
 
 
 def _plain(code: types.CodeType) -> Any:

@@ -101,14 +101,12 @@ class MXFP4Experts(PreparedWeights):
             )
         leaves = [*args, *[kwargs[name] for name in pattern.keywords]]
         autocast = torch.is_autocast_enabled(self.device.type)
-        floating = [
+        cast = [
             (leaf, expected)
             for leaf, expected in zip(leaves, pattern.leaves, strict=True)
-            if isinstance(expected, TensorInfo) and expected.dtype.is_floating_point and leaf.is_floating_point()
+            if isinstance(expected, TensorInfo) and (_is_wider(leaf, expected) or (autocast and _float(leaf, expected)))
         ]
-        if autocast or any(_is_wider(leaf, expected) for leaf, expected in floating):
-            return self._in_traced_dtypes(leaves, [p for p in floating if autocast or _is_wider(*p)])
-        return self._run(leaves)
+        return self._in_traced_dtypes(leaves, cast) if cast or autocast else self._run(leaves)
 
     def _in_traced_dtypes(self, leaves: list[Any], floating: list[tuple[Tensor, TensorInfo]]) -> Any:
         """The graph in the dtypes it was traced in; what has the tokens' dtype there has the caller's here."""
@@ -213,6 +211,10 @@ class MXFP4Experts(PreparedWeights):
 
     def extra_repr(self) -> str:
         return f"{self.plan.spec}, backend={self.backend!r}, layout={self.layout!r}"
+
+
+def _float(tensor: Tensor, traced: TensorInfo) -> bool:
+    return traced.dtype.is_floating_point and tensor.is_floating_point()
 
 
 def _is_wider(tensor: Tensor, traced: TensorInfo) -> bool:

@@ -22,7 +22,6 @@ the first check share them (``check_weights``).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from ... import mx
 from ...ops import schema
 from ...ops.registry import get_backend
+from ..alterations import copied
 from ..calls import TensorInfo
 from ..evaluate import random_ids
 from ..match import FusedMatch
@@ -320,12 +320,7 @@ def _with_weights(site: MXFP4Experts, original: nn.Module, narrow: slice, dtype:
     for name in (m for n in released for m in members(original, n)):  # do not copy what is replaced
         parameter = original.get_parameter(name)
         memo[id(parameter)] = parameter
-    config = getattr(original, "config", None)
-    if config is not None:
-        memo[id(config)] = config  # the caller decides which implementation it names
-    module = copy.deepcopy(original, memo)
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        hooks.clear()
+    module = copied(original, memo)
     values: dict[str, Tensor] = {}
     for projection in site.projections:
         values.update(site.dequantized(projection, narrow, dtype))

@@ -20,7 +20,6 @@ a list. Where the block multiplies packed weights itself, one block's dequantize
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from ... import mx
 from ...ops import schema
+from ..alterations import copied
 from ..calls import TensorInfo
 from ..evaluate import random_ids
 from ..trace.failures import in_words
@@ -275,12 +275,7 @@ class _Experts:
         owner = self.original.get_submodule(self.prefix)
         for name in self.children:
             memo[id(owner._modules[name])] = owner._modules[name]
-        config = getattr(self.original, "config", None)
-        if config is not None:
-            memo[id(config)] = config
-        block = copy.deepcopy(self.original, memo)
-        for hooks in (block._forward_hooks, block._forward_pre_hooks):
-            hooks.clear()
+        block = copied(self.original, memo)
         owner = block.get_submodule(self.prefix)
         for expert, name in enumerate(self.children):
             child = owner._modules[name]
@@ -318,12 +313,7 @@ class _Packed:
         for projection in self.site.projections:
             for name in (m for n in projection.source.parameters for m in members(self.original, n)):
                 memo[id(self.original.get_parameter(name))] = self.original.get_parameter(name)
-        config = getattr(self.original, "config", None)
-        if config is not None:
-            memo[id(config)] = config
-        block = copy.deepcopy(self.original, memo)
-        for hooks in (block._forward_hooks, block._forward_pre_hooks):
-            hooks.clear()
+        block = copied(self.original, memo)
         for projection in self.site.projections:
             for name, value in self.site.dequantized(projection, dtype=dtype).items():
                 owner, _, leaf = name.rpartition(".")

@@ -36,13 +36,13 @@ class FullForm(LayerForm):
 class FullView(LayerView):
     def __init__(self, keys: Tensor, values: Tensor, clock: Clock) -> None:
         self.keys, self.values = keys, values
-        self.position = clock.position
+        self.position = self.slot = clock.position  # of the next token, and where it is written
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.position, key_states)
-        self.values.index_copy_(2, self.position, value_states)
+        self.keys.index_copy_(2, self.slot, key_states)
+        self.values.index_copy_(2, self.slot, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:

@@ -47,13 +47,6 @@ class RingView(FullView):
         self.slot = clock.ring_slot(keys.shape[2])
         self._window = window
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.slot, key_states)
-        self.values.index_copy_(2, self.slot, value_states)
-        return self.keys, self.values
-
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
         size = self.keys.shape[2]
         slots = torch.arange(size, device=self.keys.device)
