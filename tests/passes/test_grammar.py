@@ -70,6 +70,13 @@ def test_right_or_refused_where_a_size_decides(part: int) -> None:
         assert found in ("fused", "split") or "layers.0" in found, spelling
 
 
+@pytest.mark.parametrize("dispatch", ["unique", "ends on the host"])
+def test_a_choice_says_how_many_experts_there_are(dispatch: str) -> None:
+    """Where one matrix holds them all, nothing else does."""
+    spelling = Spelling("softmax", "flattened", "silu", True, dispatch, "index_add")
+    assert outcome(spelling) == "fused"
+
+
 @pytest.mark.parametrize("part", range(RANDOM_PARTS))
 def test_random_blocks_where_no_size_decides(part: int) -> None:
     @seed(part)
