@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from model_activations import GPT_OSS
 
 import mxfp4_compile
 from mxfp4_compile.mx import dequantize, quantize
@@ -28,7 +29,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 BF16 = torch.bfloat16
 BACKENDS = ("triton", "triton_kernels", "humming")
 TOLERANCE = {"triton": 6e-3, "triton_kernels": 1e-2, "humming": 1e-2}
-GPT_OSS = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
 ACTIVATIONS = (
     Activation("silu"),
     GPT_OSS,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_activations import GPT_OSS, SILU
 from paths import REPO
 from toy_backend import ToyBackend
 
@@ -30,7 +31,6 @@ from mxfp4_compile.spec import Activation, MoEParams
 from mxfp4_compile.tools import main as cli
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
-SILU, GPT_OSS = Activation("silu"), Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
 RELU2 = Activation("relu2", gated=False)
 
 

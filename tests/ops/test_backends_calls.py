@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_activations import GPT_OSS, SILU
 from signatures.extract import RESULT
 from test_ops import make_inputs, oracle, relative
 
@@ -27,8 +28,6 @@ from mxfp4_compile.spec import Activation, MoEParams
 
 SIGNATURES = json.loads(RESULT.read_text())["signatures"]
 BF16 = torch.bfloat16
-GPT_OSS = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
-SILU = Activation("silu")
 
 
 def signature(wheel: str, name: str) -> inspect.Signature:

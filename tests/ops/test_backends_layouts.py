@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from model_activations import GPT_OSS
 from signatures.extract import RESULT, K, N, digest, pattern, scale_pattern
 
 import mxfp4_compile  # noqa: F401  (registers the backends)
@@ -20,7 +21,6 @@ from mxfp4_compile.ops.target import Parallel, Request, Target
 from mxfp4_compile.spec import Activation, MoEParams
 
 EXTRACTED = json.loads(RESULT.read_text())["layouts"]
-GPT_OSS = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
 
 LAYOUTS = [
     ("reference", "canonical"),

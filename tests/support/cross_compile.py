@@ -8,6 +8,7 @@ from functools import cache, lru_cache
 
 import pytest
 import torch
+from model_activations import GPT_OSS
 
 from mxfp4_compile.spec import Activation, MoEParams
 
@@ -29,7 +30,6 @@ FP8_TARGETS = {
 }
 TOKENS = (1, 8, 40, 512, 4096)
 FP8_TOKENS = (1, 8, 40, 512, 1024, 1500, 4096)
-GPT_OSS = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
 SHAPES = {
     "qwen3": (128, 8, 2048, 768, Activation("silu")),
     "gpt_oss": (32, 4, 2880, 2880, GPT_OSS),
