@@ -23,6 +23,7 @@ class Recorder(Protocol):
 
     name: str
     compiles: bool
+    device: torch.device | None  # the only one it records on; None: whichever the model is on
 
     def record(self, run: Callable[[], None], warmups: int) -> Recording:
         """Run ``run`` a few times, then record it."""
@@ -51,6 +52,7 @@ class EagerRecorder:
 
     name = "none"
     compiles = False
+    device: torch.device | None = None
 
     def record(self, run: Callable[[], None], warmups: int) -> Recording:
         for _ in range(warmups):
@@ -80,7 +82,7 @@ class CudaGraphRecorder:
     compiles = True
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device: torch.device | None = device
         self._pool: Any = None
 
     def record(self, run: Callable[[], None], warmups: int) -> Recording:

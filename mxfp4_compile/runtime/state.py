@@ -28,6 +28,8 @@ RECORD_PROMPTS = "MXFP4_COMPILE_RECORD_PROMPTS"
 # Latents are attended to as they are if this is 1 (latent.py): not yet by themselves, as it was run on a CPU only.
 ABSORB_LATENTS = "MXFP4_COMPILE_ABSORB_LATENTS"
 
+MOVED = "weights or modules moved: recorded steps were dropped"
+
 # Free memory that a capture must leave for activations and whatever else runs on the device.
 _RESERVE_BYTES = 1 << 30
 
@@ -104,6 +106,11 @@ class Runtime:
         if self.max_capture_size < 1:
             return "max_capture_size=0"
         device = next(model.parameters()).device
+        if self.recorder is not None and self.recorder.device not in (None, device):
+            if self.steps or self.refused:
+                self.report.note(MOVED)
+            self.drop()
+            self.recorder = None  # it records on the device that the model left
         if self.recorder is None:
             self.recorder = recorder_for(device)
         if self.recorder is None:
@@ -117,7 +124,7 @@ class Runtime:
         fingerprint = fingerprint_of(model, modules)
         if fingerprint != self.fingerprint:
             if self.steps or self.refused:
-                self.report.note("weights or modules moved: recorded steps were dropped")
+                self.report.note(MOVED)
                 self.drop()
             self.fingerprint = fingerprint
         versions = versions_of(modules)

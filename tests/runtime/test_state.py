@@ -83,3 +83,18 @@ def test_weights_that_moved_are_noticed() -> None:
     assert recorder.recorded == 2
     plain(model)
     assert torch.equal(got, model.generate(ids, **options))
+
+
+def test_a_recorder_stays_on_its_device() -> None:
+    """A model that moved away from a GPU must not be recorded with its CUDA graphs, which would be empty."""
+    model = mxfp4_compile.optimize(tiny_model("qwen3_moe"), verify=False)
+    recorder = recorded(model)
+    recorder.device = torch.device("cpu")
+    ids = torch.randint(3, 60, (2, 5))
+    options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert recorder.recorded == 1 and runtime_of(model).report.captures
+    recorder.device = torch.device("cuda", 0)  # where the model was, had it come from there
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert recorder.recorded == 1 and not runtime_of(model).report.captures
+    assert any("moved" in note for note in runtime_of(model).report.notes)
