@@ -162,7 +162,7 @@ def test_paths_of_weights_apart(store: str) -> None:
     (path,) = names
     assert str(WeightPath.parse(path)) == path and WeightPath.parse(path).apart
     whole = stack(block, path)
-    assert whole.shape == (4, grammar.MI, H)
+    assert whole.shape == (grammar.E, grammar.MI, H)
     values = unstack(block, path, whole[:])
-    assert len(values) == 4 and all(torch.equal(block.get_parameter(n), v) for n, v in values.items())
-    assert torch.equal(restacked(block, path, values, "", 4), whole[:])
+    assert len(values) == grammar.E and all(torch.equal(block.get_parameter(n), v) for n, v in values.items())
+    assert torch.equal(restacked(block, path, values, "", grammar.E), whole[:])
