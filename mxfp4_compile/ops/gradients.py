@@ -14,8 +14,8 @@ weight w, and g the gradient of out[t]::
 With ``weight_on_input``, where the expert sees w x[t]: dx = w (dy Wup), dw = <dy Wup, x[t]>, and dy lacks the w.
 Rounding counts as the identity. Ids >= E contribute nothing. The same inputs give the same bits: no atomic sums.
 
-Every backend has this by way of ``Backend.recover``: canonical weights of the experts that are hit, dequantized a
-few experts at a time, so that the dense weights of a layer never lie in memory together.
+Backends without kernels for it (triton has them) have this by way of ``Backend.recover``: canonical weights of the
+experts that are hit, dequantized a few at a time, so that the dense weights of a layer never lie in memory together.
 """
 
 from __future__ import annotations

@@ -149,8 +149,8 @@ class Layer:
 
         return at
 
-    def hf(self, implementation: str, mode: str | None = None, compiled: bool = True) -> At:
-        """transformers' experts on the original bf16 weights, under torch.compile(dynamic=False, mode) or eager."""
+    def hf_module(self, implementation: str) -> Any:
+        """transformers' experts with the original bf16 weights, frozen."""
         from transformers import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -170,6 +170,11 @@ class Layer:
         for parameter, role in zip((module.gate_up_proj, module.down_proj), ROLES, strict=True):
             for e in range(s.num_experts):
                 parameter[e].copy_(self.original(role, e))
+        return module
+
+    def hf(self, implementation: str, mode: str | None = None, compiled: bool = True) -> At:
+        """transformers' experts on the original bf16 weights, under torch.compile(dynamic=False, mode) or eager."""
+        module = self.hf_module(implementation)
 
         def at(x: Tensor, ids: Tensor, w: Tensor) -> Run:
             if implementation == "batched_mm" and x.shape[0] > _BATCHED_TOKENS:

@@ -100,13 +100,13 @@ def test_every_rule_is_recorded():
 def step_on(arch, **constants):
     """A step of the scanning kernel that rules give mma.sync and 96 registers."""
     from mxfp4_compile.ops.backends.triton.matmul import scan_matmul
-    from mxfp4_compile.ops.backends.triton.moe import _step
+    from mxfp4_compile.ops.backends.triton.moe import product_step
 
     sizes = {"BM": 64, "BT": 8, "QUADS": 1, "UNROLL": 1, "WAIT": 0, "SPLIT_K": 1, "AHEAD": 0, "PDL": 0}
     tiles = tiles_of({"kernel": "scan", **sizes, "warps": 4, "stages": 2, "registers": 96})
     names = scan_matmul.arg_names
     others = {name: 0 for name in names[names.index("E") :] if name not in sizes}
-    return _step(scan_matmul, tiles, arch, **{**others, "K": 64, **constants})
+    return product_step(scan_matmul, tiles, arch, **{**others, "K": 64, **constants})
 
 
 DOT = "%a = tt.dot %w, %x, %c : tensor<64x64xbf16, #ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>> * tensor"

@@ -47,3 +47,64 @@ def activate(
             up = tl.where(up > UP_LIMIT, UP_LIMIT, tl.where(up < -UP_LIMIT, -UP_LIMIT, up))
         out = out * (up + BETA)
     return out
+
+
+@triton.jit
+def _derivative(gate, alpha, KIND: tl.constexpr):
+    """(f, f') of ``gate``."""
+    if KIND == "silu":
+        s = 1.0 / (1.0 + tl.exp(-alpha * gate))
+        f = gate * s
+        df = s * (1.0 + alpha * gate * (1.0 - s))
+    elif KIND == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+        f = gate * cdf
+        df = cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    elif KIND == "gelu_tanh":
+        square = gate * gate
+        s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * gate * (1.0 + 0.044715 * square)))
+        f = gate * s
+        df = s + f * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * square))
+    elif KIND == "relu":
+        f = tl.where(gate < 0.0, 0.0, gate)
+        df = tl.where(gate > 0.0, 1.0, 0.0)
+    else:
+        tl.static_assert(KIND == "relu2")
+        f = tl.where(gate < 0.0, 0.0, gate)
+        df = 2.0 * f
+        f = f * f
+    return f, df
+
+
+@triton.jit
+def gradient(
+    gate,
+    up,
+    dh,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+):
+    """``activate`` and, given the gradient of its result, those of ``gate`` and ``up``: (h, dgate, dup).
+
+    A limit passes the gradient up to and at it, as torch's clamp does.
+    """
+    limited = gate
+    if GATE_LIMIT is not None:
+        limited = tl.where(gate > GATE_LIMIT, GATE_LIMIT, gate)
+    h, df = _derivative(limited, ALPHA, KIND)
+    if GATE_LIMIT is not None:
+        df = tl.where(gate > GATE_LIMIT, 0.0, df)
+    dgate = dh * df
+    dup = dgate
+    if GATED:
+        dup = dh * h
+        if UP_LIMIT is not None:
+            dup = tl.where((up > UP_LIMIT) | (up < -UP_LIMIT), 0.0, dup)
+            up = tl.where(up > UP_LIMIT, UP_LIMIT, tl.where(up < -UP_LIMIT, -UP_LIMIT, up))
+        h = h * (up + BETA)
+        dgate = dgate * (up + BETA)
+    return h, dgate, dup

@@ -118,6 +118,20 @@ class TritonBackend(Backend):
 
         return grouped_linear(inputs)
 
+    def moe_backward(self, grad: Tensor, inputs: MoEInputs) -> tuple[Tensor, Tensor]:
+        """On the prepared weights as they lie; no host synchronization."""
+        from .backward import moe_backward
+
+        return moe_backward(grad, inputs)
+
+    def grouped_linear_backward(
+        self, grad: Tensor, offsets: Tensor, weight: Sequence[Tensor], k: int, dtype: torch.dtype, layout: str
+    ) -> Tensor:
+        """grad [S, N] -> [S, K], alike."""
+        from .backward import grouped_linear_backward
+
+        return grouped_linear_backward(grad, offsets, weight, k, dtype, layout)
+
 
 def _known(slot: Slot) -> Slot:
     known_layout(slot.layout, "triton", layouts.LAYOUTS)

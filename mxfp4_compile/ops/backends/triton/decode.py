@@ -131,16 +131,8 @@ def _nibbles(word, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def decode_operand(words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """words int32 [SLABS, 128], scales int32 [SLABS, 8, 1 or 4] -> DTYPE [SLABS*16, 64] / SCALE: a K step.
-
-    A slab's 128 words are, for each of 32 lanes (row of eight, quarter of a fragment), the four it
-    decodes: (row half, block), each eight codes. A coalesced load thus lands every code in the thread
-    whose tensor-core fragment it belongs to, and the reshapes below move no data.
-    """
-    m = multiplier(_block_exponents(scales), DTYPE)
-    m = tl.reshape(tl.broadcast_to(m, [SLABS, 8, 4, 2, 2]), [SLABS, 128])
-    # digits: nibble, half, parity
+def scaled_codes(words, m, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """The eight codes of each word times its multiplier ``m``; their digits count nibble, half, parity."""
     if BITS > 0 and DTYPE == tl.bfloat16:  # noqa: SIM300
         ASSEMBLY: tl.constexpr = _UNTWIDDLE if BITS == 1 else _UNSELECT
         a, b, c, d = tl.inline_asm_elementwise(
@@ -165,6 +157,20 @@ def decode_operand(words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, BITS
         w101 *= m
         w110 *= m
         w111 *= m
+    return w000, w001, w010, w011, w100, w101, w110, w111
+
+
+@triton.jit
+def decode_operand(words, scales, SLABS: tl.constexpr, QUADS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """words int32 [SLABS, 128], scales int32 [SLABS, 8, 1 or 4] -> DTYPE [SLABS*16, 64] / SCALE: a K step.
+
+    A slab's 128 words are, for each of 32 lanes (row of eight, quarter of a fragment), the four it
+    decodes: (row half, block), each eight codes. A coalesced load thus lands every code in the thread
+    whose tensor-core fragment it belongs to, and the reshapes below move no data.
+    """
+    m = multiplier(_block_exponents(scales), DTYPE)
+    m = tl.reshape(tl.broadcast_to(m, [SLABS, 8, 4, 2, 2]), [SLABS, 128])
+    w000, w001, w010, w011, w100, w101, w110, w111 = scaled_codes(words, m, BITS, DTYPE)
     return _arrange(w000, w001, w010, w011, w100, w101, w110, w111, SLABS, QUADS)
 
 

@@ -25,7 +25,7 @@ from .vector import vector_down, vector_up
 
 # Bytes of intermediates (activations between the projections, rows before the combination) that one
 # call may take; longer inputs go in chunks of tokens.
-_MAX_INTERMEDIATE = 2 << 30
+MAX_INTERMEDIATE = 2 << 30
 
 
 def interpreted() -> bool:
@@ -33,17 +33,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _dot_dtype() -> Any:
+def dot_dtype() -> Any:
     import triton.language as tl
 
     return tl.float32 if interpreted() else tl.bfloat16
 
 
-def _activation(params: MoEParams) -> dict[str, Any]:
+def activation_constants(params: MoEParams) -> dict[str, Any]:
     act = params.activation
     return {
         "KIND": act.kind,
@@ -55,7 +55,7 @@ def _activation(params: MoEParams) -> dict[str, Any]:
     }
 
 
-_NO_ACTIVATION = {
+NO_ACTIVATION = {
     "KIND": None,
     "GATED": False,
     "ALPHA": 1.0,
@@ -65,7 +65,7 @@ _NO_ACTIVATION = {
 }
 
 
-def _step(kernel: Any, tiles: Tiles, arch: str, **constants: Any) -> Step:
+def product_step(kernel: Any, tiles: Tiles, arch: str, **constants: Any) -> Step:
     """A kernel's step on ``arch``, as select.py names it."""
     sizes = dict(tiles.sizes)
     product = pipeline = None
@@ -103,12 +103,12 @@ class LaunchPlan:
             "E": e, "TOP_K": top_k, "X_STRIDE": x_stride, "BITS": bits,
             "SLABS": layouts.slabs(params.up_rows, params.activation.gated), "STEPS": layouts.steps(h),
             "N": i, "K": h,
-            **_activation(params),
+            **activation_constants(params),
         }  # fmt: skip
         down: dict[str, Any] = {
             "E": e, "TOP_K": top_k, "X_STRIDE": i, "BITS": bits,
             "SLABS": layouts.slabs(h, False), "STEPS": layouts.steps(i), "N": h, "K": i,
-            **_NO_ACTIVATION,
+            **NO_ACTIVATION,
         }  # fmt: skip
         if choice.fp8:
             # Quantized rows are whole steps.
@@ -119,45 +119,46 @@ class LaunchPlan:
             split = False
             for step, k in zip((up, down), padded, strict=True):
                 step["X_STRIDE"] = step["K"] = k
-        dot = {"SPLIT": split and not interpreted(), "DTYPE": _dot_dtype()}
+        dot = {"SPLIT": split and not interpreted(), "DTYPE": dot_dtype()}
         scan = {"PAIRS": pairs_class, "BY_EXPERT": self.by_expert, **dot}
-        ragged = {"E_PADDED": _power_of_two(e), **dot}
+        ragged = {"E_PADDED": power_of_two(e), **dot}
         if choice.up_regime == "vector":
-            self.up = _step(vector_up, choice.up, arch, **up)
+            self.up = product_step(vector_up, choice.up, arch, **up)
             self.up_tiles = up["SLABS"] * (8 // choice.up["ROWS"])
         else:
             self.up_tiles = -(-up["SLABS"] * 16 // choice.up["BM"])
             # Its activation needs whole sums.
             whole = choice.up.with_size("SPLIT_K", 1)
             if choice.up_regime == "scan":
-                self.up = _step(scan_matmul, whole, arch, X_BY_TOKEN=True, **scan, **up)
+                self.up = product_step(scan_matmul, whole, arch, X_BY_TOKEN=True, **scan, **up)
             else:
-                self.up = _step(sorted_matmul, whole, arch, GATHER_X=True, SCATTER_OUT=False, **ragged, **up)
+                self.up = product_step(sorted_matmul, whole, arch, GATHER_X=True, SCATTER_OUT=False, **ragged, **up)
         if choice.down_regime == "vector":
             del down["X_STRIDE"]
-            for name in _NO_ACTIVATION:
+            for name in NO_ACTIVATION:
                 del down[name]
-            self.down = _step(vector_down, choice.down, arch, TOP_K_PADDED=_power_of_two(top_k), **down)
+            self.down = product_step(vector_down, choice.down, arch, TOP_K_PADDED=power_of_two(top_k), **down)
             self.down_tiles = down["SLABS"] * (8 // choice.down["ROWS"])
         else:
             self.down_tiles = -(-down["SLABS"] * 16 // choice.down["BM"])
             self.split_k = choice.down["SPLIT_K"]
             if choice.down_regime == "scan":
-                self.down = _step(scan_matmul, choice.down, arch, X_BY_TOKEN=False, **scan, **down)
+                self.down = product_step(scan_matmul, choice.down, arch, X_BY_TOKEN=False, **scan, **down)
             else:
-                self.down = _step(sorted_matmul, choice.down, arch, GATHER_X=False, SCATTER_OUT=True, **ragged, **down)
-            self.combine_block = min(_power_of_two(h), 1024)
+                self.down = product_step(
+                    sorted_matmul, choice.down, arch, GATHER_X=False, SCATTER_OUT=True, **ragged, **down
+                )
+            self.combine_block = min(power_of_two(h), 1024)
             self.combine_tiles = -(-h // self.combine_block)
             constants = {"E": e, "TOP_K": top_k, "SPLIT_K": self.split_k, "N": h, "BLOCK": self.combine_block}
             constants["PDL"] = choice.down["PDL"]
             self.combine = Step(combine, constants, 4, 1)
         if choice.up_regime == "sorted":
-            constants = {"BLOCK": pairs_class, "PDL": choice.up["PDL"]}
-            self.sort = Step(sort_pairs, constants, max(min(pairs_class // 512, 16), 4), 1)
+            self.sort = sort_step(pairs_class, choice.up["PDL"])
 
 
 def _quantize_step(x_stride: int, k: int, padded: int, pdl: int) -> Step:
-    block = _power_of_two(padded)
+    block = power_of_two(padded)
     constants = {"X_STRIDE": x_stride, "K": k, "PADDED": padded, "BLOCK": block}
     constants |= {"INTERPRETED": interpreted(), "PDL": pdl}
     return Step(quantize_rows, constants, max(min(block // 1024, 8), 1), 1)
@@ -204,8 +205,8 @@ def moe(inputs: MoEInputs, choice: TileChoice | None = None) -> Tensor:
     if inputs.layout == "sm89_fp8":
         per_token += top_k * params.intermediate + params.hidden
     # Row numbers times widths are 64-bit in the kernels; row numbers and tile numbers are 32-bit.
-    chunk = max(min(_MAX_INTERMEDIATE // per_token, (1 << 24) // top_k), 1)
-    with torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else _NOTHING:
+    chunk = max(min(MAX_INTERMEDIATE // per_token, (1 << 24) // top_k), 1)
+    with torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else NOTHING:
         if chunk >= tokens:
             _chunk(inputs, out, choice)
         else:
@@ -221,7 +222,7 @@ class _Nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
-_NOTHING = _Nothing()
+NOTHING = _Nothing()
 
 
 def _chunk(inputs: MoEInputs, out: Tensor, choice: TileChoice | None) -> None:
@@ -297,22 +298,31 @@ def _chunk(inputs: MoEInputs, out: Tensor, choice: TileChoice | None) -> None:
 def pairs_class(choice: TileChoice, pairs: int) -> int:
     """What kernels are specialized for in place of the number of pairs: a power of two."""
     if choice.up_regime == "sorted":
-        # Ids scanned at a time: the whole list, or as many as a program holds well.
-        return 512 if pairs <= 512 else 2048 if pairs <= 4096 else 16384
+        return sorted_class(pairs)
     if choice.up_regime == choice.down_regime == "vector":
         return 0
-    return max(_power_of_two(pairs), 16)
+    return max(power_of_two(pairs), 16)
+
+
+def sorted_class(pairs: int) -> int:
+    """Ids that ``sort_pairs`` scans at a time: the whole list, or as many as a program holds well."""
+    return 512 if pairs <= 512 else 2048 if pairs <= 4096 else 16384
+
+
+def sort_step(block: int, pdl: int) -> Step:
+    """``sort_pairs`` for the class of pairs ``block``."""
+    return Step(sort_pairs, {"BLOCK": block, "PDL": pdl}, max(min(block // 512, 16), 4), 1)
 
 
 @lru_cache(maxsize=1024)
 def _linear_step(arch: str, e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, bits: int, tiles: Tiles) -> Step:
-    return _step(
+    return product_step(
         sorted_matmul,
         # What comes before it is not known.
         tiles.with_size("PDL", 0).with_size("SPLIT_K", 1),
         arch,
         E=e,
-        E_PADDED=_power_of_two(e),
+        E_PADDED=power_of_two(e),
         TOP_K=1,
         X_STRIDE=x_stride,
         SLABS=layouts.slabs(n, False),
@@ -323,8 +333,8 @@ def _linear_step(arch: str, e: int, n: int, k: int, x_stride: int, dtype: torch.
         SCATTER_OUT=False,
         SPLIT=dtype != torch.bfloat16 and not interpreted(),
         BITS=bits,
-        DTYPE=_dot_dtype(),
-        **_NO_ACTIVATION,
+        DTYPE=dot_dtype(),
+        **NO_ACTIVATION,
     )
 
 
@@ -344,6 +354,6 @@ def grouped_linear(inputs: LinearInputs) -> Tensor:
     tiles = choose_linear(arch, e, rows, x.dtype == torch.bfloat16)
     step = _linear_step(arch, e, n, k, x.stride(0), x.dtype, layouts.BIT_ORDERS[inputs.layout], tiles)
     grid = (-(-layouts.slabs(n, False) * 16 // tiles["BM"]) * (rows // tiles["BT"] + e), 1, 1)
-    with torch.cuda.device(x.device) if x.is_cuda else _NOTHING:
+    with torch.cuda.device(x.device) if x.is_cuda else NOTHING:
         step(grid, x, codes, scales, None, inputs.offsets.contiguous(), None, None, out, None, None)
     return out

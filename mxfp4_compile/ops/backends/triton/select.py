@@ -7,12 +7,14 @@ and ragged (1 where K is not whole steps: its masks take registers), so that a s
 its neighbours. What the user tuned on this GPU (tuned.py) goes before all of it, for exactly its shapes.
 
 Where activations may be fp8, a second list, "moe_fp8", goes before everything; it says from how many rows on that pays.
+A third, "backward", has the tiles of gradients' products.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,24 @@ def choose_linear(architecture: str, num_experts: int, rows: int, bf16: bool = T
     raise ValueError(f"no sorted entry of configs/{architecture}.json fits {mean} rows per expert")
 
 
+@dataclass(frozen=True)
+class BackwardChoice:
+    """The tiles of ``transposed_matmul`` for a backward's two projections."""
+
+    down: Tiles
+    up: Tiles
+
+
+@lru_cache(maxsize=1024)
+def choose_backward(architecture: str, num_experts: int, pairs: int, weights: int, bf16: bool = True) -> BackwardChoice:
+    """The tiles of a backward of ``pairs`` pairs, of experts of ``weights`` = hidden x inner."""
+    facts = {"rows": _rows(pairs, num_experts, bf16), "weights": weights}
+    for entry in load_config(architecture)["backward"]:
+        if _fits(entry, facts):
+            return BackwardChoice(tiles_of(entry["down"]), tiles_of(entry["up"]))
+    raise ValueError(f"no entry for a backward of configs/{architecture}.json fits {facts}")
+
+
 def forget_tuned() -> None:
     """Consult the user's tuned data anew, as they are now."""
     tuned.forget()
@@ -138,11 +158,13 @@ def forget_tuned() -> None:
 
 
 __all__ = [
+    "BackwardChoice",
     "Regime",
     "TileChoice",
     "Tiles",
     "architecture",
     "choose",
+    "choose_backward",
     "choose_linear",
     "forget_tuned",
     "fp8_from",

@@ -11,9 +11,12 @@ kernels share everything but how they find rows: ``scan_matmul`` finds an expert
     pipelined.py direct.py  the loops over K
              step.py        one step of K
              finish.py      weight on input, bias, activation, store
+
+``transposed_matmul`` (transposed.py) is the gradients' product, which reduces over the rows of the same weights.
 """
 
 from .scan import scan_matmul
 from .sorted import sorted_matmul
+from .transposed import transposed_matmul
 
-__all__ = ["scan_matmul", "sorted_matmul"]
+__all__ = ["scan_matmul", "sorted_matmul", "transposed_matmul"]

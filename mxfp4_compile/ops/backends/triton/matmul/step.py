@@ -12,7 +12,7 @@ COLUMNS = tl.constexpr(8)
 
 
 @triton.jit
-def _after_wgmma(words):
+def after_wgmma(words):
     """``words``, once no wgmma runs any more.
 
     wgmma reads its first operand from registers after it was issued, and Triton leaves some in flight from one
@@ -34,7 +34,7 @@ def product(
     With ``bases`` (as for ``fp8_operand``, else None) weights and x are e4m3.
     """
     if WAIT:
-        words = _after_wgmma(words)
+        words = after_wgmma(words)
     if len(scales.shape) == 1:
         scales = tl.reshape(scales, [words.shape[0], 8, 4])
     else:
@@ -56,7 +56,7 @@ def raw_product(
 ):  # fmt: skip
     """acc + codes [BM, 64] @ x [8, 64]^T, times 2^-126 of the codes and SCALE of the activations."""
     if WAIT:
-        words = _after_wgmma(words)
+        words = after_wgmma(words)
     w = raw_operand(words, words.shape[0], QUADS, BITS, DTYPE)
     if QUADS:
         x = quads(x, COLUMNS)
