@@ -1,7 +1,8 @@
 """Fine-tune the demo model around its MXFP4 experts with PEFT, on a CPU, in about a minute.
 
 The model writes plays; it learns to write them in capitals. LoRA on attention and on the experts is
-trained; the experts themselves stay 4-bit codes. Prints the held-out loss before and after, saves the adapter, reads it back.
+trained; the experts themselves stay 4-bit codes. Prints the held-out loss before and after, saves the adapter, reads
+it back.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def held_out_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
 def main() -> None:
     """Load, train, save, read back."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--out", help="a directory for the adapter; by default a temporary one")
     args = parser.parse_args()
     torch.manual_seed(0)
