@@ -161,8 +161,9 @@ def check_wrapped(model: nn.Module, candidate: Candidate, *, loaded: bool = True
     adapted = adapter_on(model, candidate.name)
     if adapted:
         raise OptimizeError(
-            f"{adapted}: adapters on experts are not supported. Call merge_and_unload() on the PEFT model and optimize "
-            "what it returns; adapters on attention may stay"
+            f"{adapted}: the experts under an adapter cannot be rewritten. Call merge_and_unload() on the PEFT "
+            "model and optimize what it returns, or optimize first and put the adapter on it then; adapters on "
+            "attention may stay"
         )
 
 

@@ -6,7 +6,8 @@
 - after Dynamo's table of backends: ``torch.compile(model, backend="mxfp4_compile")``. An installed package is found by
   its entry point as well; this holds for a checkout on ``sys.path`` too;
 - after two modules of transformers: our quantizer, so that a plain ``from_pretrained`` reads a saved model, and
-  ``save_pretrained`` and ``push_to_hub`` of optimized models.
+  ``save_pretrained`` and ``push_to_hub`` of optimized models;
+- after PEFT's LoRA: adapters on rewritten experts.
 
 A module that is there already is served at once. For the others one finder waits at the head of ``sys.meta_path``; it
 takes itself away when all have come. The modules keep the loaders they had.
@@ -60,12 +61,18 @@ def _save_and_load() -> None:
         loading.wrap_get_hf_quantizer(modeling_utils)
 
 
+def _peft() -> None:
+    hooks: Any = importlib.import_module(f"{_PACKAGE}.adapters.hooks")
+    hooks.install(sys.modules["peft.tuners.lora.model"].LoraModel)
+
+
 # Our two modules for transformers import each other's triggers, so that neither can be done at the other's.
 _AFTER: dict[str, Callable[[], None]] = {
     "torch": _ops,
     "torch._dynamo.backends.registry": _dynamo,
     "transformers.quantizers.auto": _quantizer,
     "transformers.modeling_utils": _save_and_load,
+    "peft.tuners.lora.model": _peft,
 }
 
 

@@ -16,6 +16,7 @@ ROOMS = (
     "registration", "text", "__init__", "activations", "spec", "mx", "buffers", "progress", "timing",
     "circumstances", "processes", "hf_models", "report", "ops",
     "passes", "passes.trace", "passes.find", "passes.match", "passes.build",
+    "adapters",
     "skipping", "planning", "ranks", "installing", "calibration", "runtime", "dynamo", "lifecycle", "pipeline",
     "checkpoint", "inspection", "tools", "__main__",
 )  # fmt: skip

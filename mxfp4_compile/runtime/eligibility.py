@@ -36,6 +36,8 @@ def refusal_of(model: Any, modules: list[nn.Module]) -> str | None:
     odd = odd_attention(model)
     if odd is not None:
         return odd
+    if any(getattr(type(module), "adapts_mxfp4", False) for module in modules):
+        return "it has adapters on experts, whose products are not recorded"
     hooked = hooked_module(model, modules)
     if hooked is not None:
         return f"{hooked} has forward hooks, which a recorded step would not call"

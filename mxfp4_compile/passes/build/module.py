@@ -26,6 +26,9 @@ from ..weights import is_apart, members, source_names
 from .rewrite import reroute
 from .state import BLUEPRINT, PreparedWeights, SitePlan, adopt
 
+RUNS = "mxfp4_runs"
+"""A keyword by which a wrapper hands on what runs the rewritten graph in its place: (graph, inputs) -> results."""
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -87,7 +90,7 @@ class MXFP4Experts(PreparedWeights):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original module's forward on MXFP4 weights; arguments as traced."""
-        pattern = self.plan.pattern
+        pattern, runs = self.plan.pattern, kwargs.pop(RUNS, None)
         if len(args) != pattern.positional or len(kwargs) != len(pattern.keywords):
             raise TypeError(
                 f"these experts were rewritten for calls as {pattern}, got {len(args)} positional arguments "
@@ -106,13 +109,13 @@ class MXFP4Experts(PreparedWeights):
             for leaf, expected in zip(leaves, pattern.leaves, strict=True)
             if isinstance(expected, TensorInfo) and (_is_wider(leaf, expected) or (autocast and _float(leaf, expected)))
         ]
-        return self._in_traced_dtypes(leaves, cast) if cast or autocast else self._run(leaves)
+        return self._in_traced_dtypes(leaves, cast, runs) if cast or autocast else self._run(leaves, runs)
 
-    def _in_traced_dtypes(self, leaves: list[Any], floating: list[tuple[Tensor, TensorInfo]]) -> Any:
+    def _in_traced_dtypes(self, leaves: list[Any], floating: list[tuple[Tensor, TensorInfo]], runs: Any) -> Any:
         """The graph in the dtypes it was traced in; what has the tokens' dtype there has the caller's here."""
         traced = {id(leaf): leaf.to(expected.dtype) for leaf, expected in floating}
         with torch.autocast(self.device.type, enabled=False):
-            result = self._run([traced.get(id(leaf), leaf) for leaf in leaves])
+            result = self._run([traced.get(id(leaf), leaf) for leaf in leaves], runs)
         if not floating:
             return result
         tokens, expected = floating[0]
@@ -125,7 +128,7 @@ class MXFP4Experts(PreparedWeights):
         parts = [r.to(given) if isinstance(r, Tensor) and r.dtype == had else r for r in parts]
         return torch.utils._pytree.tree_unflatten(parts, spec)
 
-    def _run(self, leaves: list[Any]) -> Any:
+    def _run(self, leaves: list[Any], runs: Any = None) -> Any:
         inputs = []
         for leaf, expected in zip(leaves, self.plan.pattern.leaves, strict=True):
             if isinstance(expected, TensorInfo):
@@ -138,6 +141,8 @@ class MXFP4Experts(PreparedWeights):
             elif leaf != expected:
                 raise TypeError(f"these experts were rewritten for an argument equal to {expected!r}, got {leaf!r}")
         inputs += self.stored()
+        if runs is not None:
+            return self._arranged(runs(self.rewritten, inputs))
         if torch.compiler.is_compiling():
             return self._arranged(self.rewritten(*inputs))
         try:

@@ -1,0 +1,204 @@
+"""PEFT's LoRA on rewritten experts: a ``ParamWrapper`` that adds low-rank products instead of dense weights.
+
+Contract: names, shapes and files are those of PEFT on the original experts, whose parameters are gone but for their
+shapes. In PEFT's tensors lora_A has the expert slowest, [E * r, in], and lora_B has it fastest, [out, r * E]. On
+experts that ``restore`` made ordinary again, every method is PEFT's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, fx, nn
+
+from ..ops import schema
+from ..passes.build.module import RUNS, MXFP4Experts
+from ..passes.weights import is_packed, members
+from .products import Term, linear, moe
+
+_MERGE = (
+    "adapters cannot be merged into MXFP4 experts: the sum is no longer 4-bit codes. Call "
+    "mxfp4_compile.restore(peft_model.get_base_model()) first, which gives ordinary experts, then merge"
+)
+
+
+class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
+    """As PEFT's, for a parameter of rewritten experts; PEFT knows it by this name."""
+
+    adapts_mxfp4 = True
+
+    @property
+    def site(self) -> MXFP4Experts | None:
+        """The rewritten experts below; None once they are ordinary again."""
+        base = self.get_base_layer()
+        return base if isinstance(base, MXFP4Experts) else None
+
+    def get_param(self) -> Tensor:
+        """The parameter; of rewritten experts its shape, dtype and device without data."""
+        site = self.site
+        if site is None:
+            return super().get_param()  # type: ignore[no-any-return]
+        was = site.original.get_parameter(self.parameter_name)
+        return torch.zeros((), dtype=was.dtype, device=site.device).expand(was.shape)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT's; ValueError on rewritten experts."""
+        if self.site is not None:
+            raise ValueError(f"{self.site.__dict__.get('site_name', 'experts')}: {_MERGE}")
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def terms(self, transposed: bool) -> list[Term]:
+        """What the active adapters add, [E, r, K] and [E, N, r]; ``transposed``: the parameter was [E, K, N].
+
+        PEFT takes a parameter for [E, N, K] unless its module says otherwise, which need not be so.
+        """
+        if self.disable_adapters:
+            return []
+        found = []
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                a, b = self.lora_A[name].weight, self.lora_B[name].weight
+                a = a.reshape(self.num_experts, -1, a.shape[-1])
+                b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
+                if self._did_swap_in_out_features == transposed:
+                    a, b = b.mT, a.mT
+                found.append(Term(a, b, self.scaling[name]))
+        return found
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The experts with what this wrapper and those inside it add."""
+        site = self.site
+        if site is None:
+            return super().forward(x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("lora.ParamWrapper does not support mixed batch inference")
+        wrappers: dict[str, ParamWrapper] = {}
+        wrapper: Any = self
+        while isinstance(wrapper, ParamWrapper):
+            wrappers[wrapper.parameter_name] = wrapper
+            wrapper = wrapper.base_layer
+        adapted = _Adapted(site, wrappers)
+        return site(x, *args, **kwargs, **{RUNS: adapted}) if adapted.of_slot else site(x, *args, **kwargs)
+
+
+class _Adapted:
+    """Runs a site's rewritten graph with terms added to the projections of its ops."""
+
+    def __init__(self, site: MXFP4Experts, wrappers: dict[str, ParamWrapper]) -> None:
+        self.of_slot: dict[str, list[Term]] = {}
+        for projection in site.projections:
+            start = 0
+            rows = projection.rows(site.original)
+            for name, n in zip(projection.source.parameters, rows, strict=True):
+                if name in wrappers:
+                    for term in wrappers[name].terms(projection.source.transposed):
+                        self.of_slot.setdefault(projection.slot, []).append(replace(term, start=start))
+                start += n
+
+    def __call__(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
+        """The result of the graph."""
+        return _Run(graph, self.of_slot).run(*inputs)
+
+
+class _Run(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, of_slot: dict[str, list[Term]]) -> None:
+        super().__init__(graph)
+        self.of_slot = of_slot
+        self.linears = 0
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is schema.moe:
+            return moe(args, self.of_slot)  # type: ignore[arg-type]
+        if target is schema.grouped_linear:
+            terms = self.of_slot.get(self._slot(), [])
+            return linear(args, terms)
+        return super().call_function(target, args, kwargs)
+
+    def _slot(self) -> str:
+        weight = self.current.args[2][0]
+        return str(weight.target).rpartition("_")[0]
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current: Any = n
+        return super().run_node(n)
+
+
+# what PEFT's LoraModel does, where it meets rewritten experts
+
+
+def sites_of(model: nn.Module) -> dict[str, MXFP4Experts]:
+    """Rewritten experts by the name that they have without wrappers."""
+    named = model.named_modules()
+    return {name.replace(".base_layer", ""): m for name, m in named if isinstance(m, MXFP4Experts)}
+
+
+class Shown:
+    """While it is entered, the sites have the parameters that they replaced, without data: PEFT matches names on these.
+
+    ValueError if a parameter is asked for that PEFT's adapters cannot have here.
+    """
+
+    def __init__(self, sites: dict[str, MXFP4Experts], targets: list[str]) -> None:
+        self.shown: list[tuple[MXFP4Experts, str]] = []
+        self.sites = sites
+        for name, site in sites.items():
+            for projection in site.projections:
+                for source in (*projection.source.parameters, *projection.source.bias):
+                    for member in members(site.original, source):
+                        key = f"{name}.{member}"
+                        if not any(key == t or key.endswith(f".{t}") for t in targets):
+                            continue
+                        if source in projection.source.bias:
+                            raise ValueError(f"{key} is a bias of MXFP4 experts: adapters are for their weights")
+                        if not is_packed(source) or "." in member:
+                            raise ValueError(
+                                f"{key}: adapters are for experts whose weights lie in one parameter of their own "
+                                "module; call mxfp4_compile.restore(model) first"
+                            )
+                        if site.plan.shard is not None:
+                            raise ValueError(f"{key}: adapters are not for experts on several ranks")
+                        self.shown.append((site, member))
+
+    def __enter__(self) -> None:
+        order: dict[int, list[str]] = {}
+        for site, member in self.shown:
+            order.setdefault(id(site), []).append(member)
+        for site in self.sites.values():
+            for name, parameter in site.original.named_parameters(recurse=False):  # in the original's order
+                if name in order.get(id(site), ()):
+                    site._parameters[name] = parameter
+
+    def __exit__(self, *_: Any) -> None:
+        for site, member in self.shown:
+            site._parameters.pop(member, None)
+
+
+def wrapped(target: nn.Module, adapter_name: str, lora_config: Any, parameter_name: str | None, **rest: Any) -> Any:
+    """The wrapper of a parameter of rewritten experts; None if ``target`` is something else."""
+    base: Any = target
+    if isinstance(target, BaseTunerLayer):
+        base = target.get_base_layer()
+    if not isinstance(base, MXFP4Experts):
+        return None
+    if parameter_name is None:
+        names = [n for p in base.projections for n in p.source.parameters]
+        raise ValueError(
+            f"{base.__dict__.get('site_name', 'experts')}: target_modules cannot name MXFP4 experts, as it cannot name "
+            f"the ones of a model of stacked experts; give target_parameters={names}"
+        )
+    return ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=lora_config, **rest)
+
+
+def refuse_merge(model: nn.Module) -> None:
+    """ValueError if rewritten experts of ``model`` have adapters; before anything else was merged."""
+    for module in model.modules():
+        if isinstance(module, ParamWrapper) and module.site is not None:
+            raise ValueError(f"{module.site.__dict__.get('site_name', 'experts')}: {_MERGE}")
+
+
+__all__ = ["ParamWrapper", "Shown", "refuse_merge", "sites_of", "wrapped"]
