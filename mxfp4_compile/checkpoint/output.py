@@ -306,11 +306,13 @@ class Output:
         with named_errors(self.work):
             if found is None or not found.get("resumable"):
                 self._clear()
-            for folder in (_SCRATCH, _FILES, _RECORDS):
-                (self.work / folder).mkdir(exist_ok=True)
+            (self.work / _SCRATCH).mkdir(exist_ok=True)
             for left in (self.work / _SCRATCH).iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            # Before the folders that it says are ours: a run that was killed in between goes on.
             self._write_json(path, wanted)
+            for folder in (_FILES, _RECORDS):
+                (self.work / folder).mkdir(exist_ok=True)
         self._checksums = self._keep = job is not None
         done = sum(os.lstat(self.files / name).st_size for name in self._tree(self.files))
         free = shutil.disk_usage(self.work).free

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import codes, saved
+from tqdm import tqdm
 
 import mxfp4_compile
 from mxfp4_compile import CheckpointError, OptimizeError
@@ -104,6 +110,57 @@ def test_interrupted_and_resumed(
     convert(saved(FAMILY), tmp_path / "m", calibration=options(), max_shard_bytes=40_000)
     assert len(made) == 2
     assert listing(tmp_path / "m") == listing(converted)
+
+
+def _in_a_child(work: Callable[[], Any]) -> int:
+    """Run ``work`` in a fork of this process; its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            # tqdm's own lock is one semaphore for both processes: killed with it, the child leaves its parent waiting.
+            tqdm.set_lock(threading.RLock())
+            work()
+            os._exit(0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_points_and_resumed(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL before a step that makes something durable (a file's bytes, or its name), at 20 places of a whole run."""
+    steps = 0
+    last: int | None = None
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
+            if steps == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            steps += 1
+            return real(*args, **kwargs)
+
+        return step
+
+    def make(target: Path) -> None:
+        convert(saved(FAMILY), target, calibration=options(), max_shard_bytes=40_000)
+
+    for name in ("fsync", "replace", "rename"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    make(tmp_path / "whole")
+    want, whole = listing(converted), steps
+    assert listing(tmp_path / "whole") == want and whole >= 20
+    target = tmp_path / "killed"
+    for point in range(20):
+        steps, last = 0, point * whole // 20
+        assert os.WIFSIGNALED(_in_a_child(lambda: make(target))) and not target.exists()
+        last = None
+        make(target)
+        assert listing(target) == want, f"killed before step {point * whole // 20} of {whole}"
+        shutil.rmtree(target)
 
 
 def test_what_cannot_be_calibrated(converted: Path, tmp_path: Path) -> None:
