@@ -26,6 +26,11 @@ _MERGE = (
 )
 
 
+def _name(site: MXFP4Experts) -> str:
+    """The site's name in its model, as it was installed."""
+    return str(site.__dict__.get("site_name", "experts"))
+
+
 class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
     """As PEFT's, for a parameter of rewritten experts; PEFT knows it by this name."""
 
@@ -48,7 +53,7 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT's; ValueError on rewritten experts."""
         if self.site is not None:
-            raise ValueError(f"{self.site.__dict__.get('site_name', 'experts')}: {_MERGE}")
+            raise ValueError(f"{_name(self.site)}: {_MERGE}")
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def terms(self, transposed: bool) -> list[Term]:
@@ -188,7 +193,7 @@ def wrapped(target: nn.Module, adapter_name: str, lora_config: Any, parameter_na
     if parameter_name is None:
         names = [n for p in base.projections for n in p.source.parameters]
         raise ValueError(
-            f"{base.__dict__.get('site_name', 'experts')}: target_modules cannot name MXFP4 experts, as it cannot name "
+            f"{_name(base)}: target_modules cannot name MXFP4 experts, as it cannot name "
             f"the ones of a model of stacked experts; give target_parameters={names}"
         )
     return ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=lora_config, **rest)
@@ -198,7 +203,7 @@ def refuse_merge(model: nn.Module) -> None:
     """ValueError if rewritten experts of ``model`` have adapters; before anything else was merged."""
     for module in model.modules():
         if isinstance(module, ParamWrapper) and module.site is not None:
-            raise ValueError(f"{module.site.__dict__.get('site_name', 'experts')}: {_MERGE}")
+            raise ValueError(f"{_name(module.site)}: {_MERGE}")
 
 
 __all__ = ["ParamWrapper", "Shown", "refuse_merge", "sites_of", "wrapped"]

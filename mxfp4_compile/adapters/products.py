@@ -67,12 +67,11 @@ def moe(given: Sequence[Any], added: dict[Role, list[Term]]) -> Tensor:
     h = torch.where(known, params.activate(y.to(wide)).to(params.round_dtype), 0)
     out = projection("down", h, down, down_bias).to(params.accum_dtype)
     out = torch.where(known, out, 0).index_select(0, place).view(tokens, top_k, -1)
+    ok = (topk_ids >= 0) & (topk_ids < params.num_experts)
     if not params.weight_on_input:
-        ok = (topk_ids >= 0) & (topk_ids < params.num_experts)
         weights = torch.where(ok, topk_weights, 0).to(params.accum_dtype)
         out = out * weights.unsqueeze(-1)
-    ok = ((topk_ids >= 0) & (topk_ids < params.num_experts)).unsqueeze(-1)
-    return torch.where(ok, out, 0).sum(1).to(x.dtype)
+    return torch.where(ok.unsqueeze(-1), out, 0).sum(1).to(x.dtype)
 
 
 def linear(given: Sequence[Any], added: list[Term]) -> Tensor:
@@ -139,10 +138,7 @@ class _Recovered(torch.autograd.Function):
         n, k = size
         ctx.slot, ctx.size, ctx.name, ctx.dtype = slot, size, name, rows.dtype
         ctx.save_for_backward(ends, *weight)
-        listed = ends.tolist()
-        counts = [end - begin for begin, end in zip([0, *listed], listed, strict=False)]
-        hit = [e for e, count in enumerate(counts) if count]
-        groups = gradients.Groups(torch.tensor(hit, device=rows.device), tuple(counts[e] for e in hit))
+        groups = gradients.Groups.of_ends(ends)
         dense = _Recovered._dense(slot, size, name, weight, rows.dtype)
         out: Tensor = rows.new_zeros((rows.shape[0], n), dtype=rounded)
         for chosen, part, count in groups.chunks(max(1, gradients.SCRATCH_BYTES // (rows.itemsize * n * k))):

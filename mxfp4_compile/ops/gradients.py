@@ -44,6 +44,14 @@ class Groups:
     experts: Tensor
     counts: tuple[int, ...]
 
+    @classmethod
+    def of_ends(cls, ends: Tensor) -> Groups:
+        """Of rows sorted by expert, ``ends`` [E]: the end row of each; waits for the device."""
+        listed = ends.tolist()
+        counts = [max(0, end - begin) for begin, end in zip([0, *listed], listed, strict=False)]
+        hit = [e for e, count in enumerate(counts) if count]
+        return cls(torch.tensor(hit, dtype=torch.int64, device=ends.device), tuple(counts[e] for e in hit))
+
     def chunks(self, size: int) -> Iterator[tuple[Tensor, slice, tuple[int, ...]]]:
         """At most ``size`` experts at a time: their indices, their rows, and the rows of each."""
         start = 0
@@ -104,10 +112,7 @@ def linear_backward(
 
     grad: [S, N]. offsets [E]: the end row of each expert. weight: dense [e, N, K] of some experts, in ``products``.
     """
-    ends = offsets.tolist()
-    counts = [max(0, end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
-    hit = [e for e, count in enumerate(counts) if count]
-    groups = Groups(torch.tensor(hit, dtype=torch.int64, device=grad.device), tuple(counts[e] for e in hit))
+    groups = Groups.of_ends(offsets)
     dx = torch.zeros((grad.shape[0], k), dtype=dtype, device=grad.device)
     size = max(1, SCRATCH_BYTES // max(1, products.itemsize * grad.shape[1] * k))
     for chosen, rows, count in groups.chunks(size):

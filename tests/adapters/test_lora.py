@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from recording import recorded
 from torch import Tensor, nn
 
 import mxfp4_compile
+from mxfp4_compile.runtime import runtime_of
 from mxfp4_compile.tools.families import tiny_inputs, tiny_model
 
 peft = pytest.importorskip("peft")
@@ -162,5 +164,9 @@ def test_generate_gives_the_tokens_of_the_plain_loop(qwen3: nn.Module) -> None:
     for model in (ours, theirs):
         model.eval()
     expected = theirs.generate(input_ids=ids, **options)
+    recorder = recorded(ours.get_base_model())
     assert torch.equal(ours.generate(input_ids=ids, **options), expected)
     assert torch.equal(ours.generate(input_ids=ids, **options), expected)
+    assert recorder.recorded == 0
+    notes = runtime_of(ours.get_base_model()).report.notes
+    assert sum("adapters on experts" in note for note in notes) == 1, notes

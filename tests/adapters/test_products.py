@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_activations import GPT_OSS
 from torch import Tensor
 
 from mxfp4_compile import mx
 from mxfp4_compile.adapters.products import Term, moe
 from mxfp4_compile.ops.arguments import Slot
 from mxfp4_compile.ops.registry import get_backend
-from mxfp4_compile.spec import Activation, MoEParams, moe_scalars
+from mxfp4_compile.spec import MoEParams, moe_scalars
 
 E, H, INNER, R, T, K = 4, 64, 32, 3, 9, 2
 
@@ -25,8 +26,7 @@ def test_terms_are_a_dense_sum(name: str, weight_on_input: bool) -> None:
     """With biases, interleaved rows, an expert without tokens, and ids that are no expert."""
     wide = torch.float64 if name == "reference" else torch.float32
     layout = "canonical" if name == "reference" else "nibbles"
-    activation = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
-    params = MoEParams(E, H, INNER, activation, "interleaved", 0, weight_on_input, wide, wide)
+    params = MoEParams(E, H, INNER, GPT_OSS, "interleaved", 0, weight_on_input, wide, wide)
     backend, generator = get_backend(name), torch.Generator().manual_seed(3)
     new = lambda *shape: torch.randn(*shape, generator=generator, dtype=wide)
     given, dense, biases = {}, {}, {}

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_activations import GPT_OSS, SILU
 
 from mxfp4_compile.mx import dequantize
 from mxfp4_compile.ops import gradients
@@ -18,8 +19,6 @@ from mxfp4_compile.spec import Activation, MoEParams
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 BF16 = torch.bfloat16
-SILU = Activation("silu")
-GPT_OSS = Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0)
 PLAIN = Activation("relu2", gated=False)
 LAYERS = {
     "qwen3": ((128, 8, 2048, 768), SILU, "halves", False, False),

@@ -16,37 +16,18 @@ import pytest
 import torch
 from fp8_oracle import as_fp8
 from interpreter import interpret
+from model_activations import OF_ALL_KINDS as ACTIVATIONS
+from random_weights import random_weight
 
 import mxfp4_compile
 from mxfp4_compile.ops.arguments import LinearInputs, MoEInputs, Slot
-from mxfp4_compile.spec import Activation, MoEParams
+from mxfp4_compile.spec import MoEParams
 
 # One process runs all cases, so one worker has all tests.
 pytestmark = pytest.mark.xdist_group("triton interpreter")
 BF16 = torch.bfloat16
 INF = math.inf
-ACTIVATIONS = {
-    "silu": Activation("silu"),
-    "gelu": Activation("gelu"),
-    "gelu_tanh": Activation("gelu_tanh"),
-    "relu": Activation("relu"),
-    "relu2": Activation("relu2"),
-    "gpt_oss": Activation("silu", alpha=1.702, beta=1.0, gate_limit=7.0, up_limit=7.0),
-    "clamped_silu": Activation("silu", gate_limit=1.0, up_limit=0.5),
-    "plain_relu2": Activation("relu2", gated=False),
-    "plain_gelu": Activation("gelu", gated=False, gate_limit=0.75),
-}
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def random_weight(e: int, n: int, k: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random canonical codes and scales, of about unit row norm; odd K and short blocks zero-padded."""
-    codes = torch.randint(0, 16, (e, n, k), generator=generator, dtype=torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, k % 2))
-    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    exponent = 126 - int(math.log2(max(k, 2)) / 2)
-    scales = torch.randint(exponent - 2, exponent + 1, (e, n, -(-k // 32)), generator=generator, dtype=torch.uint8)
-    return packed, scales
 
 
 def dequantize(packed: torch.Tensor, scales: torch.Tensor, k: int) -> torch.Tensor:
