@@ -206,6 +206,8 @@ def test_orders_of_imports_with_a_saved_model_and_an_exported_program(tmp_path: 
         "    assert torch.allclose(compiled(**inputs).logits, want, atol=1e-5)\n"
         "    model.save_pretrained(sys.argv[1] + '/again')\n"
         "assert b'packed' in open(sys.argv[1] + '/again/model.safetensors', 'rb').read()\n"
+        "from peft.tuners.lora.model import LoraModel\n"
+        "assert LoraModel._inject_parameters.__wrapped__, 'adapters on experts are served'\n"
         "assert not any('registration' in type(f).__module__ for f in sys.meta_path)\n"
     )
     theirs = "import sys, torch, torch._dynamo\nfrom transformers import AutoModelForCausalLM\n"
