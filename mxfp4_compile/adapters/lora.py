@@ -7,7 +7,6 @@ experts that ``restore`` made ordinary again, every method is PEFT's own.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +14,11 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, fx, nn
 
-from ..ops import schema
 from ..passes.build.module import RUNS, MXFP4Experts
 from ..passes.weights import is_packed, members
-from .products import Term, linear, moe
+from .products import Place, Term, with_terms
+
+_GRAPH = "_mxfp4_graph"
 
 _MERGE = (
     "adapters cannot be merged into MXFP4 experts: the sum is no longer 4-bit codes. Call "
@@ -87,50 +87,37 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
         while isinstance(wrapper, ParamWrapper):
             wrappers[wrapper.parameter_name] = wrapper
             wrapper = wrapper.base_layer
-        adapted = _Adapted(site, wrappers)
-        return site(x, *args, **kwargs, **{RUNS: adapted}) if adapted.of_slot else site(x, *args, **kwargs)
+        found = _terms_of(site, wrappers)
+        if not found:
+            return site(x, *args, **kwargs)
+        places = tuple(place for place, _, _ in found)
+        tensors = [t for _, a, b in found for t in (a, b)]
+
+        def runs(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
+            return self._graph(graph, places)(*inputs, *tensors)
+
+        return site(x, *args, **kwargs, **{RUNS: runs})
+
+    def _graph(self, graph: fx.GraphModule, places: tuple[Place, ...]) -> fx.GraphModule:
+        """The site's graph with these terms, made once."""
+        kept = self.__dict__.get(_GRAPH)
+        if kept is None or kept[0] is not graph or kept[1] != places:
+            self.__dict__[_GRAPH] = kept = (graph, places, with_terms(graph, places))
+        return kept[2]  # type: ignore[no-any-return]
 
 
-class _Adapted:
-    """Runs a site's rewritten graph with terms added to the projections of its ops."""
-
-    def __init__(self, site: MXFP4Experts, wrappers: dict[str, ParamWrapper]) -> None:
-        self.of_slot: dict[str, list[Term]] = {}
-        for projection in site.projections:
-            start = 0
-            rows = projection.rows(site.original)
-            for name, n in zip(projection.source.parameters, rows, strict=True):
-                if name in wrappers:
-                    for term in wrappers[name].terms(projection.source.transposed):
-                        self.of_slot.setdefault(projection.slot, []).append(replace(term, start=start))
-                start += n
-
-    def __call__(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
-        """The result of the graph."""
-        return _Run(graph, self.of_slot).run(*inputs)
-
-
-class _Run(fx.Interpreter):
-    def __init__(self, graph: fx.GraphModule, of_slot: dict[str, list[Term]]) -> None:
-        super().__init__(graph)
-        self.of_slot = of_slot
-        self.linears = 0
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is schema.moe:
-            return moe(args, self.of_slot)  # type: ignore[arg-type]
-        if target is schema.grouped_linear:
-            terms = self.of_slot.get(self._slot(), [])
-            return linear(args, terms)
-        return super().call_function(target, args, kwargs)
-
-    def _slot(self) -> str:
-        weight = self.current.args[2][0]
-        return str(weight.target).rpartition("_")[0]
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.current: Any = n
-        return super().run_node(n)
+def _terms_of(site: MXFP4Experts, wrappers: dict[str, ParamWrapper]) -> list[tuple[Place, Tensor, Tensor]]:
+    """What active adapters add to the site's projections."""
+    found = []
+    for projection in site.projections:
+        start = 0
+        rows = projection.rows(site.original)
+        for name, n in zip(projection.source.parameters, rows, strict=True):
+            if name in wrappers:
+                for term in wrappers[name].terms(projection.source.transposed):
+                    found.append((Place(projection.slot, term.scaling, start), term.a, term.b))
+            start += n
+    return found
 
 
 # what PEFT's LoraModel does, where it meets rewritten experts

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..spec import MoEParams, Role
 from . import gradients
+from .adapted import Parts
 from .arguments import LinearInputs, MoEInputs, Slot
 from .target import Request, Target
 
@@ -123,6 +124,10 @@ class Backend(ABC):
             inputs, up_bias=plain("up", inputs.up_bias), down_bias=plain("down", inputs.down_bias), layout="canonical"
         )
         return gradients.moe_backward(grad, canonical, dense("up", inputs.up), dense("down", inputs.down), dtype)
+
+    def parts(self, inputs: MoEInputs) -> Parts:
+        """The steps of the layer of ``inputs``, between which adapters add their products."""
+        return Parts(self, inputs)
 
     def grouped_linear_backward(
         self, grad: Tensor, offsets: Tensor, weight: Sequence[Tensor], k: int, dtype: torch.dtype, layout: str

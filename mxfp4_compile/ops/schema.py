@@ -8,6 +8,7 @@ what they compute); the other ops have none, and a backward through them raises 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from ..spec import MOE_SCALARS, MoEParams, Role, moe_params
 from ..spec import moe_scalars as moe_scalars  # of an op call, for those who write one
 from . import collective as _collective
 from . import route as _route
+from .adapted import Adapted
 from .arguments import LinearInputs, MoEInputs, Slot
 from .backend import BackendError
+from .low_rank import Term, low_rank, low_rank_backward
 from .registry import get_backend
 
 # needs_fixed_stride_order: Inductor may otherwise hand kernels a layout that eager never produces.
@@ -51,6 +54,21 @@ _LIB.define(
 _LIB.define(
     "grouped_linear_backward(Tensor grad, Tensor offsets, Tensor[] weight, int k, ScalarType dtype, str backend, "
     "str layout) -> Tensor",
+    tags=_TAGS,
+)
+# Adapters: ``of_up`` terms of the up-projection, then those of the down-projection.
+_TERMS = "Tensor[] a, Tensor[] b, float[] scalings, int[] starts, int of_up"
+_ADAPTED = (
+    "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor? up_bias, Tensor? down_bias, "
+    f"{_TERMS}, {MOE_SCALARS}, str backend, str layout"
+)
+_LIB.define(f"adapted_moe({_ADAPTED}) -> Tensor", tags=_TAGS)
+# The gradients of x and topk_weights, then of every a, then of every b.
+_LIB.define(f"adapted_moe_backward(Tensor grad, {_ADAPTED}) -> Tensor[]", tags=_TAGS)
+_LIB.define("low_rank(Tensor x, Tensor ends, Tensor a, Tensor b, float scaling) -> Tensor", tags=_TAGS)
+_LIB.define(
+    "low_rank_backward(Tensor grad, Tensor x, Tensor ends, Tensor a, Tensor b, float scaling) "
+    "-> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIB.define(
@@ -146,14 +164,18 @@ def _grouped_linear(
 _OWN = (IndexError, torch.cuda.OutOfMemoryError, BackendError)
 
 
+def _uncast(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it autocast is off: dtypes are in the op's arguments, and nothing inside is to be cast."""
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
+
+
 def _call(op: str, backend: str, layout: str, x: Tensor, site: Callable[[], str], *given: Any) -> Any:
     """The method ``op`` of a backend; what it raises names the backend, the op, and what it was given."""
     method = getattr(get_backend(backend), op)
     try:
-        if torch.is_autocast_enabled(x.device.type):  # dtypes are in the op's arguments: nothing inside is to be cast
-            with torch.autocast(x.device.type, enabled=False):
-                return method(*given)
-        return method(*given)
+        with _uncast(x):
+            return method(*given)
     except _OWN:
         raise
     except Exception as error:
@@ -191,6 +213,57 @@ def _grouped_linear_backward_fake(
     grad: Tensor, _offsets: Tensor, _weight: list[Tensor], k: int, dtype: torch.dtype, *_: Any
 ) -> Tensor:
     return grad.new_empty((grad.shape[0], k), dtype=dtype)
+
+
+# adapters
+
+
+def _adapted(*given: Any) -> tuple[Adapted, str]:
+    """The layer and terms of an op call, and the backend's name."""
+    *of_moe, a, b, scalings, starts, of_up = given[:12]
+    inputs, name = _moe_inputs(*of_moe, *given[12:])
+    terms = [Term(*one) for one in zip(a, b, scalings, starts, strict=True)]
+    return Adapted(get_backend(name), inputs, terms[:of_up], terms[of_up:]), name
+
+
+def _adapted_moe(*given: Any) -> Tensor:
+    layer, _ = _adapted(*given)
+    i = layer.inputs
+    _check_moe(i.x, i.topk_ids, i.topk_weights, i.params)
+    with _uncast(i.x):
+        return layer.forward()
+
+
+def _adapted_moe_backward(grad: Tensor, *given: Any) -> list[Tensor]:
+    layer, _ = _adapted(*given)
+    with _uncast(grad):
+        dx, dw, of_terms = layer.backward(grad)
+    return [dx, dw, *[da for da, _ in of_terms], *[db for _, db in of_terms]]
+
+
+def _adapted_moe_backward_fake(_grad: Tensor, x: Tensor, _ids: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
+    a, b = rest[4:6]
+    return [t.new_empty(t.shape) for t in (x, weights, *a, *b)]
+
+
+def _low_rank(x: Tensor, ends: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    with _uncast(x):
+        return low_rank(x, ends, Term(a, b, scaling))
+
+
+def _low_rank_fake(x: Tensor, _ends: Tensor, _a: Tensor, b: Tensor, _scaling: float) -> Tensor:
+    return x.new_empty((x.shape[0], b.shape[1]))
+
+
+def _low_rank_backward(
+    grad: Tensor, x: Tensor, ends: Tensor, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    with _uncast(x):
+        return low_rank_backward(grad, x, ends, Term(a, b, scaling))
+
+
+def _low_rank_backward_fake(_grad: Tensor, x: Tensor, _ends: Tensor, a: Tensor, b: Tensor, *_: Any) -> Any:
+    return x.new_empty(x.shape), a.new_empty(a.shape), b.new_empty(b.shape)
 
 
 # gradients
@@ -252,6 +325,35 @@ def _grouped_linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, None, [None] * len(weight), None, None, None, None
 
 
+def _adapted_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, ids, weights, up, down, up_bias, down_bias, a, b, *rest = inputs
+    _refuse_weight_gradients("adapted_moe", [*up, *down, up_bias, down_bias])
+    ctx.rest, ctx.counts, ctx.biases = tuple(rest), (len(up), len(down), len(a)), (up_bias, down_bias)
+    ctx.save_for_backward(x, ids, weights, *up, *down, *a, *b)
+
+
+def _adapted_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, ids, weights, *tensors = ctx.saved_tensors
+    lists = []
+    for count in (*ctx.counts, ctx.counts[-1]):
+        lists.append(tensors[:count])
+        tensors = tensors[count:]
+    up, down, a, b = lists
+    dx, dw, *rest = adapted_moe_backward(grad, x, ids, weights, up, down, *ctx.biases, a, b, *ctx.rest)
+    nothing = [None] * len(up), [None] * len(down), None, None
+    return dx, None, dw, *nothing, rest[: len(a)], rest[len(a) :], *([None] * len(ctx.rest))
+
+
+def _low_rank_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _low_rank_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    dx, da, db = low_rank_backward_op(grad, *ctx.saved_tensors, ctx.scaling)
+    return dx, None, da, db, None
+
+
 for _name, _impl, _fake in (
     ("quantize", _quantize, _quantize_fake),
     ("dequantize", _dequantize, _dequantize_fake),
@@ -261,17 +363,24 @@ for _name, _impl, _fake in (
     ("grouped_linear", _grouped_linear, _grouped_linear_fake),
     ("moe_backward", _moe_backward, _moe_backward_fake),
     ("grouped_linear_backward", _grouped_linear_backward, _grouped_linear_backward_fake),
+    ("adapted_moe", _adapted_moe, _moe_fake),
+    ("adapted_moe_backward", _adapted_moe_backward, _adapted_moe_backward_fake),
+    ("low_rank", _low_rank, _low_rank_fake),
+    ("low_rank_backward", _low_rank_backward, _low_rank_backward_fake),
     ("route", _route.route, _route.fake),
     ("reduce", _collective.reduce, _collective.fake),
 ):
     _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mxfp4::{_name}", _fake, lib=_LIB)
-    if _name not in ("moe", "grouped_linear"):
+    if _name not in ("moe", "grouped_linear", "adapted_moe", "low_rank"):
         torch.library.register_autograd(f"mxfp4::{_name}", _no_backward(_name), lib=_LIB)
-torch.library.register_autograd("mxfp4::moe", _moe_gradients, setup_context=_moe_setup, lib=_LIB)
-torch.library.register_autograd(
-    "mxfp4::grouped_linear", _grouped_linear_gradients, setup_context=_grouped_linear_setup, lib=_LIB
-)
+for _name, _gradients, _setup in (
+    ("moe", _moe_gradients, _moe_setup),
+    ("grouped_linear", _grouped_linear_gradients, _grouped_linear_setup),
+    ("adapted_moe", _adapted_gradients, _adapted_setup),
+    ("low_rank", _low_rank_gradients, _low_rank_setup),
+):
+    torch.library.register_autograd(f"mxfp4::{_name}", _gradients, setup_context=_setup, lib=_LIB)
 
 quantize = torch.ops.mxfp4.quantize.default
 dequantize = torch.ops.mxfp4.dequantize.default
@@ -283,3 +392,7 @@ moe_backward = torch.ops.mxfp4.moe_backward.default
 grouped_linear_backward = torch.ops.mxfp4.grouped_linear_backward.default
 route = torch.ops.mxfp4.route.default
 reduce = torch.ops.mxfp4.reduce.default
+adapted_moe = torch.ops.mxfp4.adapted_moe.default
+adapted_moe_backward = torch.ops.mxfp4.adapted_moe_backward.default
+add_low_rank = torch.ops.mxfp4.low_rank.default
+low_rank_backward_op = torch.ops.mxfp4.low_rank_backward.default

@@ -32,7 +32,7 @@ def compiled(target: str, shape: str, pairs: int, part: str):
         target, params, top_k, h, h, dtypes, bits, choose_linear(target, e, pairs), choice, 2048
     )  # fmt: skip
     gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    return compile_step(getattr(plan, part), gpu, {"bias", "x_scales", "bases"}, _ARRAYS)[0]
+    return compile_step(getattr(plan, part), gpu, {"bias", "x_scales", "bases", "again"}, _ARRAYS)[0]
 
 
 def cases():

@@ -85,6 +85,55 @@ def case(**overrides) -> float:
     return max(relative(a, b) for a, b in zip((dx, dw), want, strict=True))
 
 
+def adapted_case(**overrides) -> float:
+    """The largest relative error of a layer with adapters: output and all gradients, against the default steps."""
+    from mxfp4_compile.ops.adapted import Adapted
+    from mxfp4_compile.ops.backends.triton import BACKEND
+    from mxfp4_compile.ops.low_rank import Term
+    from mxfp4_compile.ops.registry import get_backend
+
+    o = {
+        "e": 4,
+        "h": 64,
+        "i": 48,
+        "t": 7,
+        "act": "silu",
+        "layout": "halves",
+        "half": 0,
+        "bias": True,
+        "on_input": False,
+    }
+    o.update(overrides)
+    act, g = ACTIVATIONS[o["act"]], torch.Generator().manual_seed(5)
+    layout, half = (o["layout"], o["half"]) if act.gated else ("none", 0)
+    params = MoEParams(o["e"], o["h"], o["i"], act, layout, half, o["on_input"], torch.float32, torch.float32)
+    exact = replace(params, round_dtype=torch.float64, accum_dtype=torch.float64)
+    canonical, prepared, biases, prepared_biases, terms = [], [], [None, None], [None, None], []
+    for at, role in enumerate(("up", "down")):
+        e, n, k = params.shape(role)
+        slot = Slot(role, params, "nibbles")
+        canonical.append(random_weight(e, n, k, g))
+        prepared.append(BACKEND.prepare(*canonical[-1], slot, k=k))
+        if o["bias"]:
+            biases[at] = torch.randn((e, n), generator=g)
+            prepared_biases[at] = BACKEND.prepare_bias(biases[at], slot)
+        whole = Term(torch.randn((e, 3, k), generator=g) / 8, torch.randn((e, n, 3), generator=g), 0.5)
+        half = Term(torch.randn((e, 2, k), generator=g) / 8, torch.randn((e, n // 2, 2), generator=g), 2.0, n - n // 2)
+        terms.append([whole, half] if role == "up" else [whole])
+    x, grad = (torch.randn((o["t"], o["h"]), generator=g) for _ in range(2))
+    ids = torch.rand((o["t"], o["e"]), generator=g).topk(2, -1).indices // 2 * 2
+    ids[::3, 0] = o["e"] + 1
+    weights = torch.rand(ids.shape, generator=g) + 0.1
+    weights[ids >= o["e"]] = math.nan
+    ours = Adapted(BACKEND, MoEInputs(x, ids, weights, *prepared, *prepared_biases, params, "nibbles"), *terms)
+    double = [[Term(t.a.double(), t.b.double(), t.scaling, t.start) for t in of] for of in terms]
+    biases = [b if b is None else b.double() for b in biases]
+    inputs = MoEInputs(x.double(), ids, weights.double(), *canonical, *biases, exact, "canonical")
+    theirs = Adapted(get_backend("reference"), inputs, *double)
+    parts = lambda layer, g: (layer.forward(), *(b := layer.backward(g))[:2], *(t for pair in b[2] for t in pair))
+    return max(relative(a, b) for a, b in zip(parts(ours, grad), parts(theirs, grad.double()), strict=True))
+
+
 def linear_case(rows: int, n: int, k: int, ends: list[int]) -> float:
     from mxfp4_compile.ops.backends.triton import BACKEND
     from mxfp4_compile.ops.registry import get_backend
@@ -128,6 +177,11 @@ def run(kind: str) -> None:
     errors = {name: case(**o) for name, o in (QUICK if kind == "quick" else SLOW).items()}
     if kind == "quick":
         errors["linear"] = linear_case(9, 40, 72, [3, 3, 7])
+        errors["adapters"] = adapted_case(act="gpt_oss", layout="interleaved", half=1, i=20, e=3, t=4)
+    else:
+        errors["adapters, plain"] = adapted_case(act="plain_gelu", bias=False)
+        errors["adapters, on input"] = adapted_case(on_input=True)
+        errors["adapters, halves, ragged"] = adapted_case(h=72, i=44, half=1)
     print(json.dumps(errors))
 
 

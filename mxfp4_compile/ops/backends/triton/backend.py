@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ....spec import MoEParams
+from ...adapted import Parts
 from ...arguments import LinearInputs, MoEInputs, Slot
 from ...backend import Backend, Requirement, check_activation_dtype, check_parallel, known_layout
 from ...library import find
@@ -123,6 +124,12 @@ class TritonBackend(Backend):
         from .backward import moe_backward
 
         return moe_backward(grad, inputs)
+
+    def parts(self, inputs: MoEInputs) -> Parts:
+        """On the prepared weights as they lie; no host synchronization."""
+        from .adapted import NativeParts
+
+        return NativeParts(self, inputs)
 
     def grouped_linear_backward(
         self, grad: Tensor, offsets: Tensor, weight: Sequence[Tensor], k: int, dtype: torch.dtype, layout: str

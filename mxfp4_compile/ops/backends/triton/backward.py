@@ -81,18 +81,25 @@ class BackwardPlan:
         self.up = _transposed_step(
             choice.up, e, self.up_width, up_slabs, h, self.up_width, split, bits, top_k, False, True
         )
-        block = min(max(power_of_two(i), 16), 1024)
-        constants = {
-            "E": e, "TOP_K": top_k, "GRAD_STRIDE": grad_stride, "BIAS_ROWS": down_slabs * layouts.SLAB, "HIDDEN": h,
-            "SLABS": up_slabs, "N": i, **activation_constants(params), "REORDERED": choice.up["FIRST"], "BLOCK": block,
-        }  # fmt: skip
-        self.activation = Step(activation_gradient, constants, 4, 1)
+        self.activation = activation_step(params, top_k, grad_stride, bool(choice.up["FIRST"]))
         block = min(power_of_two(h), 1024)
         constants = {"E": e, "TOP_K": top_k, "X_STRIDE": x_stride, "HIDDEN": h, "BLOCK": block}
         self.weights = Step(weight_gradient, constants, 4, 1)
         self.combine_tiles = -(-h // block)
         constants = {"E": e, "TOP_K": top_k, "SPLIT_K": 1, "N": h, "BLOCK": block, "PDL": 0}
         self.combine = Step(combine, constants, 4, 1)
+
+
+def activation_step(params: MoEParams, top_k: int, grad_stride: int, order_of_first: bool) -> Step:
+    """The gradient through the activation."""
+    h, i = params.hidden, params.intermediate
+    constants = {
+        "E": params.num_experts, "TOP_K": top_k, "GRAD_STRIDE": grad_stride,
+        "BIAS_ROWS": layouts.slabs(h, False) * layouts.SLAB, "HIDDEN": h,
+        "SLABS": layouts.slabs(params.up_rows, params.activation.gated), "N": i, **activation_constants(params),
+        "REORDERED": order_of_first, "BLOCK": min(max(power_of_two(i), 16), 1024),
+    }  # fmt: skip
+    return Step(activation_gradient, constants, 4, 1)
 
 
 # dtypes is part of the key because a Step's compiled kernel is for one set of them.
@@ -159,7 +166,7 @@ def _chunk(grad: Tensor, inputs: MoEInputs, dx: Tensor, dw: Tensor, choice: Back
         (
             plan.activation,
             (pairs, 1, 1),
-            (q, y, order, offsets, None if on_input else weights, ids, grad, inputs.down_bias, dy, dw),
+            (q, y, order, offsets, None if on_input else weights, ids, grad, inputs.down_bias, dy, dw, None),
         ),
         (plan.up, _grid(h, choice.up, pairs, e), (dy, up_codes, up_scales, offsets, order, rows)),
         (plan.combine, (tokens, plan.combine_tiles, 1), (rows, ids, weights if on_input else None, dx)),
@@ -194,17 +201,24 @@ def grouped_linear_backward(
     rows, n = grad.shape
     # Rows beyond the last expert's are nobody's, and must be zero.
     out = torch.zeros((rows, k), dtype=dtype, device=grad.device)
+    bf16 = grad.dtype == torch.bfloat16
+    e = weight[0].shape[0]
+    tiles = choose_backward(architecture(grad.device), e, rows, n * k, bf16).up
+    return linear_backward_into(out, grad, offsets, weight, layout, tiles)
+
+
+def linear_backward_into(out: Tensor, grad: Tensor, ends: Tensor, weight: Any, layout: str, tiles: Tiles) -> Tensor:
+    """grad [S, N] sorted by expert -> out [S, K]; rows of no expert are left as they are. Returns ``out``."""
+    rows, n = grad.shape
     if rows == 0:
         return out
     codes, scales = weight[:2]
-    e = codes.shape[0]
-    bf16 = grad.dtype == torch.bfloat16
-    tiles = choose_backward(architecture(grad.device), e, rows, n * k, bf16).up
+    e, k = codes.shape[0], out.shape[1]
     g = grad if grad.stride(1) == 1 else grad.contiguous()
     if tiles["FIRST"]:
         g = reordered(g)
-    dtypes = (grad.dtype, dtype)
+    dtypes = (grad.dtype, out.dtype)
     step = _linear_step(e, n, k, g.stride(0), g.shape[1], dtypes, layouts.BIT_ORDERS[layout], tiles)
     with torch.cuda.device(grad.device) if grad.is_cuda else NOTHING:
-        step(_grid(k, tiles, rows, e), g, codes, scales, offsets.contiguous(), None, out)
+        step(_grid(k, tiles, rows, e), g, codes, scales, ends.contiguous(), None, out)
     return out

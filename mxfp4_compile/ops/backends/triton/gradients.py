@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import gradient
+from .activation import activate, gradient
 
 
 @triton.jit
@@ -20,6 +20,7 @@ def activation_gradient(
     bias,  # [E, BIAS_ROWS] of the down-projection, or None
     dy,  # [rows, SLABS*16]: the gradient of y, with REORDERED in the order of ``transposed_matmul``'s FIRST
     dw,  # [pairs]: the gradient of the routing weights, written unless they are on the input
+    again,  # [rows, I]: h, written unless it is None
     E: tl.constexpr,
     TOP_K: tl.constexpr,
     GRAD_STRIDE: tl.constexpr,
@@ -59,7 +60,10 @@ def activation_gradient(
                 gate = both
                 up = both
             h, dgate, dup = gradient(gate, up, dh * w, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT)
-            products += dh * h.to(y.dtype.element_ty).to(tl.float32)
+            h = h.to(y.dtype.element_ty)
+            products += dh * h.to(tl.float32)
+            if again is not None:
+                tl.store(again + row * N + i, h, mask=i < N)
             if GATED:
                 d = tl.reshape(tl.join(dgate, dup), [BLOCK // 8, 2, 2, 2, 2])
                 d = tl.permute(d, (0, 1, 4, 3, 2) if REORDERED else (0, 4, 1, 2, 3))
@@ -79,6 +83,42 @@ def activation_gradient(
                     products += b * tl.load(grad + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
                 total += tl.sum(products, 0)
             tl.store(dw + pair, total.to(dw.dtype.element_ty))
+
+
+@triton.jit
+def activate_rows(
+    y,  # [rows, SLABS*16]: the up-projection in the order of prepared rows
+    offsets,  # int32 [E]
+    h,  # [rows, I]
+    E: tl.constexpr,
+    SLABS: tl.constexpr,
+    N: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (row of the sorted order, BLOCK columns of h); N is I."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK
+    WIDTH: tl.constexpr = SLABS * 16
+    EACH: tl.constexpr = 2 * BLOCK if GATED else BLOCK
+    if row < tl.load(offsets + E - 1):
+        i = at + tl.arange(0, BLOCK)
+        n = at // BLOCK * EACH + tl.arange(0, EACH)
+        both = tl.load(y + row * WIDTH + n, mask=n < WIDTH, other=0.0).to(tl.float32)
+        if GATED:
+            gate, up = tl.split(tl.permute(tl.reshape(both, [BLOCK // 8, 2, 8]), (0, 2, 1)))
+            gate = tl.reshape(gate, [BLOCK])
+            up = tl.reshape(up, [BLOCK])
+        else:
+            gate = both
+            up = both
+        out = activate(gate, up, KIND, GATED, ALPHA, BETA, GATE_LIMIT, UP_LIMIT)
+        tl.store(h + row * N + i, out.to(h.dtype.element_ty), mask=i < N)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -314,8 +315,12 @@ def sort_step(block: int, pdl: int) -> Step:
     return Step(sort_pairs, {"BLOCK": block, "PDL": pdl}, max(min(block // 512, 16), 4), 1)
 
 
+# The dtypes of rows, results and bias are part of the key because a Step's compiled kernel is for one set of them.
 @lru_cache(maxsize=1024)
-def _linear_step(arch: str, e: int, n: int, k: int, x_stride: int, dtype: torch.dtype, bits: int, tiles: Tiles) -> Step:
+def linear_step(
+    arch: str, e: int, n: int, k: int, x_stride: int, dtypes: tuple[torch.dtype | None, ...], bits: int, tiles: Tiles
+) -> Step:
+    """One projection of rows sorted by expert."""
     return product_step(
         sorted_matmul,
         # What comes before it is not known.
@@ -331,7 +336,7 @@ def _linear_step(arch: str, e: int, n: int, k: int, x_stride: int, dtype: torch.
         K=k,
         GATHER_X=False,
         SCATTER_OUT=False,
-        SPLIT=dtype != torch.bfloat16 and not interpreted(),
+        SPLIT=dtypes[0] != torch.bfloat16 and not interpreted(),
         BITS=bits,
         DTYPE=dot_dtype(),
         **NO_ACTIVATION,
@@ -340,20 +345,27 @@ def _linear_step(arch: str, e: int, n: int, k: int, x_stride: int, dtype: torch.
 
 def grouped_linear(inputs: LinearInputs) -> Tensor:
     """``Backend.grouped_linear``."""
-    x, n = inputs.x, inputs.n
-    rows, k = x.shape
     # Rows beyond the last expert's are nobody's, and must be zero.
-    out = torch.zeros((rows, n), dtype=inputs.round_dtype, device=x.device)
+    out = torch.zeros((inputs.x.shape[0], inputs.n), dtype=inputs.round_dtype, device=inputs.x.device)
+    return linear_into(out, inputs.x, inputs.weight, None, inputs.offsets, inputs.layout)
+
+
+def linear_into(
+    out: Tensor, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, ends: Tensor, layout: str
+) -> Tensor:
+    """x [S, K] sorted by expert -> out [S, N]; rows of no expert are left as they are. Returns ``out``."""
+    rows, k = x.shape
     if rows == 0:
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    codes, scales = inputs.weight[:2]
-    e = codes.shape[0]
+    codes, scales = weight[:2]
+    e, n = codes.shape[0], out.shape[1]
     arch = architecture(x.device)
     tiles = choose_linear(arch, e, rows, x.dtype == torch.bfloat16)
-    step = _linear_step(arch, e, n, k, x.stride(0), x.dtype, layouts.BIT_ORDERS[inputs.layout], tiles)
+    dtypes = (x.dtype, out.dtype, None if bias is None else bias.dtype)
+    step = linear_step(arch, e, n, k, x.stride(0), dtypes, layouts.BIT_ORDERS[layout], tiles)
     grid = (-(-layouts.slabs(n, False) * 16 // tiles["BM"]) * (rows // tiles["BT"] + e), 1, 1)
     with torch.cuda.device(x.device) if x.is_cuda else NOTHING:
-        step(grid, x, codes, scales, None, inputs.offsets.contiguous(), None, None, out, None, None)
+        step(grid, x, codes, scales, bias, ends.contiguous(), None, None, out, None, None)
     return out
