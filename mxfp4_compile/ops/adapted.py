@@ -24,21 +24,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..spec import Role
 from . import gradients, ragged
-from .arguments import LinearInputs, MoEInputs
+from .arguments import LinearInputs, MoEInputs, Slot
 from .low_rank import LowRank, Term, products_of_rows, rows_times
-
-if TYPE_CHECKING:
-    from .backend import Backend
 
 # Bytes of rows that lie in memory together; more tokens go in chunks.
 MAX_ROWS_BYTES = 1 << 30
+
+
+class Projections(Protocol):
+    """What ``Backend`` has and is needed of it here."""
+
+    def recover(self, tensors: Sequence[Tensor], slot: Slot, *, n: int, k: int) -> tuple[Tensor, Tensor]: ...
+    def recover_bias(self, bias: Tensor, slot: Slot, *, n: int) -> Tensor: ...
+    def grouped_linear(self, inputs: LinearInputs) -> Tensor: ...
+    def gradient_dtype(self, dtype: torch.dtype, round_dtype: torch.dtype) -> torch.dtype: ...
+    def parts(self, inputs: MoEInputs) -> Parts: ...
+    def grouped_linear_backward(
+        self, grad: Tensor, offsets: Tensor, weight: Sequence[Tensor], k: int, dtype: torch.dtype, layout: str
+    ) -> Tensor: ...
 
 
 class Parts:
@@ -47,7 +57,7 @@ class Parts:
     Columns of y and of its gradient, [S, W], are in an order of the backend's own, W at least N; h is [S, I].
     """
 
-    def __init__(self, backend: Backend, inputs: MoEInputs) -> None:
+    def __init__(self, backend: Projections, inputs: MoEInputs) -> None:
         self.backend, self.inputs, self.params = backend, inputs, inputs.params
 
     def arranged(self, role: Role, rows: Tensor) -> Tensor:  # noqa: ARG002
@@ -178,7 +188,7 @@ class Rows:
 class Adapted:
     """A layer and the terms of its projections."""
 
-    backend: Backend
+    backend: Projections
     inputs: MoEInputs
     up: Sequence[Term]
     down: Sequence[Term]
