@@ -92,6 +92,7 @@ class RuntimeReport:
     captures: list[CaptureReport] = field(default_factory=list)
     prefills: list[PrefillReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    packed: str = ""  # which weights lie in one storage now, in words
 
     def note(self, text: str) -> None:
         """Say something, once."""
@@ -99,7 +100,7 @@ class RuntimeReport:
             self.notes.append(text)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"captures": [], "prefills": [], "notes": []}
+        return {"captures": [], "prefills": [], "notes": [], "packed": ""}
 
     def lines(self) -> list[str]:
         """A readable account."""
@@ -113,6 +114,7 @@ class RuntimeReport:
             f"{'graph ' + size(p.graph_bytes) + ', ' if p.replay else ''}error {p.error:.1e} against eager"
             for p in self.prefills
         ]
+        out += [f"compiled steps: {self.packed}"] if self.packed else []
         return out + [f"generate: {note}" for note in self.notes]
 
     def __str__(self) -> str:

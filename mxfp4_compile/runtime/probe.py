@@ -83,14 +83,17 @@ class Probe:
         """Relative error of the step's logits for the token after the prompt."""
         self._set(step)
         step.replay()
-        expected = self.model(
+        return relative_error(step.logits, self.eager_step().logits[:, -1])
+
+    def eager_step(self) -> Any:
+        """The model's own output for the token after the prompt."""
+        return self.model(
             input_ids=self.token,
             attention_mask=self._mask(self.mask.shape[1]),
             position_ids=self.positions[:, -1:],
             use_cache=True,
             **{CACHE: copy.deepcopy(self.cache)},
-        ).logits[:, -1]
-        return relative_error(step.logits, expected)
+        )
 
 
 def probe_tokens(model: Any, rows: int, length: int, longest: int = 1024) -> Tensor:

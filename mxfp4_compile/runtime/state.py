@@ -17,6 +17,7 @@ from .graphs import Recorder, brief, recorder_for
 from .latent import latent_modules
 from .layer_check import LayerCheck
 from .layers import compiled_layer, decoder_layers, let_compile
+from .packing import PACK_LINEARS, Siblings, find_siblings, pack
 from .probe import Probe
 from .prompts import Prefill, RecordedPrompt, kind_of
 from .sizes import length_for, prompt_length_for, size_for
@@ -52,6 +53,7 @@ class Runtime:
         self.use_attention = True
         self.record_prompts = os.environ.get(RECORD_PROMPTS) == "1"
         self.absorb_latents = os.environ.get(ABSORB_LATENTS) == "1"
+        self.pack_linears = os.environ.get(PACK_LINEARS) != "0"
         self.recorder: Recorder | None = None
         self._free()
         self._fresh()
@@ -63,16 +65,18 @@ class Runtime:
     def _fresh(self) -> None:
         self.steps: dict[Any, Any] = {}
         self.refused: dict[Any, str] = {}
-        self.layers: dict[tuple[int, int], Any] = {}
+        self.layers: dict[tuple[int, int, bool], Any] = {}
         self.prefills: dict[Any, Any] = {}
         self.prompts: dict[tuple[int, int], Any] = {}
+        self.siblings: list[Siblings] | None = None  # Linear modules of one product; None until they were looked for
+        self.report.packed = ""
         self.arena: Any = None
         self.fingerprint: int | None = None
         self.versions: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("model", "max_capture_size", "report", "compile_layers", "use_attention", "record_prompts")
-        return {k: getattr(self, k) for k in (*kept, "absorb_latents")}
+        return {k: getattr(self, k) for k in (*kept, "absorb_latents", "pack_linears")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -226,19 +230,23 @@ class Runtime:
             if free is not None and need + _RESERVE_BYTES > free:
                 text = f"{key}: not captured, its cache takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
                 return self._refuse(key, text)
+            self._pack(probe)
             check = self._layer_check(key, forms)
-            for layers, use_attention, absorb in self._attempts():
+            for layers, use_attention, absorb, packed in self._attempts():
                 attention = "own attention" if use_attention else "the attention of the model"
                 attention += " over latents" if absorb else ""
                 made = f"{layers} layers, {attention}"
                 try:
                     function = None
                     if layers != "eager":
-                        which = (key.rows, 0 if layers == "compiled" else key.length)
-                        function = self.layers.setdefault(which, compiled_layer(key.rows))
+                        which = (key.rows, 0 if layers == "compiled" else key.length, packed)
+                        if which not in self.layers:
+                            self.layers[which] = compiled_layer(key.rows, packed)
+                        function = self.layers[which]
                     step = DecodeStep(
                         self.model, key, forms, kinds, self.recorder, self.arena,
                         layer=function, any_length=layers == "compiled", use_attention=use_attention, absorb=absorb,
+                        siblings=self.siblings or () if packed else (),
                     )  # fmt: skip
                     fault, difference = self._fault_of(step, probe, check)
                 except torch.OutOfMemoryError:
@@ -279,8 +287,8 @@ class Runtime:
                 fault = f"recorded it gives other logits than unrecorded ({recorded:.2g})"
         return fault, difference
 
-    def _attempts(self) -> list[tuple[str, bool, bool]]:
-        """Ways to make a step, best first: how layers run; whether attention.py is used, over latents."""
+    def _attempts(self) -> list[tuple[str, bool, bool, bool]]:
+        """Ways to make a step, best first: how layers run; if attention.py is used; over latents; if packed."""
         assert self.recorder is not None
         compiled = self.compile_layers and self.recorder.compiles
         if compiled and not decoder_layers(self.model):
@@ -290,7 +298,38 @@ class Runtime:
         attention = [(True, False), (False, False)] if self.use_attention else [(False, False)]
         if self.use_attention and self.absorb_latents and latent_modules(self.model):
             attention.insert(0, (True, True))
-        return [(way, own, absorb) for own, absorb in attention for way in ways]
+        made = [(way, own, absorb, False) for own, absorb in attention for way in ways]
+        if compiled and self.siblings:
+            made.insert(0, (*made[0][:3], True))
+        return made
+
+    def _pack(self, probe: Probe) -> None:
+        """Put weights that one product can read into one storage, once; recorded steps are then of these places."""
+        assert self.recorder is not None
+        if self.siblings is not None or not (self.pack_linears and self.compile_layers and self.recorder.compiles):
+            return
+        self.siblings = []
+        if self.steps or self.prompts:
+            return  # they hold the addresses of now
+        layers = list(decoder_layers(self.model).values())
+        try:
+            found = find_siblings(layers, probe.eager_step)
+        except Exception as failure:
+            return self.report.note(f"sibling products are not looked for ({brief(failure)})")
+        reasons: dict[str, int] = {}
+        for group in found:
+            reason = pack(group)
+            if reason is None:
+                self.siblings.append(group)
+            else:
+                reasons[reason] = reasons.get(reason, 0) + 1
+        for reason, count in reasons.items():
+            self.report.note(f"{count} groups of linear modules with one input stay apart: {reason}")
+        if self.siblings:
+            count = sum(len(group.linears) for group in self.siblings)
+            self.report.packed = f"{count} linear modules as {len(self.siblings)} products, weights in one storage each"
+            modules = modules_of(self.model)
+            self.fingerprint, self.versions = fingerprint_of(self.model, modules), versions_of(modules)
 
     def _refuse(self, what: Any, reason: str) -> None:
         self.refused[what] = reason

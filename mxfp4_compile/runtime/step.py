@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from .caches.kinds import DYNAMIC_MASKS
 from .caches.step_cache import StepCache
 from .graphs import Recorder
 from .layers import LayerFunction, layers_run_by
+from .packing import Siblings, packed_forwards
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ class DecodeStep:
         any_length: bool = False,
         use_attention: bool,
         absorb: bool = False,
+        siblings: Sequence[Siblings] = (),
     ) -> None:
         """``kinds``: by which the forward wants its masks, empty for just one. ``layer``: what ``compiled_layer``
         returned for as many rows, or None to record layers as they are. ``any_length``: it is to be compiled for
-        caches of every length. ``absorb``: attention over latents (latent.py)."""
+        caches of every length. ``absorb``: attention over latents (latent.py). ``siblings``: Linear modules that are
+        one product (packing.py), for a ``layer`` that was compiled for it."""
         started = time.perf_counter()
         device = next(model.parameters()).device
         self.key = key
@@ -76,7 +79,7 @@ class DecodeStep:
         self._model = model
         self._kinds = kinds
         self._attention, self._absorb = use_attention, absorb
-        self._layer = layer
+        self._layer, self._siblings = layer, tuple(siblings)
         self.recording = recorder.record(self._in_place, 2)
         self.seconds = time.perf_counter() - started
         self.bytes = self.recording.bytes
@@ -92,7 +95,8 @@ class DecodeStep:
     def _in_place(self, teach: Callable[..., Any] | None = None) -> None:
         layers = layers_run_by(self._model, self.cache, self._layer, self.notes.append, teach)
         own = attention.exchanged(self._model) if self._attention else nullcontext()
-        with own, latent.absorbed(self._model) if self._absorb else nullcontext(), layers:
+        packed = packed_forwards(self._siblings)
+        with own, latent.absorbed(self._model) if self._absorb else nullcontext(), packed, layers:
             self._run()
 
     def _run(self) -> None:

@@ -265,7 +265,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
 def only_own_attention(model: nn.Module) -> Iterator[Any]:
     """No second way of making a step, which might be right."""
     runtime = runtime_of(model)
-    ways, runtime._attempts = runtime._attempts, lambda: [("eager", True, False)]
+    ways, runtime._attempts = runtime._attempts, lambda: [("eager", True, False, False)]
     try:
         yield runtime
     finally:
