@@ -5,6 +5,7 @@ A real configuration with random weights, made on the GPU in bf16; ``optimize`` 
     python benchmarks/generate.py --modes ours --batches 1,8,64
     python benchmarks/generate.py --modes hf_eager,hf_static,ours --batches 1 --prefill 512,4096
     python benchmarks/generate.py --model gpt-oss-20b --new 256        # past its window of 128
+    python benchmarks/generate.py --new 256 --vllm vllm-qwen3-mxfp4.json --profile --plot rates.png
 
 Decode rate: wall time of ``generate`` with ``--new`` tokens minus that with 2, best of three each. Prefill: wall time
 of ``generate`` for one token. Cold: the first call of a mode at a batch size, compilation and capture included.
@@ -13,13 +14,18 @@ of ``generate`` for one token. Cold: the first call of a mode at a batch size, c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import step_profile
 import torch
 
 
@@ -38,6 +44,14 @@ def config_of(name: str, layers: int | None) -> Any:
         from transformers import GptOssConfig
 
         return GptOssConfig(num_hidden_layers=layers or 24, num_local_experts=32, eos_token_id=None, pad_token_id=0)
+    if name == "qwen3-next-80b-a3b":  # the class's own defaults are this model's sizes; 48 layers in bf16 are 160 GB
+        from transformers import Qwen3NextConfig
+
+        return Qwen3NextConfig(num_hidden_layers=layers or 12)
+    if name == "glm-4.7-flash":
+        from transformers import Glm4MoeLiteConfig
+
+        return Glm4MoeLiteConfig(num_hidden_layers=layers or 47)
     if name == "tiny":  # for trying this file
         from mxfp4_compile.tools.families import tiny_model
 
@@ -129,29 +143,6 @@ def prefill(model: Any, length: int, options: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": length, "cold_seconds": timed(run), "first_token_ms": best(run) * 1e3}
 
 
-def profile(model: Any, batch: int) -> list[dict[str, Any]]:
-    """One replay of the recorded step for ``batch`` rows, by kernel."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    from mxfp4_compile.runtime import runtime_of
-
-    runtime = runtime_of(model)
-    assert runtime is not None
-    found = [s for k, s in runtime.steps.items() if k.rows >= batch]
-    if not found:
-        return []
-    step = min(found, key=lambda s: s.key.rows)
-    step.cache.position.fill_(150)
-    step.replay()
-    synchronize()
-    with record(activities=[ProfilerActivity.CUDA]) as events:
-        step.replay()
-        synchronize()
-    rows = [{"kernel": e.key[:160], "count": e.count, "us": e.self_device_time_total} for e in events.key_averages()]
-    return sorted(rows, key=lambda r: -r["us"])
-
-
 MODES = ("hf_eager", "hf_static", "ours")
 
 
@@ -168,12 +159,10 @@ def run_mode(model: Any, mode: str, args: argparse.Namespace, out: dict[str, Any
         except torch.OutOfMemoryError as error:
             out["decode"].append({"batch": batch, "failed": str(error).splitlines()[0]})
             print(f"{mode:10s} batch {batch}: out of memory", flush=True)
-        if mode == "ours" and args.profile:
-            table = out["profiles"][str(batch)] = profile(model, batch)
-            total = sum(r["us"] for r in table)
-            print(f"  one step at batch {batch} by kernel: {total:.0f} us in {sum(r['count'] for r in table)} kernels")
-            for row in table[:25]:
-                print(f"  {row['us']:9.1f} us {row['count']:5d} x  {row['kernel'][:100]}", flush=True)
+        made = step_profile.profile(model, batch) if mode == "ours" and args.profile else None
+        if made is not None:
+            out["profiles"][str(batch)] = made
+            print(f"  batch {batch}:", *step_profile.lines(made), sep="\n  ", flush=True)
     for length in args.prefill:
         save()
         out["prefill"].append(prefill(model, length, {} if mode == "hf_static" else options))
@@ -181,22 +170,81 @@ def run_mode(model: Any, mode: str, args: argparse.Namespace, out: dict[str, Any
     save()
 
 
+FULL_LAYERS = {"qwen3-30b-a3b": 48, "gpt-oss-20b": 24, "qwen3-next-80b-a3b": 48, "glm-4.7-flash": 47}
+LABELS = {"hf_eager": "transformers", "hf_static": "transformers, compiled", "ours": "mxfp4_compile"}
+
+
+def vllm_rows(path: Path) -> tuple[str, dict[str, Any]]:
+    """The name and the rows of a JSON file of vLLM's: {variant, vllm, gpu, rows: [{batch, tokens_per_second, ...}]}."""
+    read = json.loads(path.read_text(encoding="utf-8"))
+    kept = {k: read.get(k) for k in ("variant", "vllm", "torch", "gpu")}
+    return f"vLLM {read['vllm']}, {read['variant']}", {"decode": read["rows"], "prefill": [], **kept}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Decode rate and first token of every mode, by batch size."""
+    batches = sorted({r["batch"] for m in result["modes"].values() for r in m["decode"]})
+    out = ["tokens/s (ms to the first token)".ljust(34) + "".join(f"{f'batch {b}':>18s}" for b in batches)]
+    for mode, measured in result["modes"].items():
+        rows = {r["batch"]: r for r in measured["decode"] if "tokens_per_second" in r}
+        cells = [
+            f"{rows[b]['tokens_per_second']:.0f} ({rows[b]['first_token_ms']:.0f})" if b in rows else ""
+            for b in batches
+        ]
+        out.append(LABELS.get(mode, mode).ljust(34) + "".join(f"{c:>18s}" for c in cells))
+    return out
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Decode rate by batch size, one line a mode."""
+    """Decode rate: a panel for each batch size, a bar for each mode, its value on it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for mode, measured in result["modes"].items():
-        rows = [r for r in measured["decode"] if "tokens_per_second" in r]
-        axes.plot([r["batch"] for r in rows], [r["tokens_per_second"] for r in rows], marker="o", label=mode)
-    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens per second", title=result["title"])
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    rows = {m: {r["batch"]: r for r in d["decode"] if "tokens_per_second" in r} for m, d in result["modes"].items()}
+    batches = sorted({b for found in rows.values() for b in found})
+    figure, panels = pyplot.subplots(1, len(batches), figsize=(3.4 * len(batches), 4), squeeze=False)
+    for axes, batch in zip(panels[0], batches, strict=True):
+        shown = [m for m, found in rows.items() if batch in found]
+        bars = axes.bar(range(len(shown)), [rows[m][batch]["tokens_per_second"] for m in shown])
+        axes.bar_label(bars, fmt="{:,.0f}")
+        axes.set_xticks(range(len(shown)), [LABELS.get(m, m) for m in shown], rotation=25, ha="right", fontsize=8)
+        axes.set(title=f"batch {batch}", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("tokens per second (higher is better)")
+    figure.suptitle(result["title"], fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def first_calls(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The first call of two processes with a compilation cache of their own on disk, empty before the first."""
+    found = []
+    with tempfile.TemporaryDirectory() as directory:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{directory}/inductor", "TRITON_CACHE_DIR": f"{directory}/triton"}
+        for state in ("cold", "warm"):
+            out = Path(directory) / f"{state}.json"
+            command = [
+                sys.executable,
+                __file__,
+                "--model",
+                args.model,
+                "--batches",
+                "1",
+                "--new",
+                "8",
+                "--out",
+                str(out),
+            ]
+            command += ["--layers", str(args.layers)] if args.layers else []
+            started = time.perf_counter()
+            subprocess.run([*command, "--device", args.device], env={**os.environ, **caches}, check=True)
+            row = json.loads(out.read_text())["modes"]["ours"]["decode"][0]
+            whole = time.perf_counter() - started
+            found.append({"caches": state, "first_call_seconds": row["cold_seconds"], "process_seconds": whole})
+            print(json.dumps(found[-1]), flush=True)
+    return found
 
 
 def main() -> None:
@@ -213,7 +261,9 @@ def main() -> None:
     parser.add_argument("--hf-new", type=int, help="--new of the hf modes")
     parser.add_argument("--prefill", type=numbers, default=[])
     parser.add_argument("--record-prompts", action="store_true", help="of ours, record the forward of short prompts")
-    parser.add_argument("--profile", action="store_true", help="one step of ours by kernel")
+    parser.add_argument("--profile", action="store_true", help="one step of ours by group of kernels")
+    parser.add_argument("--vllm", type=Path, action="append", default=[], help="JSON of vLLM's rows; may be repeated")
+    parser.add_argument("--first-call", action="store_true", help="time first calls on empty and on full disk caches")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -231,8 +281,10 @@ def main() -> None:
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     config = config_of(args.model, args.layers)
+    layers, full = config.num_hidden_layers, FULL_LAYERS.get(args.model)
+    layers = f"{layers} of {full}" if full is not None and layers != full else layers
     result: dict[str, Any] = {
-        "title": f"{args.model}, {config.num_hidden_layers} layers, {name}, prompt {args.prompt}",
+        "title": f"{args.model}, {layers} layers, {name}, prompt {args.prompt}",
         "device": name,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -244,7 +296,11 @@ def main() -> None:
     def save() -> None:
         """After every measurement: a run that is cut short keeps what it has."""
         if hasattr(model, "mxfp4_report"):
-            result["report"] = model.mxfp4_report.runtime.lines()
+            runtime = model.mxfp4_report.runtime
+            result["report"] = runtime.lines()
+            # What was compiled and used, with its error in the check; rejected ways are among the notes.
+            result["captures"] = [dataclasses.asdict(c) for c in (*runtime.captures, *runtime.prefills)]
+            result["notes"] = list(runtime.notes)
         if args.out:
             args.out.write_text(json.dumps(result, indent=1))
 
@@ -263,6 +319,19 @@ def main() -> None:
             print(f"optimize (verify=False, floor): {result['optimize_seconds']:.1f} s", flush=True)
         run_mode(model, mode, args, result["modes"].setdefault(mode, {}), save)
     print("\n".join(result.get("report", [])), flush=True)
+    save()
+    model = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if args.first_call:
+        result["first_calls"] = first_calls(args)
+    for path in args.vllm:
+        mode, rows = vllm_rows(path)
+        result["modes"][mode] = rows
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1))
+    print("\n".join(table(result)), flush=True)
     if args.plot:
         plot(result, args.plot)
 
