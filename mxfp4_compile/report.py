@@ -58,6 +58,7 @@ class CaptureReport:
 
     ``cache_bytes``: its keys and values, in memory that all steps share. ``graph_bytes``: what recording it
     added to the pool that all graphs share. ``error``: relative error of its logits against an eager step.
+    ``products``: which matrix products are computed otherwise than the model has them, in words, "" if none.
     """
 
     batch: int
@@ -68,6 +69,7 @@ class CaptureReport:
     cache_bytes: int
     graph_bytes: int
     error: float
+    products: str = ""
 
 
 @dataclass
@@ -92,7 +94,7 @@ class RuntimeReport:
     captures: list[CaptureReport] = field(default_factory=list)
     prefills: list[PrefillReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    packed: str = ""  # which weights lie in one storage now, in words
+    packed: str = ""  # which weights were put side by side, in words
 
     def note(self, text: str) -> None:
         """Say something, once."""
@@ -105,8 +107,9 @@ class RuntimeReport:
     def lines(self) -> list[str]:
         """A readable account."""
         out = [
-            f"decode step: batch {c.batch}, {c.length} tokens, {c.replay}, {c.made}: {c.seconds:.1f} s, cache "
-            f"{size(c.cache_bytes)}, graph {size(c.graph_bytes)}, error {c.error:.1e} against eager"
+            f"decode step: batch {c.batch}, {c.length} tokens, {c.replay}, {c.made}"
+            f"{f' ({c.products})' if c.products else ''}: {c.seconds:.1f} s, cache {size(c.cache_bytes)}, "
+            f"graph {size(c.graph_bytes)}, error {c.error:.1e} against eager"
             for c in self.captures
         ]
         out += [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 from ..passes.build.module import mxfp4_sites
 from .caches.base import CACHE, LayerView
 from .caches.step_cache import StepCache
-from .packing import share_pass
+from .graph_pass import LayerPass
 
 LayerFunction = Callable[..., Any]
 
@@ -41,6 +41,11 @@ def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
             found[indices.pop()] = layer
         break
     return found
+
+
+def have_biases(layers: Iterable[nn.Module]) -> bool:
+    """Whether a parameter of decoder layers is called a bias."""
+    return any("bias" in name for layer in layers for name, _ in layer.named_parameters())
 
 
 def let_compile(modules: list[nn.Module]) -> None:
@@ -113,20 +118,23 @@ def _run_layer(layer: nn.Module, view: LayerView, args: tuple[Any, ...], kwargs:
     return type(layer).forward(layer, *args, **{CACHE: view}, **kwargs)
 
 
-def compile_options(rows: int, packed: bool = False) -> dict[str, Any]:
-    """What Inductor is told for a step of ``rows`` rows; packed: with one product for siblings (packing.py).
+def compile_options(rows: int, packed: bool = False, reduced: bool = False) -> dict[str, Any]:
+    """What Inductor is told for a step of ``rows`` rows; packed: with one product for siblings (packing.py); reduced:
+    products of one row with a bias are sums, too (graph_pass.py).
 
     With one row, matrix products become reductions that fuse with the norms before them (as in gpt-fast): on an
     H200 a layer of Qwen3-30B-A3B takes 63 us instead of 80. With more rows that changes nothing.
     """
-    options: dict[str, Any] = {"joint_custom_post_pass": share_pass()} if packed else {}
+    changes = ("share",) * packed + ("reduce_biased",) * (reduced and rows == 1)
+    options: dict[str, Any] = {"joint_custom_post_pass": LayerPass(changes)} if changes else {}
     return {**options, "coordinate_descent_tuning": True} if rows == 1 else options
 
 
-def compiled_layer(rows: int, packed: bool = False) -> LayerFunction:
+def compiled_layer(rows: int, packed: bool = False, reduced: bool = False) -> LayerFunction:
     """The function that runs decoder layers of ``rows`` rows, compiled once per structure of layer."""
-    function = own_code(_run_layer, f"decode_layer_{rows}{'_packed' if packed else ''}")
-    return torch.compile(function, dynamic=False, fullgraph=True, options=compile_options(rows, packed))
+    name = f"decode_layer_{rows}{'_packed' if packed else ''}{'_reduced' if reduced else ''}"
+    function = own_code(_run_layer, name)
+    return torch.compile(function, dynamic=False, fullgraph=True, options=compile_options(rows, packed, reduced))
 
 
 def own_code(function: Any, name: str) -> LayerFunction:

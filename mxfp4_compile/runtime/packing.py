@@ -5,16 +5,18 @@ shapes and values; nothing is held twice.
 
 ::
 
-    q.weight [4096, H] --+                                  q.weight = packed[:4096]   } views of one storage,
-    k.weight  [512, H] --+-- pack -->  packed [5120, H]     k.weight = packed[4096:4608] } parameters as before
-    v.weight  [512, H] --+                                  v.weight = packed[4608:]
+    q.weight [4096, H] --+                                  q.weight: rows    0 to 4096 } in one block of memory, each
+    k.weight  [512, H] --+-- pack -->  packed [5120, H]     k.weight: rows 4096 to 4608 } a storage of its own to
+    v.weight  [512, H] --+                                  v.weight: rows 4608 to 5120 } whoever saves or copies it
 
-    traced:  q(x) = linear(x, packed)[:4096], k(x) = linear(x, packed)[4096:4608], ...; SharePass: one product
+    traced:  q(x) = linear(x, packed)[:4096], k(x) = linear(x, packed)[4096:4608], ...; then one product (graph_pass.py)
 
-Parameters become views because a copy beside them would be 6% of a model like Qwen3-30B-A3B. The compiled graph has the
-packed weight as an input of its own and each module's result as a part of the whole product: the graph is right
-whichever layer it is called for, and whether or not the pass found anything to share. Reading past the end of
-``q.weight`` instead would be right only for layers whose weights happen to be neighbours, which no guard checks.
+Parameters lie inside the packed weight because a copy beside them would be 6% of a model like Qwen3-30B-A3B. They are
+no views of one storage: those who save models take such for tied weights, and refuse them or write only one of them.
+The compiled graph has the packed weight as an input of its own and each module's result as a part of the whole product:
+the graph is right whichever layer it is called for, and whether or not the pass found anything to share. Reading past
+the end of ``q.weight`` instead would be right only for layers whose weights happen to be neighbours, which no guard
+checks.
 
 Not packed: modules that are more than an nn.Linear (adapters, quantized weights, parametrizations, hooks), weights of
 which the storage is held by something else as well (a state dict in use, shared memory), and what would not be aligned.
@@ -22,21 +24,24 @@ which the storage is held by something else as well (a state dict in use, shared
 
 from __future__ import annotations
 
-import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Set to 0, weights stay where they are.
 PACK_LINEARS = "MXFP4_COMPILE_PACK_LINEARS"
 _ALIGNMENT = 16  # bytes, of the part of each module
+
+# The packed storage in which a parameter was put, held by nothing but its parts.
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +64,10 @@ def find_siblings(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[S
     """Linear modules in ``layers`` that are given the same tensor when ``run`` runs the model; each called once."""
     calls: list[tuple[nn.Linear, Tensor]] = []  # holds the inputs, so that no two of them have one id
     handles = []
+    thread = threading.get_ident()
 
     def heard(module: Any, args: tuple[Any, ...]) -> None:
-        if len(args) == 1 and isinstance(args[0], Tensor):
+        if len(args) == 1 and isinstance(args[0], Tensor) and threading.get_ident() == thread:
             calls.append((module, args[0]))
 
     try:
@@ -88,7 +94,7 @@ def _places(layers: Sequence[nn.Module], group: tuple[nn.Linear, ...]) -> tuple[
 
 
 def pack(siblings: Siblings) -> str | None:
-    """Make the parameters views of one storage each kind; None, or why nothing was changed.
+    """Put the parameters of each kind into one block of memory; None, or why nothing was changed.
 
     Waits for the device before the former storages are let go.
     """
@@ -96,7 +102,7 @@ def pack(siblings: Siblings) -> str | None:
     reason = next((r for r in (*map(_unpackable, siblings.linears), *map(_unmovable, kinds)) if r), None)
     if reason is not None:
         return reason
-    apart = [kind for kind in kinds if not _neighbours(kind)]
+    apart = [kind for kind in kinds if _block(kind) is None]
     try:
         with torch.inference_mode(False), torch.no_grad():
             whole = [torch.cat([p.detach() for p in kind]) for kind in apart]
@@ -104,8 +110,13 @@ def pack(siblings: Siblings) -> str | None:
         return "memory is short"
     former = [p.data for kind in apart for p in kind]
     for kind, packed in zip(apart, whole, strict=True):
-        for parameter, part in zip(kind, packed.split([p.shape[0] for p in kind]), strict=True):
-            parameter.data = part
+        start = 0
+        for parameter in kind:
+            stop = start + parameter.numel() * parameter.element_size()
+            part = packed.untyped_storage()[start:stop]  # a storage that keeps the packed one
+            parameter.data = packed.new_empty(0).set_(part).view(parameter.shape)
+            _packed[parameter] = StorageWeakRef(packed.untyped_storage())
+            start = stop
     if former and former[0].is_cuda:
         torch.cuda.synchronize(former[0].device)
     return None
@@ -128,21 +139,23 @@ def _unmovable(kind: list[nn.Parameter]) -> str | None:
         return "a weight does not lie row by row"
     if any(p.numel() * p.element_size() % _ALIGNMENT for p in kind[:-1]):
         return "the parts would not be aligned"
-    if not _neighbours(kind) and not all(_alone(p) for p in kind):
+    if _block(kind) is None and not all(_alone(p) for p in kind):
         return "a weight's storage is held by something else, too"
     return None
 
 
-def _neighbours(kind: list[nn.Parameter]) -> bool:
-    """Whether parameters lie one behind the other in one storage."""
-    first = kind[0]
-    offset = first.storage_offset()
+def _block(kind: list[nn.Parameter]) -> torch.UntypedStorage | None:
+    """The packed storage of which parameters are the parts, one behind the other; None if they are not (any more)."""
+    held = _packed.get(kind[0])
+    storage = None if held is None else torch.UntypedStorage._new_with_weak_ptr(held.cdata)
+    if storage is None:
+        return None
+    place = storage.data_ptr()
     for p in kind:
-        same = p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or p.storage_offset() != offset or not p.is_contiguous():
-            return False
-        offset += p.numel()
-    return True
+        if p.device != storage.device or p.data_ptr() != place or not p.is_contiguous():
+            return None
+        place += p.numel() * p.element_size()
+    return storage if place == storage.data_ptr() + storage.nbytes() else None
 
 
 def _alone(parameter: nn.Parameter) -> bool:
@@ -157,12 +170,13 @@ def _alone(parameter: nn.Parameter) -> bool:
     return bool(holders(storage._cdata) <= holders(single.untyped_storage()._cdata))
 
 
-def _whole(kind: list[nn.Parameter]) -> Tensor:
-    """The tensor of which neighbouring parameters are the parts, itself no view of one of them."""
-    first = kind[0].detach()
+def _whole(kind: list[nn.Parameter]) -> Tensor | None:
+    """The packed tensor of which parameters are the parts, or None."""
+    storage, first = _block(kind), kind[0].detach()
+    if storage is None:
+        return None
     shape = (sum(p.shape[0] for p in kind), *first.shape[1:])
-    made = torch.empty(0, dtype=first.dtype, device=first.device)
-    return made.set_(first.untyped_storage(), first.storage_offset(), shape, first.stride())
+    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage).view(shape)
 
 
 class _Part(nn.Module):
@@ -190,15 +204,15 @@ class _Part(nn.Module):
 def packed_forwards(groups: Iterable[Siblings]) -> Iterator[None]:
     """Inside the block siblings that ``pack`` packed are parts of one product where they are compiled.
 
-    What lies apart (again) is left as it is. Nothing holds the packed storage after the block but the parameters.
+    What lies apart (again) is left as it is. Nothing holds the packed memory after the block but the parameters.
     """
     changed: list[tuple[nn.Module, str, nn.Linear]] = []
     try:
         for siblings in groups:
-            kinds = siblings.parameters()
-            if any(_unpackable(m) for m in siblings.linears) or not all(_neighbours(kind) for kind in kinds):
+            found = [_whole(kind) for kind in siblings.parameters()]
+            whole = [tensor for tensor in found if tensor is not None]
+            if any(_unpackable(m) for m in siblings.linears) or len(whole) < len(found):
                 continue
-            whole = [_whole(kind) for kind in kinds]
             parts, start = [], 0
             for linear in siblings.linears:
                 stop = start + linear.weight.shape[0]
@@ -212,71 +226,3 @@ def packed_forwards(groups: Iterable[Siblings]) -> Iterator[None]:
     finally:
         for parent, name, linear in changed:
             parent._modules[name] = linear
-
-
-# the pass
-
-_KEPT = ("empty", "new_empty", "bernoulli", "rand", "dropout")
-
-
-def share(graph: fx.Graph) -> None:
-    """Compute once what a graph computes twice, of the deterministic ops of aten that write to nothing."""
-    known: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not _shareable(node.target):
-            continue
-        try:
-            key = node.target, _frozen(node.args), _frozen(node.kwargs)
-            first = known.setdefault(key, node)
-        except TypeError:  # an argument that has no hash
-            continue
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-
-
-def _shareable(target: Any) -> bool:
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and target.namespace in ("aten", "prims")
-        and not target._schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in target.tags
-        and not any(word in str(target) for word in _KEPT)
-    )
-
-
-def _frozen(value: Any) -> Any:
-    """A value that can be a key; numbers of different types are different."""
-    if isinstance(value, (list, tuple)):
-        return tuple(_frozen(v) for v in value)
-    if isinstance(value, dict):
-        return tuple((k, _frozen(v)) for k, v in value.items())
-    hash(value)
-    return type(value), value
-
-
-def share_pass() -> Any:
-    """``share`` as a pass of Inductor, behind what is configured in its place."""
-    import torch._inductor.config as config
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    configured: Any = config.joint_custom_post_pass
-    before = tuple(configured) if isinstance(configured, (list, tuple)) else (configured,) if configured else ()
-
-    class SharePass(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            for one in before:
-                one(graph)
-            share(graph)
-            graph.lint()
-
-        def uuid(self) -> Any:
-            theirs = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in before]
-            return None if None in theirs else f"mxfp4_compile.share:{_source_hash()}:{theirs}"
-
-    return SharePass()
-
-
-@lru_cache(maxsize=1)
-def _source_hash() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:24]

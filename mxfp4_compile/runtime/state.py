@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from .eligibility import fingerprint_of, modules_of, refusal_of, versions_of
 from .graphs import Recorder, brief, recorder_for
 from .latent import latent_modules
 from .layer_check import LayerCheck
-from .layers import compiled_layer, decoder_layers, let_compile
+from .layers import compiled_layer, decoder_layers, have_biases, let_compile
 from .packing import PACK_LINEARS, Siblings, find_siblings, pack
 from .probe import Probe
 from .prompts import Prefill, RecordedPrompt, kind_of
@@ -28,6 +30,8 @@ from .step import DecodeStep, StepKey
 RECORD_PROMPTS = "MXFP4_COMPILE_RECORD_PROMPTS"
 # Latents are attended to as they are if this is 1 (latent.py): not yet by themselves, as it was run on a CPU only.
 ABSORB_LATENTS = "MXFP4_COMPILE_ABSORB_LATENTS"
+# Set to 0, products with a bias stay cuBLAS's in steps of one row (graph_pass.py).
+REDUCE_BIASED = "MXFP4_COMPILE_REDUCE_BIASED"
 
 MOVED = "weights or modules moved: recorded steps were dropped"
 
@@ -42,6 +46,28 @@ _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 _HALF_TOLERANCE = 0.5
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a step is made. layers: how they run; own: with the attention of attention.py, absorb: over latents; packed:
+    with one product for siblings (packing.py); reduced: with products with a bias as sums (graph_pass.py)."""
+
+    layers: str
+    own: bool
+    absorb: bool = False
+    packed: bool = False
+    reduced: bool = False
+
+    def __str__(self) -> str:
+        attention = "own attention" if self.own else "the attention of the model"
+        return f"{self.layers} layers, {attention}{' over latents' if self.absorb else ''}"
+
+    @property
+    def products(self) -> str:
+        """What is done with matrix products, in words."""
+        found = ["those of one input as one"] * self.packed + ["those with a bias as sums"] * self.reduced
+        return f"products: {', '.join(found)}" if found else ""
+
+
 class Runtime:
     """The recorded steps of one model, and what they are worth. Copies and pickles start empty."""
 
@@ -54,6 +80,7 @@ class Runtime:
         self.record_prompts = os.environ.get(RECORD_PROMPTS) == "1"
         self.absorb_latents = os.environ.get(ABSORB_LATENTS) == "1"
         self.pack_linears = os.environ.get(PACK_LINEARS) != "0"
+        self.reduce_biased = os.environ.get(REDUCE_BIASED) != "0"
         self.recorder: Recorder | None = None
         self._free()
         self._fresh()
@@ -65,7 +92,7 @@ class Runtime:
     def _fresh(self) -> None:
         self.steps: dict[Any, Any] = {}
         self.refused: dict[Any, str] = {}
-        self.layers: dict[tuple[int, int, bool], Any] = {}
+        self.layers: dict[tuple[int, int, bool, bool], Any] = {}
         self.prefills: dict[Any, Any] = {}
         self.prompts: dict[tuple[int, int], Any] = {}
         self.siblings: list[Siblings] | None = None  # Linear modules of one product; None until they were looked for
@@ -76,7 +103,7 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("model", "max_capture_size", "report", "compile_layers", "use_attention", "record_prompts")
-        return {k: getattr(self, k) for k in (*kept, "absorb_latents", "pack_linears")}
+        return {k: getattr(self, k) for k in (*kept, "absorb_latents", "pack_linears", "reduce_biased")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -232,27 +259,20 @@ class Runtime:
                 return self._refuse(key, text)
             self._pack(probe)
             check = self._layer_check(key, forms)
-            for layers, use_attention, absorb, packed in self._attempts():
-                attention = "own attention" if use_attention else "the attention of the model"
-                attention += " over latents" if absorb else ""
-                made = f"{layers} layers, {attention}"
+            for way in self._ways(key.rows):
+                made = str(way)
+                described = f"{made} ({way.products})" if way.products else made
                 try:
-                    function = None
-                    if layers != "eager":
-                        which = (key.rows, 0 if layers == "compiled" else key.length, packed)
-                        if which not in self.layers:
-                            self.layers[which] = compiled_layer(key.rows, packed)
-                        function = self.layers[which]
                     step = DecodeStep(
-                        self.model, key, forms, kinds, self.recorder, self.arena,
-                        layer=function, any_length=layers == "compiled", use_attention=use_attention, absorb=absorb,
-                        siblings=self.siblings or () if packed else (),
+                        self.model, key, forms, kinds, self.recorder, self.arena, layer=self._layer(way, key),
+                        any_length=way.layers == "compiled", use_attention=way.own, absorb=way.absorb,
+                        siblings=self.siblings or () if way.packed else (),
                     )  # fmt: skip
                     fault, difference = self._fault_of(step, probe, check)
                 except torch.OutOfMemoryError:
                     return self._refuse(key, f"{key}: not captured, out of memory")
                 except Exception as failure:
-                    self.report.note(f"{key} with {made}: {brief(failure)}")
+                    self.report.note(f"{key} with {described}: {brief(failure)}")
                     continue
                 if fault is None:
                     for note in step.notes:
@@ -261,10 +281,12 @@ class Runtime:
                     size = sum(f.bytes(key.rows, key.length) for f in forms)
                     how = self.recorder.name
                     self.report.captures.append(
-                        CaptureReport(key.rows, key.length, how, made, step.seconds, size, step.bytes, difference)
+                        CaptureReport(
+                            key.rows, key.length, how, made, step.seconds, size, step.bytes, difference, way.products
+                        )
                     )
                     return step
-                self.report.note(f"{key} with {made}: not used, {fault}")
+                self.report.note(f"{key} with {described}: not used, {fault}")
             return self._refuse("model", "no recorded step agrees with the eager one: generate runs without graphs")
 
     def _layer_check(self, key: StepKey, forms: tuple[LayerForm, ...]) -> LayerCheck | None:
@@ -287,24 +309,35 @@ class Runtime:
                 fault = f"recorded it gives other logits than unrecorded ({recorded:.2g})"
         return fault, difference
 
-    def _attempts(self) -> list[tuple[str, bool, bool, bool]]:
-        """Ways to make a step, best first: how layers run; if attention.py is used; over latents; if packed."""
+    def _layer(self, way: Way, key: StepKey) -> Any:
+        """What runs the decoder layers, or None."""
+        if way.layers == "eager":
+            return None
+        which = (key.rows, 0 if way.layers == "compiled" else key.length, way.packed, way.reduced)
+        if which not in self.layers:
+            self.layers[which] = compiled_layer(key.rows, way.packed, way.reduced)
+        return self.layers[which]
+
+    def _ways(self, rows: int) -> list[Way]:
+        """Ways to make a step, best first."""
         assert self.recorder is not None
         compiled = self.compile_layers and self.recorder.compiles
-        if compiled and not decoder_layers(self.model):
+        layers = decoder_layers(self.model).values()
+        if compiled and not layers:
             self.report.note("its decoder layers cannot be told apart: steps are recorded with layers as they are")
             compiled = False
-        ways = ["compiled", "compiled for this length:", "eager"] if compiled else ["eager"]
         attention = [(True, False), (False, False)] if self.use_attention else [(False, False)]
         if self.use_attention and self.absorb_latents and latent_modules(self.model):
             attention.insert(0, (True, True))
-        made = [(way, own, absorb, False) for own, absorb in attention for way in ways]
-        if compiled and self.siblings:
-            made.insert(0, (*made[0][:3], True))
-        return made
+        kinds = ["compiled", "compiled for this length:", "eager"] if compiled else ["eager"]
+        ways = [Way(kind, own, absorb) for own, absorb in attention for kind in kinds]
+        reduced = self.reduce_biased and rows == 1 and have_biases(layers)
+        if compiled and (self.siblings or reduced):
+            ways.insert(0, dataclasses.replace(ways[0], packed=bool(self.siblings), reduced=reduced))
+        return ways
 
     def _pack(self, probe: Probe) -> None:
-        """Put weights that one product can read into one storage, once; recorded steps are then of these places."""
+        """Put weights that one product can read side by side, once; recorded steps are then of these places."""
         assert self.recorder is not None
         if self.siblings is not None or not (self.pack_linears and self.compile_layers and self.recorder.compiles):
             return
@@ -327,7 +360,7 @@ class Runtime:
             self.report.note(f"{count} groups of linear modules with one input stay apart: {reason}")
         if self.siblings:
             count = sum(len(group.linears) for group in self.siblings)
-            self.report.packed = f"{count} linear modules as {len(self.siblings)} products, weights in one storage each"
+            self.report.packed = f"{count} linear modules as {len(self.siblings)} products, weights side by side"
             modules = modules_of(self.model)
             self.fingerprint, self.versions = fingerprint_of(self.model, modules), versions_of(modules)
 

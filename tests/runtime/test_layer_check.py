@@ -16,6 +16,7 @@ import mxfp4_compile
 from mxfp4_compile.runtime import attention, runtime_of
 from mxfp4_compile.runtime.caches import full, hybrid, indexed, kinds, ring, states
 from mxfp4_compile.runtime.caches.base import Clock
+from mxfp4_compile.runtime.state import Way
 from mxfp4_compile.runtime.step import DecodeStep
 from mxfp4_compile.tools.families import tiny_model
 
@@ -265,11 +266,11 @@ MUTATIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
 def only_own_attention(model: nn.Module) -> Iterator[Any]:
     """No second way of making a step, which might be right."""
     runtime = runtime_of(model)
-    ways, runtime._attempts = runtime._attempts, lambda: [("eager", True, False, False)]
+    ways, runtime._ways = runtime._ways, lambda rows: [Way("eager", own=True)]
     try:
         yield runtime
     finally:
-        runtime._attempts = ways
+        runtime._ways = ways
 
 
 @pytest.mark.parametrize("dtype", [HALF, pytest.param(SINGLE, marks=pytest.mark.slow)], ids=["bf16", "fp32"])

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from recording import compile_with, recorded
+from safetensors.torch import load_file, save_model
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import mxfp4_compile
 from mxfp4_compile.runtime import packing, runtime_of
-from mxfp4_compile.runtime.packing import Siblings, pack, share
+from mxfp4_compile.runtime.graph_pass import share
+from mxfp4_compile.runtime.packing import Siblings, pack
 from mxfp4_compile.tools.families import tiny_model
 
 OPTIONS = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
@@ -40,8 +42,9 @@ def optimized(family: str) -> nn.Module:
 
 
 def attention_bytes(model: nn.Module) -> int:
-    """Bytes of all storages that parameters lie in, each counted once."""
+    """Bytes of all storages that parameters lie in, each counted once; that they have storages of their own."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert len(storages) == len(list(model.parameters()))
     return sum(storages.values())
 
 
@@ -79,9 +82,8 @@ def test_one_product_and_the_same_model(family: str, monkeypatch: pytest.MonkeyP
     assert [id(p) for p in model.parameters()] == identities
     assert not any(isinstance(m, packing._Part) for m in model.modules())
     attention = model.model.layers[0].self_attn
-    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.k_proj.weight.untyped_storage().data_ptr()
-    other = model.model.layers[1].self_attn.q_proj.weight.untyped_storage()
-    assert other.data_ptr() != attention.q_proj.weight.untyped_storage().data_ptr()
+    q, k = attention.q_proj.weight, attention.k_proj.weight
+    assert k.data_ptr() == q.data_ptr() + q.numel() * q.element_size()
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[k], v) for k, v in before.items())
@@ -169,6 +171,27 @@ def test_what_is_not_packed() -> None:
     assert [m.weight.data_ptr() - place for m in held] == [0, 8 * 16 * 4, 12 * 16 * 4]
 
 
+def test_parts_are_saved_and_let_go_as_others(tmp_path: Path) -> None:
+    """Those who save find nothing shared; the packed memory lives as long as one of its parts."""
+    modules = trio(True)
+    values = {name: p.detach().clone() for name, p in modules.named_parameters()}
+    assert pack(Siblings(tuple(modules))) is None
+    save_model(modules, str(tmp_path / "m.safetensors"))
+    read = load_file(tmp_path / "m.safetensors")
+    assert read.keys() == values.keys()
+    assert all(torch.equal(read[name], value) for name, value in values.items())
+    torch.save(modules[1].weight.detach(), tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").stat().st_size < 4 * 16 * 4 + 2000
+    held = packing._packed[modules[0].weight]
+    for module in modules:
+        assert not held.expired()
+        module.weight.data = module.weight.data.clone()
+    assert held.expired()
+    assert packing._whole([m.weight for m in modules]) is None
+    assert pack(Siblings(tuple(modules))) is None
+    assert all(torch.equal(p, values[name]) for name, p in modules.named_parameters())
+
+
 def test_parts_train_as_before() -> None:
     """Gradients, an optimizer's steps, and moving apart by a cast."""
     one, other = trio(True), trio(True)
@@ -190,16 +213,3 @@ def test_parts_train_as_before() -> None:
         with packing.packed_forwards([siblings]):
             assert [isinstance(m, packing._Part) for m in modules] == [inside] * 3
         assert all(type(m) is nn.Linear for m in modules)
-
-
-def test_only_what_is_equal_is_shared() -> None:
-    """Random numbers, other arguments and numbers of other types stay."""
-
-    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return x + 1, x + 1, x + 1.0, torch.rand_like(x), torch.rand_like(x), x.sum(0), x.sum(1)
-
-    graph = torch.fx.experimental.proxy_tensor.make_fx(function)(torch.ones(2, 2, dtype=torch.int64).float())
-    before = sum(n.op == "call_function" for n in graph.graph.nodes)
-    share(graph.graph)
-    graph.graph.lint()
-    assert sum(n.op == "call_function" for n in graph.graph.nodes) == before - 1
