@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,9 @@ _BATCH = {"cpu": 4096}
 _BATCH_DEVICE = 16384
 # Share of the host's free memory that recorded inputs may take.
 _HOST_SHARE = 0.5
+# Bytes that solving a site takes on a CUDA device; recorded inputs stay there if they fit beside it in so many passes.
+_SOLVING_BYTES = 16e9
+_PASSES = 3
 # Windows whose loss is taken.
 _JUDGED = 8
 
@@ -331,6 +334,12 @@ class _Run:
         """Sites to record in one pass over the text, as many as the host has room for; sizes: a batch's."""
         times = self.windows.ids.numel() / self.batches[0][1].numel()
         room = free_host_memory()
+        needed = [sizes[key] * times * (2 if self.sequential else 1) for key in order]
+        here = free_device_memory({site.device for site in self.target.sites.values()}) - _SOLVING_BYTES
+        self.recorder.stays = bool(needed) and max(needed) <= here and sum(needed) <= here * _PASSES
+        share = _HOST_SHARE
+        if self.recorder.stays:
+            room, share = here, 1.0
         groups: list[list[int]] = [[]]
         used = 0.0
         for key in order:
@@ -341,7 +350,7 @@ class _Run:
                     f"{size / 1e9:.1f} GB of its inputs; the host has {room / 1e9:.1f} GB free. Fewer tokens need "
                     "less. Nothing was changed."
                 )
-            if groups[-1] and used + size > room * _HOST_SHARE:
+            if groups[-1] and used + size > room * share:
                 groups.append([])
                 used = 0.0
             groups[-1].append(key)
@@ -355,6 +364,9 @@ class _Run:
         for batch in self.batches:
             self._forward(batch)
         self.recorder.last = None
+        for device in {site.device for site in self.target.sites.values()}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # copies to the host are there
 
     def _forward(self, batch: tuple[int, Tensor, bool]) -> None:
         _, ids, self.recorder.held = batch
@@ -381,6 +393,8 @@ def _check_finite(site: SiteWeights, kept: Mapping[str, Recorded], windows: text
     """OptimizeError naming the layer and the token for activations that are NaN or Inf."""
     width = windows.ids.shape[1]
     for record in kept.values():
+        if record.finite and all(bool(flag) for flag in record.finite):
+            continue
         window = 0
         for call, x in enumerate(record.x):
             bad = ~x.isfinite().flatten(1).all(1)
@@ -402,6 +416,15 @@ def _needed(site: SiteWeights, kept: Mapping[str, Recorded]) -> float:
     """Bytes that one site's calibration takes: its inputs, Hessians, and weights in fp32 a few times."""
     inputs = max(r.bytes for r in kept.values())
     return inputs + max(4.0 * e * (3 * k * k + n * k) for e, n, k in (p.shape for p in site.projections))
+
+
+def free_device_memory(devices: Set[torch.device]) -> float:
+    """Bytes free on the one CUDA device that all sites are on, with what PyTorch holds unused; 0 for all others."""
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        return 0.0
+    (device,) = devices
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def free_host_memory() -> float:

@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 
 from ..ops.arguments import LinearInputs, MoEInputs
 from ..ops.backend import Backend, Requirement
+from ..ops.gradients import grouped
 from ..ops.registry import get_backend, unlisted
 from ..ops.target import Request, Target
 from ..passes.build.module import MXFP4Experts, state_of
@@ -38,19 +39,24 @@ PLAIN = "plain"
 
 @dataclass
 class Recorded:
-    """What one op got, call by call: ``x`` [T, K], ``ids`` [T, k] int64, ``weights`` [T, k], on the host."""
+    """What one op got, call by call: ``x`` [T, K], ``ids`` [T, k] int64, ``weights`` [T, k], on the host or, where the
+    recorder stays there, on the op's device. ``finite``: whether all of x are, as scalars on the op's device.
+    """
 
     x: list[Tensor] = field(default_factory=list)
     ids: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     held: list[bool] = field(default_factory=list)
+    finite: list[Tensor] = field(default_factory=list)
 
     def joined(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, ids and weights of all calls, and which tokens [T] bool are held back, on ``device``."""
         mask = torch.cat([torch.full((len(x),), held) for x, held in zip(self.x, self.held, strict=True)])
-        parts = (torch.cat(self.x), torch.cat(self.ids), torch.cat(self.weights), mask)
-        x, ids, weights, mask = (part.to(device) for part in parts)
-        return x, ids, weights, mask
+        x, ids, weights = (
+            torch.cat([part.to(device, non_blocking=True) for part in parts])
+            for parts in (self.x, self.ids, self.weights)
+        )
+        return x, ids, weights, mask.to(device)
 
     @property
     def bytes(self) -> int:
@@ -66,7 +72,7 @@ class Recorder(Backend):
     """A backend for the time of a calibration. ``wanted``: sites whose ops are kept, None for all.
 
     ``held``: whether the text that runs is held back. ``last``: a site after which a forward ends. ``calibrated``:
-    sites that have calibrated weights run on them.
+    sites that have calibrated weights run on them. ``stays``: what is kept stays on the device that it is on.
     """
 
     name = NAME
@@ -78,6 +84,7 @@ class Recorder(Backend):
         self.last: int | None = None
         self.held = False
         self.calibrated = False
+        self.stays = False
         self.codes: dict[int, Mapping[str, tuple[Tensor, Tensor]]] = {}
         self.slots: dict[int, tuple[int, str]] = {}  # where the weights of an op lie -> its site and slot
 
@@ -96,9 +103,11 @@ class Recorder(Backend):
         if self.wanted is not None and site not in self.wanted:
             return
         record = self.kept.setdefault((site, slot), Recorded())
-        record.x.append(_copy(x))
-        record.ids.append(_copy(ids().long()))
-        record.weights.append(_copy(weights()))
+        keep = _clone if self.stays else _copy
+        record.x.append(keep(x))
+        record.ids.append(keep(ids().long()))
+        record.weights.append(keep(weights()))
+        record.finite.append(x.detach().isfinite().all())
         record.held.append(self.held)
 
     def moe(self, inputs: MoEInputs) -> Tensor:
@@ -126,11 +135,53 @@ class Recorder(Backend):
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    """On the host. From a CUDA device into pinned memory, which is there once the device has come so far."""
+    if not tensor.is_cuda:
+        return tensor.detach().to("cpu", copy=True)
+    try:
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:  # no more memory may be pinned
+        return tensor.detach().to("cpu", copy=True)
+    return out.copy_(tensor.detach(), non_blocking=True)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def _moe(inputs: MoEInputs) -> Tensor:
-    """``mxfp4::moe`` on plain weights [E, N, K], rounded where the model rounds; an expert at a time."""
+    """``mxfp4::moe`` on plain weights [E, N, K], rounded where the model rounds."""
+    return _moe_grouped(inputs) if inputs.x.is_cuda else _moe_by_expert(inputs)
+
+
+def _moe_grouped(inputs: MoEInputs) -> Tensor:
+    """All experts in one product, on a device where launches and waiting for counts would take most of the time."""
+    x, ids, params = inputs.x, inputs.topk_ids, inputs.params
+    top_k, rounded = ids.shape[1], params.round_dtype
+    flat = ids.flatten()
+    order = torch.argsort(flat, stable=True)
+    found = torch.bincount(flat.clamp(max=params.num_experts), minlength=params.num_experts + 1)
+    counts: list[int] = found[: params.num_experts].tolist()
+    order = order[: sum(counts)]  # ids of E and more are nobody's
+    experts = flat[order].long()
+    scale = inputs.topk_weights.reshape(-1, 1)[order]
+    tokens = x[order // top_k]
+    if params.weight_on_input:
+        tokens = tokens * scale
+    y = grouped(tokens.to(rounded), inputs.up[0].to(rounded).mT, counts)
+    if inputs.up_bias is not None:
+        y = y + inputs.up_bias.to(rounded)[experts]
+    y = grouped(params.activate(y).to(rounded), inputs.down[0].to(rounded).mT, counts)
+    if inputs.down_bias is not None:
+        y = y + inputs.down_bias.to(rounded)[experts]
+    y = y.to(params.accum_dtype)
+    pairs = x.new_zeros((ids.numel(), params.hidden), dtype=params.accum_dtype)
+    pairs[order] = y if params.weight_on_input else y * scale.to(params.accum_dtype)
+    return pairs.view(ids.shape[0], top_k, params.hidden).sum(1).to(x.dtype)
+
+
+def _moe_by_expert(inputs: MoEInputs) -> Tensor:
+    """An expert at a time."""
     x, ids, params = inputs.x, inputs.topk_ids, inputs.params
     up, down, up_bias, down_bias = inputs.up[0], inputs.down[0], inputs.up_bias, inputs.down_bias
     top_k, rounded = ids.shape[1], params.round_dtype

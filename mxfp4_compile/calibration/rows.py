@@ -12,10 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .precision import fp32_products, products_of
+
 # Elements of one batch of rows, and how many rows of an expert it has at the least and the most.
 _ELEMENTS = {"cpu": 1 << 20}
 _ELEMENTS_DEVICE = 1 << 26
 _ROWS_LEAST, _ROWS_MOST = 32, 1024
+
+IN_PLACE = ("cuda",)
+"""Devices on which a product is added where it lies, in the order of tiles."""
 
 
 @dataclass(frozen=True)
@@ -107,16 +112,41 @@ def hessian(rows: Rows, experts: slice, reads: Reads, k: int, others: Reads | No
     others: values ``u`` in place of ``v``: the second result is then the sum of f^2 (u - v) v^T, else it is empty.
     """
     count = len(range(*experts.indices(len(rows.counts))))
-    sums = torch.zeros(count, k, k, device=rows.x.device)
-    cross = torch.zeros_like(sums) if others is not None else sums.new_zeros(0)
-    for tile in rows.tiles(experts):
-        factor = rows.factor(tile)[..., None]
-        plain = reads(tile)
-        values = plain * factor
-        sums[tile.experts] += values.mT @ values
-        if others is not None:
-            cross[tile.experts] += ((others(tile) - plain) * factor).mT @ values
-    return sums, cross
+    sums = _Products(count, k, rows.x.device)
+    cross = _Products(count if others is not None else 0, k, rows.x.device)
+    with fp32_products(products_of(rows.x)):
+        for tile in rows.tiles(experts):
+            factor = rows.factor(tile)[..., None]
+            plain = reads(tile)
+            values = plain * factor
+            sums.add(tile, values, values)
+            if others is not None:
+                cross.add(tile, (others(tile) - plain) * factor, values)
+    return sums.sums(), cross.sums() if others is not None else torch.zeros(0, device=rows.x.device)
+
+
+class _Products:
+    """Sums of a^T b of each expert over tiles; added in place, they lie in the order of tiles until the end."""
+
+    def __init__(self, experts: int, k: int, device: torch.device) -> None:
+        self.total = torch.zeros(experts, k, k, device=device)
+        self.order: Tensor | None = None
+
+    def add(self, tile: Tile, a: Tensor, b: Tensor) -> None:
+        """a, b: [m, R, K]."""
+        if a.device.type in IN_PLACE:
+            self.order = tile.experts if self.order is None else self.order  # later tiles are of the first of these
+            self.total[: len(tile.experts)].baddbmm_(a.mT, b)
+        else:
+            self.total[tile.experts] += a.mT @ b
+
+    def sums(self) -> Tensor:
+        """[e, K, K], by expert."""
+        if self.order is None:
+            return self.total
+        out = torch.zeros_like(self.total)
+        out[self.order] = self.total[: len(self.order)]
+        return out
 
 
 def output_errors(rows: Rows, experts: slice, truth: Reads, tried: list[Reads]) -> tuple[list[Tensor], Tensor]:
@@ -124,12 +154,13 @@ def output_errors(rows: Rows, experts: slice, truth: Reads, tried: list[Reads]) 
     count = len(range(*experts.indices(len(rows.counts))))
     noise = [torch.zeros(count, dtype=torch.float64, device=rows.x.device) for _ in tried]
     power = torch.zeros(count, dtype=torch.float64, device=rows.x.device)
-    for tile in rows.tiles(experts):
-        factor = rows.factor(tile)[..., None]
-        right = truth(tile)
-        power[tile.experts] += (right * factor).square().sum((1, 2)).double()
-        for total, read in zip(noise, tried, strict=True):
-            total[tile.experts] += ((read(tile) - right) * factor).square().sum((1, 2)).double()
+    with fp32_products(products_of(rows.x)):
+        for tile in rows.tiles(experts):
+            factor = rows.factor(tile)[..., None]
+            right = truth(tile)
+            power[tile.experts] += (right * factor).square().sum((1, 2)).double()
+            for total, read in zip(noise, tried, strict=True):
+                total[tile.experts] += ((read(tile) - right) * factor).square().sum((1, 2)).double()
     return noise, power
 
 

@@ -8,8 +8,9 @@ small tr((Q - W) H (Q - W)^T), the squared error of the outputs:
 3. coordinate descent: each code is set to its best, given all others; then each block's exponent may move by one;
 4. an expert whose weights have moved too far is solved again with three times the damping.
 
-Everything is batched over the experts; the only loops are over columns, blocks, sweeps, and attempts at 4. The same
-input gives the same bits on the same device and version of torch.
+Everything is batched over the experts; the only loops are over columns, blocks, sweeps, and attempts at 4. On a CUDA
+device what happens within 32 columns is one launch (``kernels.py``). The same input gives the same bits on the same
+device and version of torch.
 
 Sources: GPTQ (arXiv:2210.17323) for 2; GPTAQ (arXiv:2504.02692) for targets that differ from W.
 """
@@ -17,6 +18,8 @@ Sources: GPTQ (arXiv:2210.17323) for 2; GPTAQ (arXiv:2504.02692) for targets tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,12 +27,16 @@ from torch.nn.functional import pad
 
 from .. import mx
 from .grid import exponent_range, factors, floor_exponents, on_grid, round_codes, weighted_exponents
+from .precision import fp32_products
 
 SWEEPS = 3
 """Sweeps of coordinate descent: a first takes most, eight take half a percent more than three."""
 
 DRIFT = 0.1
 """Largest relative squared error of an expert's weights; rounding to nearest is at 0.013."""
+
+# Columns whose moves reach the slope of all others together, where blocks are kernels.
+_WIDE = 128
 
 # Tokens per column up to which the layer's Hessian is mixed in, and the damping by tokens per column.
 _PRIOR_BELOW = 8
@@ -98,13 +105,23 @@ def solve(weight: Tensor, hessians: Hessians, dtype: torch.dtype, *, sweeps: int
             hessians.mean[todo], damping[todo], hessians.on_prior[todo],
             None if hessians.cross is None else hessians.cross[todo],
         )  # fmt: skip
-        found = _attempt(weight[todo], some, exponent_range(dtype), sweeps)
+        with fp32_products("ieee"):
+            found = _attempt(weight[todo], some, exponent_range(dtype), sweeps)
         values[todo] = found
         drift[todo] = (found - weight[todo]).square().sum((1, 2)) / power[todo]
         todo = todo[~(drift[todo] <= DRIFT)]  # NaN included
         damping[todo] *= _RAISED
     failed = ~(drift <= DRIFT)
     return Solved(torch.where(failed[:, None, None], weight, values), drift, damping, failed)
+
+
+def _kernels(device: torch.device) -> ModuleType | None:
+    """What the steps within 32 columns run on, where that is not torch."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from . import kernels
+
+    return kernels
 
 
 def _attempt(weight: Tensor, hessians: Hessians, limits: tuple[int, int], sweeps: int) -> Tensor:
@@ -114,10 +131,19 @@ def _attempt(weight: Tensor, hessians: Hessians, limits: tuple[int, int], sweeps
     target = pad(weight, (0, missing))
     if hessians.cross is not None:
         cross = pad(hessians.cross, (0, missing, 0, missing))
-        target = target + torch.linalg.solve(hessian, target @ cross, left=False)
+        target = target + _right_solved(hessian, target @ cross)
     values, exponents = gptq(target, hessian, limits)
     values, _ = descend(target, values, exponents, hessian, limits, sweeps)
     return values[..., :k]
+
+
+def _right_solved(hessian: Tensor, right: Tensor) -> Tensor:
+    """``right`` [e, N, K] times the inverse of ``hessian`` [e, K, K]."""
+    if _kernels(hessian.device) is None:
+        out: Tensor = torch.linalg.solve(hessian, right, left=False)
+        return out
+    undo = undoing(hessian)
+    return right @ undo.mT @ undo
 
 
 def damped(hessian: Tensor, damping: Tensor, k: int) -> Tensor:
@@ -149,9 +175,14 @@ def gptq(weight: Tensor, hessian: Tensor, limits: tuple[int, int]) -> tuple[Tens
     arranged = hessian.gather(1, order[..., None].expand(e, k, k)).gather(2, order[:, None].expand(e, k, k))
     undo = undoing(arranged)
     out = torch.empty_like(rest)
+    kernels = _kernels(weight.device)
     for start in range(0, k, mx.BLOCK):
         end = start + mx.BLOCK
-        errors = torch.empty_like(rest[:, :, start:end])
+        errors = rest.new_empty(e, n, mx.BLOCK)
+        if kernels is not None:
+            kernels.gptq_block(rest, scale, undo, out, errors, start)
+            rest[:, :, end:].baddbmm_(errors, undo[:, start:end, end:], alpha=-1)
+            continue
         for column in range(start, end):
             step = scale[:, :, column]
             value = round_codes(rest[:, :, column] / step).mul_(step)
@@ -169,6 +200,10 @@ def undoing(hessian: Tensor) -> Tensor:
     One factorization: of H with rows and columns in reverse, L L^T, R = L in reverse is upper triangular with
     H = R R^T, and U is its inverse.
     """
+    kernels = _kernels(hessian.device)
+    if kernels is not None:
+        undo: Tensor = kernels.undoing(hessian)
+        return undo
     k = hessian.shape[-1]
     exact = torch.float64 if hessian.device.type == "cpu" and k <= 1024 else torch.float32
     lower = torch.linalg.cholesky(hessian.to(exact).flip(1, 2))
@@ -185,6 +220,10 @@ def descend(
     The loss never rises but for rounding in fp32.
     """
     values, exponents = values.clone(), exponents.clone()
+    kernels = _kernels(weight.device)
+    if kernels is not None:
+        _descend_by_kernels(kernels, weight.contiguous(), values, exponents, hessian.contiguous(), limits, sweeps)
+        return values, exponents
     power = hessian.diagonal(dim1=1, dim2=2)
     slope = (values - weight) @ hessian  # half of the loss's gradient
     k = weight.shape[-1]
@@ -206,6 +245,33 @@ def descend(
             exponents[:, :, number] = exponent
             slope += (own - before) @ hessian[:, block]
     return values, exponents
+
+
+def _descend_by_kernels(
+    kernels: ModuleType, weight: Tensor, values: Tensor, exponents: Tensor, hessian: Tensor, limits: tuple[int, int],
+    sweeps: int,
+) -> None:  # fmt: skip
+    """``descend`` in place; the slope of columns further away learns of moves ``_WIDE`` columns at a time."""
+    if not sweeps:
+        return
+    e, n, k = weight.shape
+    slope = (values - weight) @ hessian
+    starts = torch.arange(0, k, mx.BLOCK, device=hessian.device)
+    inside = starts[:, None] + torch.arange(mx.BLOCK, device=hessian.device)
+    inverses = torch.linalg.inv(hessian[:, inside[:, :, None], inside[:, None, :]])
+    for _ in range(sweeps):
+        for first in range(0, k, _WIDE):
+            last = min(first + _WIDE, k)
+            change = weight.new_empty(e, n, last - first)
+            for start in range(first, last, mx.BLOCK):
+                kernels.descend_block(
+                    values, weight, slope, exponents, hessian, inverses, change, start, first, limits
+                )  # fmt: skip
+                moved = change[:, :, start - first : start - first + mx.BLOCK]
+                slope[:, :, first:last].baddbmm_(moved, hessian[:, start : start + mx.BLOCK, first:last])
+            for others in (slice(0, first), slice(last, k)):
+                if others.start < others.stop:
+                    slope[:, :, others].baddbmm_(change, hessian[:, first:last, others])
 
 
 def _moved(
