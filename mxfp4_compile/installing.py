@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from .ops.arguments import MoETypes
 from .ops.backend import BackendError
+from .ops.registry import get_backend
 from .ops.selection import BackendUnavailable, choose
 from .passes.alterations import copy_hooks, hooks_of, own_forwards, without_hooks
 from .passes.build.module import MXFP4Experts
@@ -30,12 +32,32 @@ from .passes.find.foreign_hooks import carry_hooks, unhooked
 from .passes.match import FusedMatch
 from .passes.observe import observe
 from .passes.trace.guards import quietly
-from .passes.weights import Stack, projections_of, source_names, stack
+from .passes.weights import Projection, Stack, projections_of, source_names, stack
 from .planning import OptimizeError, Site, Structure, Trial
 from .processes import OneProcess
 from .progress import advancing
 from .report import SiteReport
 from .spec import SHARD
+
+
+def compile_ahead(sites: Iterable[Site], device_of: Callable[[Site], torch.device]) -> list[str]:
+    """Have backends begin to compile what planned sites will launch; what to say of it."""
+    layers: dict[tuple[str, torch.device], dict[MoETypes, None]] = {}
+    for site in sites:
+        structure = site.structure
+        if structure is None or not isinstance(structure.found, FusedMatch):
+            continue
+        found, choice = structure.found, structure.choice
+        x, ids, weights = (node.meta["val"] for node in (found.x, found.topk_ids, found.topk_weights))
+
+        def bias(projection: Projection, module: nn.Module = site.candidate.module) -> torch.dtype | None:
+            return stack(module, projection.source.bias[0]).dtype if projection.source.bias else None
+
+        up, down = (bias(projection) for projection in projections_of(found.spec))
+        types = MoETypes(found.spec.params, ids.shape[1], x.dtype, ids.dtype, weights.dtype, up, down, choice.layout)
+        layers.setdefault((choice.backend, device_of(site)), {})[types] = None
+    said = (get_backend(name).compile_ahead(of, device) for (name, device), of in layers.items())
+    return list(dict.fromkeys(filter(None, said)))
 
 
 def build_site(

@@ -21,12 +21,13 @@ from . import mx
 from .calibration.driver import Options, prepare_windows
 from .calibration.model import calibrate_sites, check_model_kind, mark_of, reader_of, tell_calibration
 from .circumstances import StateChange, exclusively, kept_state, others_wait, plain_modes
-from .installing import build_site, install_site, progress_bar, silenced_hooks, try_sites
+from .installing import build_site, compile_ahead, install_site, progress_bar, silenced_hooks, try_sites
 from .lifecycle import finish, note_state
 from .ops import schema as _schema  # noqa: F401  (registers torch.ops.mxfp4)
 from .ops.selection import requested_backend
 from .ops.target import DEFAULT_CAPTURE_SIZE, check_request
 from .passes.build.module import MXFP4Experts, mxfp4_sites
+from .passes.find.discover import Candidate
 from .planning import OptimizeError, Site, left_alone, plan_model
 from .processes import OneProcess, is_spread
 from .report import Report, versions_used
@@ -88,6 +89,10 @@ def optimize(
             return _optimize(model, report, requested, skip, strict, example_inputs, progress, processes, options)
 
 
+def _weights_device(candidate: Candidate) -> torch.device:
+    return next(candidate.weights.parameters()).device
+
+
 def _processes_of(model: nn.Module) -> OneProcess:
     if not is_spread(model):
         return OneProcess()
@@ -120,6 +125,8 @@ def _optimize(
             )
             processes.alike("the sites of the model", sites)
             planned = [s for s in sites if s.structure is not None]
+            if type(processes) is OneProcess:
+                report.notes += compile_ahead(planned, lambda site: _weights_device(site.candidate))
             calibration, readers = mark_of(model, planned), dict[int, Any]()
             if options is not None:
                 found = calibrate_sites(model, planned, options, scale_rule, windows, progress)

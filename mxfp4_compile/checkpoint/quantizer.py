@@ -34,7 +34,7 @@ from .. import mx
 from ..calibration.driver import Options
 from ..calibration.report import SavedCalibration
 from ..circumstances import StateChange, exclusive, kept_state
-from ..installing import install_site, progress_bar, verify_structures
+from ..installing import compile_ahead, install_site, progress_bar, verify_structures
 from ..lifecycle import finish, note_state
 from ..ops.selection import requested_backend
 from ..ops.target import DEFAULT_CAPTURE_SIZE, Request, check_request
@@ -259,6 +259,8 @@ class Mxfp4CompileQuantizer(HfQuantizer):  # type: ignore[misc]
             raise OptimizeError(f"{next(iter(self._others))} is MXFP4 and no expert: not supported on several ranks")
         self.wanted = expert_parameters(self.sites)  # the whole ones
         self.report.notes += self.processes.split(model, self.sites, partial(self._match_again, model))
+        if type(self.processes) is OneProcess:
+            self.report.notes += compile_ahead(planned(self.sites), lambda site: self.device_of(site.name))
         self._hold(model)
         self.processes.step("planning")
         return model

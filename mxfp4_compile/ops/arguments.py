@@ -88,3 +88,20 @@ class MoEInputs:
     def of_tokens(self, part: slice) -> MoEInputs:
         """The same call for some of its tokens."""
         return replace(self, x=self.x[part], topk_ids=self.topk_ids[part], topk_weights=self.topk_weights[part])
+
+
+@dataclass(frozen=True)
+class MoETypes:
+    """What is known of a layer's calls of ``mxfp4::moe`` before there are any: what it computes, and dtypes.
+
+    ``top_k``: K. ``up_bias``, ``down_bias``: the dtypes of prepared biases, None where there are none.
+    """
+
+    params: MoEParams
+    top_k: int
+    x: torch.dtype
+    ids: torch.dtype
+    weights: torch.dtype
+    up_bias: torch.dtype | None
+    down_bias: torch.dtype | None
+    layout: str

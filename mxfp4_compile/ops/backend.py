@@ -8,7 +8,7 @@ captured, saved and moved. Libraries' wrapper objects are rebuilt inside a call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..spec import MoEParams, Role
 from . import gradients
 from .adapted import Parts
-from .arguments import LinearInputs, MoEInputs, Slot
+from .arguments import LinearInputs, MoEInputs, MoETypes, Slot
 from .target import Request, Target
 
 
@@ -91,6 +91,10 @@ class Backend(ABC):
     def recover_bias(self, bias: Tensor, slot: Slot, *, n: int) -> Tensor:
         """Inverse of ``prepare_bias``, exact."""
         return bias
+
+    def compile_ahead(self, layers: Iterable[MoETypes], device: torch.device) -> str:
+        """Begin to compile what these layers will launch on ``device``, without waiting; in words, or ""."""
+        return ""
 
     @abstractmethod
     def moe(self, inputs: MoEInputs) -> Tensor:

@@ -331,15 +331,16 @@ def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPa
     from triton.runtime import driver
 
     from mxfp4_compile.ops.backends.triton import tune
+    from mxfp4_compile.ops.backends.triton.ahead import warm
     from mxfp4_compile.ops.backends.triton.launch import Step
 
     compiled: list[str] = []
 
-    def warm(step: Step, *args: Any) -> None:
-        tune._warm(step, *args)
+    def noted(step: Step, *args: Any) -> None:
+        warm(step, *args)
         compiled.append(step.kernel.__name__)
 
-    monkeypatch.setattr(Step, "__call__", warm)
+    monkeypatch.setattr(Step, "__call__", noted)
     monkeypatch.setattr(driver, "_active", _FakeDriver())
     job = tune._Job(LayerShape(4, 2, 128, 64, biased=True), 1, VECTOR, "sm80")
     assert tune._compile(job) == (job, "")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ....spec import MoEParams
 from ...adapted import Parts
-from ...arguments import LinearInputs, MoEInputs, Slot
+from ...arguments import LinearInputs, MoEInputs, MoETypes, Slot
 from ...backend import Backend, Requirement, check_activation_dtype, check_parallel, known_layout
 from ...library import find
 from ...target import Request, Target
@@ -106,6 +106,19 @@ class TritonBackend(Backend):
     def recover_bias(self, bias: Tensor, slot: Slot, *, n: int) -> Tensor:
         """Inverse of ``prepare_bias``."""
         return layouts.recover_bias(bias, n, slot)
+
+    def compile_ahead(self, layers: Iterable[MoETypes], device: torch.device) -> str:
+        """In processes of their own, where there is a GPU."""
+        if device.type != "cuda" or torch.version.hip or _interpreted():
+            return ""
+        from .ahead import VARIABLE, begin
+
+        processes = begin(layers, device)
+        if not processes:
+            return ""
+        return (
+            f"{processes} processes compile native kernels of other numbers of tokens meanwhile ({VARIABLE}=0: none do)"
+        )
 
     def moe(self, inputs: MoEInputs) -> Tensor:
         """x [T, H] -> [T, H]; no host synchronization, safe under CUDA-graph capture."""

@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 
 from ....timing import median_us
-from ...arguments import MoEInputs
+from ...arguments import MoETypes
 from ...synthetic import Inputs, LayerShape, Prepared, call, moe_inputs, prepare, random_inputs, random_layer
 from ...target import Target
 from .. import reference
 from . import tuned
+from .ahead import Call, compile_call, instead_of_launching, shortly
 from .backend import BACKEND
 from .candidates import Candidate, candidates
-from .launch import Step
 from .moe import interpreted, moe
 from .select import architecture, choose
 from .tiles import TileChoice
@@ -161,39 +161,19 @@ def _both(candidate: Candidate) -> TileChoice:
     return TileChoice(regime, tiles, regime, tiles)
 
 
-def _warm(step: Step, _grid: tuple[int, int, int], *args: Any) -> None:
-    """In place of a launch: compile for arguments of these dtypes, aligned as all real ones are."""
-    step.compile(*args)
-
-
 def _start_worker(device: int) -> None:
     # Selecting a device may make a context on it, which costs memory: only where it is not the default one.
     if device:
         torch.cuda.set_device(device)
-    # Compilers print what they cannot compile, pages of it; the reason is in the exception too.
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    Step.__call__ = _warm  # type: ignore[method-assign,assignment]
+    instead_of_launching()
 
 
 def _compile(job: _Job) -> tuple[_Job, str]:
     """Compile what a call would launch; the reason if that fails, else ""."""
-    shape, tokens = job.shape, job.tokens
-    new = lambda *size, dtype=shape.dtype: torch.empty(size, dtype=dtype, device="meta")
-    weight = [*[new(1, dtype=torch.int32)] * 2, new(1, dtype=torch.uint8)]
-    bias = new(1) if shape.biased else None
-    ids = new(tokens, shape.top_k, dtype=torch.int64)
-    try:
-        x, weights = new(tokens, shape.hidden), new(tokens, shape.top_k)
-        moe(MoEInputs(x, ids, weights, weight, weight, bias, bias, shape.params, job.layout), job.choice)
-    except Exception as error:
-        return job, _short(error)
-    return job, ""
-
-
-def _short(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:160] if lines else ''}"
+    shape = job.shape
+    bias = shape.dtype if shape.biased else None
+    types = MoETypes(shape.params, shape.top_k, shape.dtype, torch.int64, shape.dtype, bias, bias, job.layout)
+    return job, compile_call(Call(types, job.tokens, job.choice))
 
 
 def _compile_all(
@@ -414,7 +394,7 @@ def _base(bench: _Bench, choice: TileChoice, tokens: int) -> float:
         if not reason:
             return bench.time(choice, tokens)
     except Exception as error:
-        reason = _short(error)
+        reason = shortly(error)
     raise TuneError(f"the shipped kernels fail for {bench.shape} at {tokens} tokens: {reason}")
 
 
@@ -433,7 +413,7 @@ def _try(bench: _Bench, candidate: Candidate, tokens: int, group: _Class, tally:
         tally.timed += 1
     except Exception as error:
         _still_usable(bench.device, candidate, error)
-        tally.skip(_short(error), wrong=False)
+        tally.skip(shortly(error), wrong=False)
 
 
 def _still_usable(device: torch.device, candidate: Candidate, error: Exception) -> None:
@@ -443,7 +423,7 @@ def _still_usable(device: torch.device, candidate: Candidate, error: Exception) 
         torch.cuda.synchronize(device)
     except Exception as broken:
         raise TuneError(
-            f"the GPU gives errors since {candidate[0]} {candidate[1]} ran ({_short(error)}); nothing was changed"
+            f"the GPU gives errors since {candidate[0]} {candidate[1]} ran ({shortly(error)}); nothing was changed"
         ) from broken
 
 
@@ -469,7 +449,7 @@ def _settle(
         try:
             reason = bench.check(choice, tokens) or _other_forms(bench, choice, tokens)
         except Exception as error:
-            reason = _short(error)
+            reason = shortly(error)
         if reason:
             tally.failures[f"a winner, at last: {reason}"] += 1
             note = f"the fastest failed a last check: {reason}"

@@ -117,9 +117,15 @@ def _time(value: Any) -> float:
     return float(value)
 
 
+# What meta tensors stand for where there is no GPU: an architecture, set by a process that only compiles.
+meta_device: str | None = None
+
+
 @cache
 def architecture(device: torch.device) -> str:
     """The name under which configs/ files this device's tuned data; meta tensors stand for those of the current GPU."""
+    if device.type == "meta" and meta_device is not None:
+        return meta_device
     if device.type == "meta" and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     if device.type != "cuda":
