@@ -6,9 +6,14 @@ A real configuration with random weights, made on the GPU in bf16; ``optimize`` 
     python benchmarks/generate.py --modes hf_eager,hf_static,ours --batches 1 --prefill 512,4096
     python benchmarks/generate.py --model gpt-oss-20b --new 256        # past its window of 128
     python benchmarks/generate.py --new 256 --vllm vllm-qwen3-mxfp4.json --profile --plot rates.png
+    python benchmarks/generate.py --new 256 --variants plain,packed,packed+reduced,packed+reduced+rows --seconds 230
 
 Decode rate: wall time of ``generate`` with ``--new`` tokens minus that with 2, best of three each. Prefill: wall time
 of ``generate`` for one token. Cold: the first call of a mode at a batch size, compilation and capture included.
+
+``--variants``: our steps with matrix products made in several ways, one after the other on one model in one process;
+packed: those of one input as one; reduced: those with a bias as sums where there is one row; rows: a kernel of ours for
+few rows. What makes no difference at a batch size is left out there.
 """
 
 from __future__ import annotations
@@ -104,7 +109,7 @@ class Counter:
         return counters["stats"]["unique_graphs"], recorded
 
 
-def decode(model: Any, batch: int, prompt: int, new: int, options: dict[str, Any]) -> dict[str, Any]:
+def decode(model: Any, batch: int, prompt: int, new: int, options: dict[str, Any], repeats: int = 3) -> dict[str, Any]:
     """Cold call, decode rate, time to the first token at one batch size."""
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
@@ -118,7 +123,7 @@ def decode(model: Any, batch: int, prompt: int, new: int, options: dict[str, Any
         torch.cuda.reset_peak_memory_stats()
     cold = timed(lambda: run(new))
     before = count()
-    long, short, first = best(lambda: run(new)), best(lambda: run(2)), best(lambda: run(1))
+    long, short, first = (best(lambda n=n: run(n), repeats) for n in (new, 2, 1))
     after = count()
     step = (long - short) / (new - 2)
     return {
@@ -133,6 +138,63 @@ def decode(model: Any, batch: int, prompt: int, new: int, options: dict[str, Any
         "captured_after_first_call": after[1] - before[1],
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
     }
+
+
+SETTINGS = {"packed": "pack_linears", "reduced": "reduce_biased", "rows": "linear_rows"}
+
+
+def settings_of(variant: str, batch: int, biased: bool) -> dict[str, bool]:
+    """The runtime's attributes of a variant such as "packed+rows", as far as they matter at a batch size."""
+    named = set(variant.split("+")) - {"plain"}
+    if named - SETTINGS.keys():
+        raise SystemExit(f"variants are plain or {', '.join(SETTINGS)}, joined by +")
+    matter = {"packed"} | ({"reduced"} if batch == 1 and biased else set()) | ({"rows"} if batch > 1 else set())
+    return {attribute: name in named & matter for name, attribute in SETTINGS.items()}
+
+
+def run_variants(model: Any, args: argparse.Namespace, out: dict[str, Any], save: Any) -> None:
+    """Every variant at every batch size, into ``out``: {rows: [{variant, batch, ..., step_us, profile}]}."""
+    from mxfp4_compile.runtime import runtime_of
+
+    runtime: Any = runtime_of(model)
+    biased = any("bias" in name and "expert" not in name for name, _ in model.named_parameters())
+    out["rows"] = []
+    started = time.perf_counter()
+    for batch in args.batches:
+        tried: list[dict[str, bool]] = []
+        for variant in args.variants.split(","):
+            settings = settings_of(variant, batch, biased)
+            if settings in tried:
+                continue
+            tried.append(settings)
+            if time.perf_counter() - started > args.seconds:
+                print(f"batch {batch}, {variant}: no time left", flush=True)
+                continue
+            for name, value in settings.items():
+                setattr(runtime, name, value)
+            runtime.forget_steps()
+            noted = len(runtime.report.notes)
+            row = {"variant": variant, **decode(model, batch, args.prompt, args.new, {}, repeats=2)}
+            row["made"] = [f"{c.made} ({c.products})" for c in runtime.report.captures]
+            row["notes"] = runtime.report.notes[noted:]
+            made = step_profile.profile(model, batch)
+            row["step_us"], row["profile"] = (made["step_us"], made) if made is not None else (None, None)
+            out["rows"].append(row)
+            print(json.dumps({k: v for k, v in row.items() if k != "profile"}), flush=True)
+            save()
+    print("\n".join(variant_table(out["rows"])), flush=True)
+
+
+def variant_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Tokens a second, a step's milliseconds in generate and its replay's alone, the layers' products in it."""
+    out = [f"{'batch':>5s} {'variant':22s} {'tokens/s':>9s} {'ms/step':>8s} {'replay us':>10s} {'products us':>12s}"]
+    for r in rows:
+        groups = {g["group"]: g["us"] for g in (r["profile"] or {"groups": []})["groups"]}
+        out.append(
+            f"{r['batch']:5d} {r['variant']:22s} {r['tokens_per_second']:9.0f} {r['ms_per_step']:8.3f} "
+            f"{r['step_us'] or 0:10.0f} {groups.get(step_profile.PRODUCTS, 0):12.0f}"
+        )
+    return out
 
 
 def prefill(model: Any, length: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -262,6 +324,8 @@ def main() -> None:
     parser.add_argument("--prefill", type=numbers, default=[])
     parser.add_argument("--record-prompts", action="store_true", help="of ours, record the forward of short prompts")
     parser.add_argument("--profile", action="store_true", help="one step of ours by group of kernels")
+    parser.add_argument("--variants", default="", help="of our steps, e.g. plain,packed,packed+reduced")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which no variant is begun")
     parser.add_argument("--vllm", type=Path, action="append", default=[], help="JSON of vLLM's rows; may be repeated")
     parser.add_argument("--first-call", action="store_true", help="time first calls on empty and on full disk caches")
     parser.add_argument("--device", default="cuda")
@@ -317,7 +381,10 @@ def main() -> None:
             # The scale rule does not matter to speed; floor is the quickest to compute.
             result["optimize_seconds"] = timed(lambda: mxfp4_compile.optimize(model, verify=False, scale_rule="floor"))
             print(f"optimize (verify=False, floor): {result['optimize_seconds']:.1f} s", flush=True)
-        run_mode(model, mode, args, result["modes"].setdefault(mode, {}), save)
+        if args.variants and mode == "ours":
+            run_variants(model, args, result.setdefault("variants", {}), save)
+        else:
+            run_mode(model, mode, args, result["modes"].setdefault(mode, {}), save)
     print("\n".join(result.get("report", [])), flush=True)
     save()
     model = None
@@ -331,7 +398,8 @@ def main() -> None:
         result["modes"][mode] = rows
     if args.out:
         args.out.write_text(json.dumps(result, indent=1))
-    print("\n".join(table(result)), flush=True)
+    if result["modes"]:
+        print("\n".join(table(result)), flush=True)
     if args.plot:
         plot(result, args.plot)
 

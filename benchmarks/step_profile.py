@@ -15,12 +15,15 @@ import torch
 EXPERTS = ("vector_up", "vector_down", "scan_matmul", "sorted_matmul", "combine", "sort_pairs", "quantize_rows")
 ATTENTION = ("partial", "merge")
 ROUTER = ("route_rows", "gatherTopK", "bitonicSort", "radixSort", "topk")
-GROUPS = ("experts", "layers' products", "attention", "head", "router's choice", "norms and rest")
+PRODUCTS = "layers' products"
+GROUPS = ("experts", PRODUCTS, "attention", "head", "router's choice", "norms and rest")
 SEEN = 150  # tokens in the cache of the step
 
 
 def is_product(kernel: str) -> bool:
     """Whether a kernel multiplies matrices: cuBLAS's, or a reduction of Inductor's made from one."""
+    if kernel == "linear_rows":
+        return True
     if kernel.startswith("triton_"):
         return kernel.startswith("triton_red") and "mm" in kernel.split("_")
     return bool(re.search(r"nvjet|gemm|gemv|gemvx|cutlass|splitK|dot_kernel", kernel))
@@ -36,7 +39,7 @@ def group_of(kernel: str, count: int, layers: int, head: str | None) -> str:
         return "router's choice"
     if kernel == head:
         return "head"
-    return "layers' products" if is_product(kernel) and 2 * count >= layers else "norms and rest"
+    return PRODUCTS if is_product(kernel) and 2 * count >= layers else "norms and rest"
 
 
 def grouped(rows: list[dict[str, Any]], layers: int, floors: dict[str, float]) -> list[dict[str, Any]]:
@@ -76,7 +79,7 @@ def floors_of(model: Any, batch: int, bandwidth: float) -> dict[str, float]:
     layers = sum(p.numel() * p.element_size() for p in others.values() if p is not head and p is not table)
     seconds = {
         "experts": packed / bandwidth,
-        "layers' products": layers / bandwidth,
+        PRODUCTS: layers / bandwidth,
         "head": head.numel() * head.element_size() / bandwidth,
     }
     return {name: value * 1e6 for name, value in seconds.items()}

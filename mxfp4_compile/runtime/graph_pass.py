@@ -9,6 +9,8 @@ product each; this makes them parts of the same one.
 way under coordinate_descent_tuning, and fuses it with the norm before it and what follows; a product with a bias
 (``addmm``) it leaves to cuBLAS, which takes two launches (split-K, and the sum over its parts). Here such a product
 becomes the same sum, in fp32, with the bias added before the one rounding, as cuBLAS has it.
+
+``few_rows``: products of 2 to 64 rows with a weight [N, K] by a kernel of ours (linear.py).
 """
 
 from __future__ import annotations
@@ -65,10 +67,10 @@ def _frozen(value: Any) -> Any:
 def reduce_biased(graph: fx.Graph) -> None:
     """Products [1, K] x [K, N] with a bias [N] become sums over K, in fp32."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default):
-        values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in node.args]
-        if node.kwargs or len(values) != 3 or not _one_row(*values):
+        given: tuple[Any, ...] = node.args
+        if node.kwargs or len(given) != 3 or not _one_row(*(n.meta.get("val") for n in given)):
             continue
-        bias, row, weight = node.args
+        bias, row, weight = given
         dtype = row.meta["val"].dtype
         aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
         with graph.inserting_before(node):
@@ -89,6 +91,57 @@ def _one_row(bias: Any, row: Any, weight: Any) -> bool:
     return half and bias.dim() == 1 and row.shape[0] == 1 and isinstance(weight.shape[1], int)
 
 
+def few_rows(graph: fx.Graph, device: str = "cuda") -> None:
+    """Products [M, K] x [K, N] of few rows, with a bias [N] or without, by ``mxfp4_runtime::linear_rows``."""
+    aten = torch.ops.aten
+    for target in (aten.mm.default, aten.addmm.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            bias: Any
+            *bias, rows, turned = node.args
+            weight = _turned(turned)
+            if node.kwargs or weight is None or not _few(rows.meta.get("val"), weight.meta["val"], device):
+                continue
+            if bias and bias[0].meta["val"].shape != weight.meta["val"].shape[:1]:
+                continue
+            with graph.inserting_before(node):
+                made = graph.call_function(_linear_rows(), (rows, weight, bias[0] if bias else None))
+            made.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(made)
+            graph.erase_node(node)
+
+
+def _linear_rows() -> Any:
+    from . import linear  # noqa: F401 - defines the op
+
+    return torch.ops.mxfp4_runtime.linear_rows.default
+
+
+def _turned(node: Any) -> Any:
+    """What a node is the transpose of, a contiguous [N, K]; or None."""
+    aten = torch.ops.aten
+    if not isinstance(node, fx.Node) or node.target not in (aten.t.default, aten.permute.default, aten.transpose.int):
+        return None
+    source: Any = node.args[0]
+    value, turned = source.meta.get("val"), node.meta["val"]
+    if not isinstance(value, Tensor) or value.dim() != 2 or not value.is_contiguous():
+        return None
+    return source if turned.shape == value.shape[::-1] and turned.stride() == value.stride()[::-1] else None
+
+
+def _few(rows: Any, weight: Tensor, device: str) -> bool:
+    half = (torch.bfloat16, torch.float16)
+    count, depth = rows.shape
+    return (
+        isinstance(count, int)
+        and 2 <= count <= 64
+        and rows.dtype == weight.dtype
+        and rows.dtype in half
+        and rows.device.type == device
+        and depth % 16 == 0
+        and all(isinstance(n, int) for n in weight.shape)
+    )
+
+
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     """A node, and what it is worth."""
     node = graph.call_function(target, args)
@@ -96,7 +149,11 @@ def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return node
 
 
-CHANGES: dict[str, Callable[[fx.Graph], None]] = {"share": share, "reduce_biased": reduce_biased}
+CHANGES: dict[str, Callable[[fx.Graph], None]] = {
+    "share": share,
+    "reduce_biased": reduce_biased,
+    "few_rows": few_rows,
+}
 
 
 class LayerPass(CustomGraphPass):

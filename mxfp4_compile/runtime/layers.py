@@ -118,23 +118,20 @@ def _run_layer(layer: nn.Module, view: LayerView, args: tuple[Any, ...], kwargs:
     return type(layer).forward(layer, *args, **{CACHE: view}, **kwargs)
 
 
-def compile_options(rows: int, packed: bool = False, reduced: bool = False) -> dict[str, Any]:
-    """What Inductor is told for a step of ``rows`` rows; packed: with one product for siblings (packing.py); reduced:
-    products of one row with a bias are sums, too (graph_pass.py).
+def compile_options(rows: int, changes: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What Inductor is told for a step of ``rows`` rows; changes: those of graph_pass.py.
 
     With one row, matrix products become reductions that fuse with the norms before them (as in gpt-fast): on an
     H200 a layer of Qwen3-30B-A3B takes 63 us instead of 80. With more rows that changes nothing.
     """
-    changes = ("share",) * packed + ("reduce_biased",) * (reduced and rows == 1)
     options: dict[str, Any] = {"joint_custom_post_pass": LayerPass(changes)} if changes else {}
     return {**options, "coordinate_descent_tuning": True} if rows == 1 else options
 
 
-def compiled_layer(rows: int, packed: bool = False, reduced: bool = False) -> LayerFunction:
+def compiled_layer(rows: int, changes: tuple[str, ...] = ()) -> LayerFunction:
     """The function that runs decoder layers of ``rows`` rows, compiled once per structure of layer."""
-    name = f"decode_layer_{rows}{'_packed' if packed else ''}{'_reduced' if reduced else ''}"
-    function = own_code(_run_layer, name)
-    return torch.compile(function, dynamic=False, fullgraph=True, options=compile_options(rows, packed, reduced))
+    function = own_code(_run_layer, "_".join(("decode_layer", str(rows), *changes)))
+    return torch.compile(function, dynamic=False, fullgraph=True, options=compile_options(rows, changes))
 
 
 def own_code(function: Any, name: str) -> LayerFunction:

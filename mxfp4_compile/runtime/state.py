@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..circumstances import exclusively
 from ..report import CaptureReport, PrefillReport, RuntimeReport
+from . import linear
 from .caches.base import Arena, CannotMove, LayerForm
 from .eligibility import fingerprint_of, modules_of, refusal_of, versions_of
 from .graphs import Recorder, brief, recorder_for
@@ -32,6 +33,8 @@ RECORD_PROMPTS = "MXFP4_COMPILE_RECORD_PROMPTS"
 ABSORB_LATENTS = "MXFP4_COMPILE_ABSORB_LATENTS"
 # Set to 0, products with a bias stay cuBLAS's in steps of one row (graph_pass.py).
 REDUCE_BIASED = "MXFP4_COMPILE_REDUCE_BIASED"
+# If this is 1, dense products of 2 to 64 rows are by a kernel of ours (linear.py): not measured on a GPU yet.
+LINEAR_ROWS = "MXFP4_COMPILE_LINEAR_ROWS"
 
 MOVED = "weights or modules moved: recorded steps were dropped"
 
@@ -46,16 +49,27 @@ _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 _HALF_TOLERANCE = 0.5
 
 
+_CHANGES = {
+    "share": "those of one input as one",
+    "reduce_biased": "those with a bias as sums",
+    "few_rows": "by a kernel for few rows",
+}
+
+
 @dataclass(frozen=True)
 class Way:
-    """How a step is made. layers: how they run; own: with the attention of attention.py, absorb: over latents; packed:
-    with one product for siblings (packing.py); reduced: with products with a bias as sums (graph_pass.py)."""
+    """How a step is made. layers: how they run; own: with the attention of attention.py, absorb: over latents;
+    changes: those of graph_pass.py."""
 
     layers: str
     own: bool
     absorb: bool = False
-    packed: bool = False
-    reduced: bool = False
+    changes: tuple[str, ...] = ()
+
+    @property
+    def packed(self) -> bool:
+        """Whether siblings are one product (packing.py)."""
+        return "share" in self.changes
 
     def __str__(self) -> str:
         attention = "own attention" if self.own else "the attention of the model"
@@ -64,8 +78,7 @@ class Way:
     @property
     def products(self) -> str:
         """What is done with matrix products, in words."""
-        found = ["those of one input as one"] * self.packed + ["those with a bias as sums"] * self.reduced
-        return f"products: {', '.join(found)}" if found else ""
+        return f"products: {', '.join(_CHANGES[name] for name in self.changes)}" if self.changes else ""
 
 
 class Runtime:
@@ -81,6 +94,7 @@ class Runtime:
         self.absorb_latents = os.environ.get(ABSORB_LATENTS) == "1"
         self.pack_linears = os.environ.get(PACK_LINEARS) != "0"
         self.reduce_biased = os.environ.get(REDUCE_BIASED) != "0"
+        self.linear_rows = os.environ.get(LINEAR_ROWS) == "1"
         self.recorder: Recorder | None = None
         self._free()
         self._fresh()
@@ -92,7 +106,7 @@ class Runtime:
     def _fresh(self) -> None:
         self.steps: dict[Any, Any] = {}
         self.refused: dict[Any, str] = {}
-        self.layers: dict[tuple[int, int, bool, bool], Any] = {}
+        self.layers: dict[tuple[int, int, tuple[str, ...]], Any] = {}
         self.prefills: dict[Any, Any] = {}
         self.prompts: dict[tuple[int, int], Any] = {}
         self.siblings: list[Siblings] | None = None  # Linear modules of one product; None until they were looked for
@@ -103,7 +117,7 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("model", "max_capture_size", "report", "compile_layers", "use_attention", "record_prompts")
-        return {k: getattr(self, k) for k in (*kept, "absorb_latents", "pack_linears", "reduce_biased")}
+        return {k: getattr(self, k) for k in (*kept, "absorb_latents", "pack_linears", "reduce_biased", "linear_rows")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -128,6 +142,12 @@ class Runtime:
         self.arena = None
         self.report.captures.clear()
         self.report.prefills[:] = [p for p in self.report.prefills if not p.replay]
+
+    def forget_steps(self) -> None:
+        """Let go of recorded steps, so that the next call makes them as the attributes say then."""
+        self._drop_recordings()
+        self.siblings, self.report.packed = None, ""
+        self.refused.clear()
 
     # whether
 
@@ -313,9 +333,9 @@ class Runtime:
         """What runs the decoder layers, or None."""
         if way.layers == "eager":
             return None
-        which = (key.rows, 0 if way.layers == "compiled" else key.length, way.packed, way.reduced)
+        which = (key.rows, 0 if way.layers == "compiled" else key.length, way.changes)
         if which not in self.layers:
-            self.layers[which] = compiled_layer(key.rows, way.packed, way.reduced)
+            self.layers[which] = compiled_layer(key.rows, way.changes)
         return self.layers[which]
 
     def _ways(self, rows: int) -> list[Way]:
@@ -331,9 +351,14 @@ class Runtime:
             attention.insert(0, (True, True))
         kinds = ["compiled", "compiled for this length:", "eager"] if compiled else ["eager"]
         ways = [Way(kind, own, absorb) for own, absorb in attention for kind in kinds]
-        reduced = self.reduce_biased and rows == 1 and have_biases(layers)
-        if compiled and (self.siblings or reduced):
-            ways.insert(0, dataclasses.replace(ways[0], packed=bool(self.siblings), reduced=reduced))
+        wanted = {
+            "share": bool(self.siblings),
+            "reduce_biased": self.reduce_biased and rows == 1 and have_biases(layers),
+            "few_rows": self.linear_rows and 1 < rows <= linear.MAX_ROWS,
+        }
+        changes = tuple(name for name, use in wanted.items() if use)
+        if compiled and changes:
+            ways.insert(0, dataclasses.replace(ways[0], changes=changes))
         return ways
 
     def _pack(self, probe: Probe) -> None:

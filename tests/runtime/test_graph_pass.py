@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mxfp4_compile.runtime.graph_pass import LayerPass, reduce_biased, share
+from mxfp4_compile.runtime import linear  # noqa: F401 - defines the op
+from mxfp4_compile.runtime.graph_pass import LayerPass, few_rows, reduce_biased, share
 
 ADDMM = torch.ops.aten.addmm.default
 
@@ -52,6 +53,32 @@ def test_other_products_stay(rows: int, dtype: torch.dtype) -> None:
     """With more rows, and where the sum would be narrower than the product was, or no cheaper."""
     graph, _ = graph_of(rows, dtype)
     reduce_biased(graph.graph)
+    assert len(graph.graph.find_nodes(op="call_function", target=ADDMM)) == 1
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_few_rows_are_computed_by_the_kernel(biased: bool) -> None:
+    def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, bias if biased else None) + x @ odd
+
+    x, weight, bias, odd = (torch.randn(*s).bfloat16() for s in ((8, 32), (40, 32), (40,), (32, 40)))
+    graph = make_fx(function, tracing_mode="fake")(x, weight, bias, odd)
+    expected = graph(x, weight, bias, odd)
+    few_rows(graph.graph)
+    kernel, product = torch.ops.mxfp4_runtime.linear_rows.default, torch.ops.aten.mm.default
+    count = lambda: [len(graph.graph.find_nodes(op="call_function", target=t)) for t in (kernel, ADDMM, product)]
+    assert count() == [0, biased, 2 - biased]  # on a CPU nothing changes
+    few_rows(graph.graph, "cpu")
+    graph.graph.lint()
+    graph.recompile()
+    assert count() == [1, 0, 1]  # the other weight is no transpose
+    assert torch.equal(graph(x, weight, bias, odd), expected)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (65, torch.bfloat16), (8, torch.float32)])
+def test_other_numbers_of_rows_stay(rows: int, dtype: torch.dtype) -> None:
+    graph, _ = graph_of(rows, dtype)
+    few_rows(graph.graph, "cpu")
     assert len(graph.graph.find_nodes(op="call_function", target=ADDMM)) == 1
 
 

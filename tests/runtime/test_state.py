@@ -15,7 +15,7 @@ from recording import (
 from torch import nn
 
 import mxfp4_compile
-from mxfp4_compile.runtime import runtime_of
+from mxfp4_compile.runtime import runtime_of, state
 from mxfp4_compile.runtime.caches.step_cache import StepCache
 from mxfp4_compile.tools.families import tiny_model
 
@@ -98,3 +98,22 @@ def test_a_recorder_stays_on_its_device() -> None:
     assert torch.equal(model.generate(ids, **options), expected)
     assert recorder.recorded == 1 and not runtime_of(model).report.captures
     assert any("moved" in note for note in runtime_of(model).report.notes)
+
+
+def test_ways_of_making_products(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each change where it is for, first; every step can be made without."""
+    recorded(trained, compiles=True)
+    runtime = runtime_of(trained)
+    for rows, biased, siblings, few, expected in (
+        (1, True, True, True, ("share", "reduce_biased")), (1, False, True, False, ("share",)),
+        (1, True, False, False, ("reduce_biased",)), (8, True, True, True, ("share", "few_rows")),
+        (8, True, False, False, ()), (72, True, True, True, ("share",)),
+    ):  # fmt: skip
+        monkeypatch.setattr(state, "have_biases", lambda layers, biased=biased: biased)
+        monkeypatch.setattr(runtime, "siblings", [object()] if siblings else [])
+        monkeypatch.setattr(runtime, "linear_rows", few)
+        ways = runtime._ways(rows)
+        assert ways[0].changes == expected
+        assert not any(way.changes for way in ways[bool(expected) :])
+        assert [w.layers for w in ways[bool(expected) :][:3]] == ["compiled", "compiled for this length:", "eager"]
+    plain(trained)
