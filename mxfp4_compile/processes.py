@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 _T = TypeVar("_T")
 
@@ -26,16 +27,25 @@ def is_spread(model: nn.Module) -> bool:
     return started and any(is_dtensor(p) for p in model.parameters())  # of one process no parameter is looked at
 
 
-def share_random_state(model: nn.Module) -> None:
-    """Give every rank the first one's random state of the model's device: what they sample then is the same."""
-    import torch.distributed as dist
+# The agreement of ranks that are at work together, to which whatever waits for other ranks is announced.
+ANNOUNCER: ContextVar[Any] = ContextVar("mxfp4_compile_announcer", default=None)
 
-    device = next(model.parameters()).device
-    random: Any = torch.cuda if device.type == "cuda" else torch
-    of_device = (device,) if device.type == "cuda" else ()
-    state = random.get_rng_state(*of_device).to(device)
-    dist.broadcast(state, 0)
-    random.set_rng_state(state.cpu(), *of_device)
+
+def announce(what: str) -> None:
+    """Before something that waits for the other ranks and is no op of a forward: OptimizeError if one has failed."""
+    agreement = ANNOUNCER.get()
+    if agreement is not None:
+        agreement.step(what)
+
+
+@contextmanager
+def in_compiled_code() -> Iterator[None]:
+    """Around calls of compiled code, which cannot be entered while ops are listened to; it announces by itself."""
+    if ANNOUNCER.get() is None:
+        yield
+        return
+    with _disable_current_modes():
+        yield
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -44,7 +54,12 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 class OneProcess:
-    """What ``optimize`` asks of all processes that hold its model, answered for one; ``ranks.session`` for several."""
+    """What is asked of all processes that hold a model, answered for one.
+
+    For several: of ``optimize`` and ``load`` by ``ranks.session``, of recorded steps by ``ranks.recorded``.
+    """
+
+    several = False
 
     def agree(self, what: str, **values: Any) -> None:
         """An error on every rank if a value differs between them."""
@@ -108,5 +123,44 @@ class OneProcess:
     def tell(self, report: Any) -> None:
         """The report is one of all processes."""
 
+    # recorded steps
 
-__all__ = ["OneProcess", "is_dtensor", "is_spread", "share_random_state"]
+    def refusal(self, recorder: Any) -> str | None:
+        """Why these processes record no steps with this recorder, or None."""
+        return None
+
+    def start(self, runtime: Any, reason: str | None) -> str | None:
+        """A generate begins: what is random is the same on all; why none of them records, or None."""
+        return reason
+
+    def least(self, what: str, value: int | None) -> int | None:
+        """The least value of all processes."""
+        return value
+
+    def reason(self, what: str, reason: str | None) -> str | None:
+        """``reason``, or another process's."""
+        return reason
+
+    def same_bits(self, what: str, tensor: Any) -> str | None:
+        """What is wrong if the processes have other values of a tensor that is to be the same, or None."""
+        return None
+
+    def union(self, what: str, found: dict[Any, str]) -> dict[Any, str]:
+        """What any process found."""
+        return found
+
+    def copying(self, module: Any, memo: dict[int, Any]) -> None:
+        """``module`` is about to be copied with this memo: what ``copy.deepcopy`` cannot copy is put there."""
+
+    def copied(self, module: Any) -> None:
+        """``module`` was copied: what was put into the modules inside of it is to be of the copies."""
+
+    def holds(self, runtime: Any) -> None:
+        """A runtime is about to record."""
+
+    def layer_backend(self, options: dict[str, Any]) -> Callable[..., Any] | None:
+        """What compiles the layers of recorded steps, None for Inductor as it is."""
+        return None
+
+
+__all__ = ["ANNOUNCER", "OneProcess", "announce", "in_compiled_code", "is_dtensor", "is_spread"]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -177,9 +178,14 @@ class _Announced(TorchDispatchMode):
         if any(t.__name__ == "DTensor" for t in types):
             return NotImplemented  # what it does to its local tensors comes here again
         collective = func.namespace in _COLLECTIVES and func._opname not in _NOT_COLLECTIVE
-        if collective or func is schema.reduce:
+        if (collective or func is schema.reduce) and not _capturing():
             self.agreement.step(f"{func.namespace}.{func._opname}")
         return func(*args, **(kwargs or {}))
+
+
+def _capturing() -> bool:
+    """Whether ops are being recorded, not run: no rank waits then."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd")

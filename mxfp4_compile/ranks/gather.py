@@ -171,7 +171,8 @@ def _gathered(model: nn.Module, gathering: Gathering) -> dict[str, Tensor]:
     sites = mxfp4_sites(model)
     found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        found[name] = gathering.tensor(name, tensor)
+        whole = gathering.tensor(name, tensor)
+        found[name] = whole.cpu() if gathering.first else whole
     for prefix, site in sites.items():
         if site.plan.shard is None:
             continue

@@ -74,38 +74,42 @@ class LoadingRanks(Ranks):
         super().__init__()
         self.experts: Experts = experts
         self.notes: list[str] = []
+        self.rules: dict[str, str] = {}  # those that were asked for, which transformers 5.17 takes in place of its own
 
     def plan(self, given: Any, plan: Any, size: int | None, config: Any, model_class: Any) -> Any:
         """transformers' ``DistributedConfig``: attention by its plan; experts are split here, whatever it says."""
         from transformers.distributed import DistributedConfig
 
+        ep_size = (given.get("ep_size") if isinstance(given, dict) else getattr(given, "ep_size", None)) or 1
         if given is None:
             given = DistributedConfig(tp_size=size or self.size, tp_plan=plan)
         elif isinstance(given, dict):
-            given = DistributedConfig.from_dict(given)
+            given = DistributedConfig.from_dict(given)  # 5.17 passes over what it does not know
         for name in ("fsdp_size", "dp_replicate_size", "pp_size"):
             if getattr(given, name, 1) > 1:
                 raise OptimizeError(f"{name}={getattr(given, name)} is not supported: all ranks compute one model")
         if given.tp_size != self.size:
             raise OptimizeError(f"tp_size={given.tp_size}, but there are {self.size} ranks: all of them hold the model")
-        if given.ep_size not in (1, given.tp_size):
-            raise OptimizeError(
-                f"ep_size={given.ep_size} is not supported: it is tp_size, {given.tp_size}, or left out"
-            )
-        if given.ep_size > 1:
+        if ep_size not in (1, given.tp_size):
+            raise OptimizeError(f"ep_size={ep_size} is not supported: it is tp_size, {given.tp_size}, or left out")
+        if ep_size > 1 or given.enable_expert_parallel:  # transformers 5.17 has the second only
             if self.experts == "tensor":
                 raise OptimizeError('ep_size and experts="tensor" contradict each other: leave one of them out')
             self.experts = "expert"
-        given = replace(given, ep_size=1, ep_plan=None, enable_expert_parallel=False)
+        known = {"ep_size": 1, "ep_plan": None, "enable_expert_parallel": False}
+        given = replace(given, **{name: value for name, value in known.items() if hasattr(given, name)})
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = getattr(text, "num_key_value_heads", None)
         rules = getattr(text, "base_model_tp_plan", None) or {}
         if heads and heads % self.size and given.tp_plan in (None, "auto"):
             prefix = getattr(model_class, "base_model_prefix", "model")
-            whole = {f"{prefix}.{rule}": "replicate" for rule in rules if ".self_attn." in rule}
-            if whole:
-                given = replace(given, tp_plan=whole)
+            attention = [f"{prefix}.{rule}" for rule in rules if ".self_attn." in rule]
+            if attention:
+                given = replace(given, tp_plan=_without(attention, prefix, rules, model_class))
                 self.notes.append(f"attention lies whole on every rank: {heads} key/value heads, {self.size} ranks")
+        if isinstance(given.tp_plan, dict):
+            given = replace(given, tp_plan=dict(given.tp_plan))
+            self.rules = given.tp_plan
         return given
 
     def split(self, model: Any, sites: list[Site], rematch: Rematch) -> list[str]:
@@ -119,7 +123,7 @@ class LoadingRanks(Ranks):
             if site.structure is None:
                 continue
             found = site.structure.found
-            _drop_rules(model, site.name)
+            _drop_rules(model, site.name, self.rules)
             whole = _whole_because(site)
             if whole or not isinstance(found, FusedMatch):
                 notes.append(f"{site.name} lies whole on every rank: {whole}")
@@ -163,16 +167,32 @@ def _whole_because(site: Site) -> str:
     return ""
 
 
-def _drop_rules(model: Any, site: str) -> None:
-    """Take a site out of transformers' plans for this model."""
+def _replicates() -> bool:
+    """Whether transformers has a rule that leaves a module whole; 5.17 has none, and takes a dict as the whole plan."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    return "replicate" in ALL_PARALLEL_STYLES
+
+
+def _without(attention: list[str], prefix: str, rules: Mapping[str, str], model_class: Any) -> dict[str, str]:
+    """The plan with the modules of ``attention`` left whole."""
+    if _replicates():
+        return dict.fromkeys(attention, "replicate")
+    plan = {f"{prefix}.{rule}": style for rule, style in rules.items()} | (getattr(model_class, "_tp_plan", None) or {})
+    return {rule: style for rule, style in plan.items() if rule not in attention}
+
+
+def _drop_rules(model: Any, site: str, asked: dict[str, str]) -> None:
+    """Take a site out of transformers' plans for this model, and of the one that was asked for."""
     wildcard = re.sub(r"\.\d+(?=\.|$)", ".*", site)
-    for name in ("_tp_plan", "_ep_plan"):
-        rules = getattr(model, name, None)
+    plans: list[Any] = [getattr(model, "_tp_plan", None), getattr(model, "_ep_plan", None), asked]
+    for rules in plans:
         if isinstance(rules, dict):
             own = [rule for rule in rules if f"{rule}.".startswith((f"{wildcard}.", f"{site}."))]
             for rule in own:
                 del rules[rule]
-            if own and not rules and name == "_tp_plan":  # it asks for a plan with something in it
+            if own and not rules and rules is plans[0] and _replicates():
+                # it asks for a plan with something in it
                 rules[next(n for n, m in model.named_modules() if n and not any(True for _ in m.children()))] = (
                     "replicate"
                 )

@@ -1,13 +1,16 @@
 """What transformers made of a model's experts: read from its parameters and the forwards it put into its modules.
 
-The one file that knows transformers' parallel styles (of 5.23; what it does not know, it refuses by name)::
+The one file that knows transformers' parallel styles (of 5.17 and 5.23; what it does not know, it refuses by name)::
 
     style                          parameters                                       forward put into the module
-    ep_dispatch_experts            all Shard(0): whole experts                      ids made local, sum over the group
+    ep_dispatch_experts (5.23)     all Shard(0): whole experts                      ids made local, sum over the group
+    moe_tp_experts, ep_router      all Shard(0): whole experts                      sum over the group; the router has
+    (5.17)                                                                          one that makes ids local
     moe_tp_experts                 up _StridedShard(1, 2), down Shard(2), or so     sum over the group
 
-Contract: ``LocalExperts.take`` swaps a module's DTensors for the local tensors they hold, with no copy, and takes the
-forward away; ``put_back`` undoes both. Nothing else of the model is touched.
+Contract: ``LocalExperts.begin`` has the module take the ids of the whole site, as 5.23 has it: in 5.17 the router's
+forward is taken away and what it did stands before the experts'. ``take`` swaps a module's DTensors for the local
+tensors they hold, with no copy, and takes the forward away; ``put_back`` undoes all. Nothing else is touched.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from ..processes import is_dtensor
 from ..spec import SHARD, Shard
 from .shards import Parts, expert_parts, whole_blocks
 
-_EXPERT, _TENSOR = "EpDispatchExpertsParallel", "MoeExpertsParallel"
+_EXPERT, _TENSOR, _ROUTER = "EpDispatchExpertsParallel", "MoeExpertsParallel", "EpRouterParallel"
 
 
 @dataclass
@@ -39,6 +42,22 @@ class LocalExperts:
     forward: Any = None
     marked: Any = None
     call: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
+    router: nn.Module | None = None  # whose forward makes ids local (transformers 5.17)
+    routed: tuple[Any, Any] | None = None  # what the router's forward, and the module's, were before ``begin``
+
+    def begin(self) -> None:
+        """Have the module take ids of the whole site."""
+        if self.router is None or self.routed is not None:
+            return
+        forward = self.module.__dict__["forward"]
+        self.routed = (self.router.__dict__.pop("forward"), forward)
+        first, count = self.shard.start, self.shard.count
+
+        def of_whole(hidden: Tensor, ids: Tensor, weights: Tensor) -> Any:
+            others = (ids < first) | (ids >= first + count)
+            return forward(hidden, (ids - first).masked_fill(others, count), weights.masked_fill(others, 0.0))
+
+        self.module.__dict__["forward"] = of_whole
 
     def take(self) -> None:
         """Local tensors for the DTensors, and the class's own forward."""
@@ -68,15 +87,19 @@ class LocalExperts:
 
     def forget(self) -> None:
         """The module was replaced: let go of its weights."""
-        self.saved, self.call = {}, None
+        self.saved, self.call, self.routed = {}, None, None
 
     def put_back(self) -> None:
-        """Undo ``take``."""
-        self.module._parameters.update(self.saved)
-        self.module.__dict__["forward"] = self.forward
-        if self.marked is not None:
-            self.module.__dict__["_is_expert_parallel"] = self.marked
-        self.module.__dict__.pop(SHARD, None)
+        """Undo ``take`` and ``begin``, whichever of them was done."""
+        if self.saved:
+            self.module._parameters.update(self.saved)
+            self.module.__dict__["forward"] = self.forward
+            if self.marked is not None:
+                self.module.__dict__["_is_expert_parallel"] = self.marked
+            self.module.__dict__.pop(SHARD, None)
+        if self.routed is not None and self.router is not None:
+            self.router.__dict__["forward"], self.module.__dict__["forward"] = self.routed
+        self.saved, self.routed = {}, None
 
 
 def local_experts(model: nn.Module, ranks: Sequence[int]) -> list[LocalExperts]:
@@ -85,11 +108,23 @@ def local_experts(model: nn.Module, ranks: Sequence[int]) -> list[LocalExperts]:
     for name, module in model.named_modules():
         split = {n: p for n, p in module._parameters.items() if p is not None and is_dtensor(p) and p.dim() >= 2}
         if any(p.dim() == 3 for p in split.values()):
-            found.append(LocalExperts(name, module, _shard(name, module, split, ranks)))
+            router = _router_of(model, name)
+            found.append(LocalExperts(name, module, _shard(name, module, split, ranks, router), router=router))
     return found
 
 
-def _shard(name: str, module: nn.Module, split: dict[str, Any], ranks: Sequence[int]) -> Shard:
+def _router_of(model: nn.Module, experts: str) -> nn.Module | None:
+    """The router beside some experts whose forward makes ids local, or None (transformers 5.17 has them)."""
+    beside = model.get_submodule(experts.rpartition(".")[0])
+    routers = [module for module in beside.modules() if _style(module)[0] == _ROUTER]
+    if len(routers) > 1:
+        raise OptimizeError(f"{experts}: there are {len(routers)} routers beside it that make ids local, not one")
+    return routers[0] if routers else None
+
+
+def _shard(
+    name: str, module: nn.Module, split: dict[str, Any], ranks: Sequence[int], router: nn.Module | None
+) -> Shard:
     style, cells = _style(module)
     meshes = {p.device_mesh for p in split.values()}
     if len(meshes) > 1 or any(len(p.placements) != 1 for p in split.values()):
@@ -103,7 +138,7 @@ def _shard(name: str, module: nn.Module, split: dict[str, Any], ranks: Sequence[
     dims = {n: int(getattr(placement, "dim", 0)) for n, placement in placements.items()}
     plain = {n for n, placement in placements.items() if type(placement).__name__ == "Shard"}
     if all(dims[n] == 0 and n in plain for n in split):
-        return _expert_shard(name, style, cells, split, rank, group)
+        return _expert_shard(name, style, cells, split, rank, group, router)
     if style != _TENSOR or 0 in dims.values() or any(p.dim() < 3 for p in split.values()):
         told = ", ".join(f"{n} {placement}" for n, placement in placements.items())
         raise OptimizeError(
@@ -113,15 +148,24 @@ def _shard(name: str, module: nn.Module, split: dict[str, Any], ranks: Sequence[
     return _tensor_shard(name, split, dims, rank, group)
 
 
-def _expert_shard(name: str, style: str, cells: dict[str, Any], split: dict[str, Any], rank: int, group: Any) -> Shard:
-    if style != _EXPERT:
+def _expert_shard(
+    name: str,
+    style: str,
+    cells: dict[str, Any],
+    split: dict[str, Any],
+    rank: int,
+    group: Any,
+    router: nn.Module | None,
+) -> Shard:
+    by_router = style == _TENSOR and router is not None
+    if style != _EXPERT and not by_router:
         raise OptimizeError(
-            f"{name}: expert parallelism as transformers 5.23 has it is known (ep_dispatch_experts: "
-            f"DistributedConfig(tp_size=N, ep_size=N)), not that of {style or 'its class'}"
+            f"{name}: expert parallelism as transformers 5.17 and 5.23 have it is known (ep_dispatch_experts, or "
+            f"ep_router and moe_tp_experts), not that of {style or 'its class'}"
         )
     implementation: Any = cells.get("implementation")
     kind = type(implementation).__name__
-    if kind not in ("AutoEP", "AllReduceEP") or not implementation.shares_batch:
+    if not by_router and (kind not in ("AutoEP", "AllReduceEP") or not implementation.shares_batch):
         raise OptimizeError(
             f"{name}: expert parallelism by {kind} is not supported where ranks exchange tokens or hold different "
             'batches; use ep_size equal to tp_size and ep_implementation="auto"'
@@ -158,6 +202,14 @@ def _style(module: nn.Module) -> tuple[str, dict[str, Any]]:
     cells = dict(zip(code.co_freevars, held, strict=False))
     style = cells.get("self")
     return (type(style).__name__ if style is not None else ""), cells
+
+
+def installed_again(module: nn.Module) -> None:
+    """A copy of a module has the forward that a style put into the original, which calls that: make it the copy's."""
+    _, cells = _style(module)
+    if cells.get("module") is not None and cells["module"] is not module and "mesh" in cells:
+        del module.__dict__["forward"]
+        cells["self"].install_forward(module, cells["mesh"])
 
 
 def _full(cell: Any) -> bool:
@@ -206,4 +258,4 @@ def check_model_plan(model: Any, size: int) -> None:
                 )
 
 
-__all__ = ["LocalExperts", "check_model_plan", "local_experts"]
+__all__ = ["LocalExperts", "check_model_plan", "installed_again", "local_experts"]

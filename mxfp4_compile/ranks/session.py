@@ -107,18 +107,19 @@ class Ranks(OneProcess):
             for local in local_experts(model, self.agreement.ranks)
             if not any(protects(p, Candidate((local.name,), local.module, "packed")) for p in patterns)
         ]
-        if found:
-            self._record(model, found, example_inputs)
         try:
+            for local in found:
+                local.begin()
+            if found:
+                self._record(model, found, example_inputs)
             for local in found:
                 local.take()
                 self.locals.append(local)
                 self.shards[local.name] = local.shard
             yield
         finally:
-            for local in self.locals:
-                if local.saved:
-                    local.put_back()
+            for local in found:
+                local.put_back()
             self.locals = []
 
     def _record(self, model: nn.Module, found: list[LocalExperts], example_inputs: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..processes import is_spread
+from ..processes import is_dtensor
 from .caches.kinds import layer_kinds, unknown_kinds
 
 # What a decode step is called with that a recorded one has, or has no need of.
@@ -23,8 +23,6 @@ _ADAPTER_STATE = ("_active_adapter", "merged_adapters", "scaling")
 def refusal_of(model: Any, modules: list[nn.Module]) -> str | None:
     """Why no step of this model may be recorded as it is now, or None."""
     device = next(model.parameters()).device
-    if is_spread(model):
-        return "the model lies on several ranks, whose steps are not recorded yet"
     if len({p.device for module in modules for p in module._parameters.values() if p is not None}) > 1:
         return "the model is spread over several devices"
     if model.config.is_encoder_decoder:
@@ -92,7 +90,7 @@ def fingerprint_of(model: nn.Module, modules: list[nn.Module]) -> int:
         parts.append(id(module))
         if _ADAPTER in module.__dict__:
             parts += [repr(module.__dict__.get(name)) for name in (_ADAPTER, *_ADAPTER_STATE)]
-        parts += [t.data_ptr() for t in module._parameters.values() if t is not None]
+        parts += [_own(t).data_ptr() for t in module._parameters.values() if t is not None]
         parts += [t.data_ptr() for t in module._buffers.values() if t is not None]
     return hash(tuple(parts))
 
@@ -100,7 +98,12 @@ def fingerprint_of(model: nn.Module, modules: list[nn.Module]) -> int:
 def versions_of(modules: list[nn.Module]) -> int:
     """Changes when a parameter was written to, as an optimizer does; buffers, which forwards may count in, aside."""
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-    return hash(tuple(-1 if p.is_inference() else p._version for p in parameters))
+    return hash(tuple(-1 if p.is_inference() else _own(p)._version for p in parameters))
+
+
+def _own(parameter: Any) -> Any:
+    """This process's part of a parameter, whose address and version the whole does not have."""
+    return parameter._local_tensor if is_dtensor(parameter) else parameter
 
 
 def unusual_inputs(inputs: dict[str, Any]) -> list[str]:

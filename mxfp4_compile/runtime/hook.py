@@ -9,7 +9,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ..passes.build.module import mxfp4_sites
-from ..processes import is_spread, share_random_state
 from ..report import Report, RuntimeReport
 from .sizes import MIN_LENGTH, capture_sizes, prompt_lengths
 
@@ -42,9 +41,7 @@ class Generate:
             return function(runtime.model, *args, **kwargs)
         runtime.owner = threading.get_ident()
         try:
-            if is_spread(runtime.model):
-                share_random_state(runtime.model)
-            reason = runtime.refusal()
+            reason = runtime.begin()
             if reason is not None:
                 runtime.report.note(f"generate runs without graphs: {reason}")
                 return function(runtime.model, *args, **kwargs)
@@ -98,7 +95,7 @@ def capture(model: Any, sizes: Any = None, max_length: int = MIN_LENGTH, progres
     if runtime is None or not mxfp4_sites(model):
         raise TypeError("capture() takes an optimized model with transformers' generate")
     with runtime.lock:
-        reason = runtime.refusal()
+        reason = runtime.begin()
         if reason is not None:
             runtime.report.note(f"generate runs without graphs: {reason}")
             return runtime.report

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.build.module import MXFP4Experts
+from ..processes import OneProcess
 from .caches.base import CACHE, LayerForm
 from .layers import decoder_layers, layer_forwards
 from .probe import last_logits, positions_of, random_tokens
@@ -119,13 +120,14 @@ class Lesson:
             raise CannotCheck("its decoder layers cannot be told apart")
         self.logits = eager.logits[:, -1]
 
-    def in_full(self, layer: nn.Module, index: int) -> tuple[Tensor, Any]:
+    def in_full(self, layer: nn.Module, index: int, processes: OneProcess) -> tuple[Tensor, Any]:
         """The layer's output and its cache after it, computed in fp32 (for fp32 models in fp64)."""
         wide = torch.float32 if self.outputs[index].dtype.itemsize < 4 else torch.float64
         args, kwargs = self.inputs[index]
         cache = _alone(self.cache, index)
         _cast_cache(cache.layers[index], wide)
-        out = _widened(layer, wide)(*_cast(args, wide), **_cast({**kwargs, CACHE: None}, wide) | {CACHE: cache})
+        made = _widened(layer, wide, processes)
+        out = made(*_cast(args, wide), **_cast({**kwargs, CACHE: None}, wide) | {CACHE: cache})
         return _hidden(out), cache.layers[index]
 
 
@@ -146,9 +148,12 @@ class _Listening:
 class LayerCheck:
     """The lessons of one size of step; made once, for every way of making it."""
 
-    def __init__(self, model: Any, forms: tuple[LayerForm, ...], rows: int, length: int) -> None:
+    def __init__(
+        self, model: Any, forms: tuple[LayerForm, ...], rows: int, length: int, processes: OneProcess | None = None
+    ) -> None:
         """Raises CannotCheck where layers cannot be run by themselves."""
         self._model, self._rows = model, rows
+        self._processes = processes or OneProcess()
         self._layers = decoder_layers(model)
         self._conditions = conditions_for(forms, rows, length)
         self._lessons: dict[tuple[Condition, int], Lesson] = {}
@@ -167,6 +172,7 @@ class LayerCheck:
             wrong: dict[tuple[Any, int], str] | None = None
             for seed in range(_TRIES):
                 found, difference = self._compare(step, self._lesson(condition, seed), seed)
+                found = self._processes.union("a lesson", found)
                 wrong = found if wrong is None else {k: v for k, v in wrong.items() if k in found}
                 largest = difference if seed == 0 else largest
                 if not wrong:
@@ -184,7 +190,7 @@ class LayerCheck:
     def _in_full(self, lesson: Lesson, seed: int, index: int) -> tuple[Tensor, Any]:
         key = lesson.condition, seed, index
         if key not in self._full:
-            self._full[key] = lesson.in_full(self._layers[index], index)
+            self._full[key] = lesson.in_full(self._layers[index], index, self._processes)
         return self._full[key]
 
     def _compare(self, step: DecodeStep, lesson: Lesson, seed: int) -> tuple[dict[tuple[Any, int], str], float]:
@@ -274,7 +280,7 @@ class _InItsType(nn.Module):
         return _cast(site(*args, **{name: _cast(a, named[name]) for name, a in kwargs.items()}), self._wide)
 
 
-def _widened(layer: nn.Module, wide: torch.dtype) -> nn.Module:
+def _widened(layer: nn.Module, wide: torch.dtype, processes: OneProcess) -> nn.Module:
     """A copy of a layer in ``wide``, but for its MXFP4 experts."""
     memo: dict[int, Any] = {}
     for module in layer.modules():
@@ -283,7 +289,9 @@ def _widened(layer: nn.Module, wide: torch.dtype) -> nn.Module:
             memo[id(config)] = config
         if isinstance(module, MXFP4Experts):
             memo[id(module)] = _InItsType(module, wide)
+    processes.copying(layer, memo)
     made = copy.deepcopy(layer, memo)
+    processes.copied(made)
     return made.to(wide)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from ..passes.build.module import mxfp4_sites
+from ..processes import OneProcess, in_compiled_code
 from .caches.base import CACHE, LayerView
 from .caches.step_cache import StepCache
 from .graph_pass import LayerPass
@@ -93,13 +95,28 @@ def layers_run_by(
         yield
         return
     forwards = [_Forward(run or _run_layer, layer, cache, index, teach) for index, layer in layers.items()]
-    with layer_forwards({forward.layer: forward for forward in forwards}):
+    with layer_forwards({forward.layer: forward for forward in forwards}), _no_backward_hooks(layers.values()):
         yield
     missed = sorted(index for index, forward in zip(layers, forwards, strict=True) if not forward.used)
     if len(missed) == len(forwards):
         raise RuntimeError("its decoder layers are not called with the cache by its name")
     if missed:
         note(f"decoder layers {missed} are recorded as they are: they are not called with the cache by its name")
+
+
+@contextmanager
+def _no_backward_hooks(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block no module has backward hooks: a step has no gradients, and Dynamo does not trace modules with
+    hooks for them (transformers 5.17 puts some on the norms of split attention)."""
+    hooked = [m for layer in layers for m in layer.modules() if m._backward_hooks or m._backward_pre_hooks]
+    kept = [(m, m._backward_hooks, m._backward_pre_hooks) for m in hooked]
+    try:
+        for module in hooked:
+            module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for module, hooks, pre_hooks in kept:
+            module._backward_hooks, module._backward_pre_hooks = hooks, pre_hooks
 
 
 @contextmanager
@@ -128,10 +145,16 @@ def compile_options(rows: int, changes: tuple[str, ...] = ()) -> dict[str, Any]:
     return {**options, "coordinate_descent_tuning": True} if rows == 1 else options
 
 
-def compiled_layer(rows: int, changes: tuple[str, ...] = ()) -> LayerFunction:
+def compiled_layer(
+    rows: int, changes: tuple[str, ...] = (), processes: OneProcess | None = None
+) -> LayerFunction:
     """The function that runs decoder layers of ``rows`` rows, compiled once per structure of layer."""
     function = own_code(_run_layer, "_".join(("decode_layer", str(rows), *changes)))
-    return torch.compile(function, dynamic=False, fullgraph=True, options=compile_options(rows, changes))
+    options = compile_options(rows, changes)
+    backend = processes.layer_backend(options) if processes is not None else None
+    if backend is not None:
+        return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 def own_code(function: Any, name: str) -> LayerFunction:
@@ -160,4 +183,7 @@ class _Forward:
         return self._call(args, kwargs)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._run(self.layer, self._view, args, kwargs)
+        if self._run is _run_layer:
+            return self._run(self.layer, self._view, args, kwargs)
+        with in_compiled_code():
+            return self._run(self.layer, self._view, args, kwargs)

@@ -6,12 +6,14 @@ import dataclasses
 import os
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..circumstances import exclusively
+from ..processes import OneProcess, is_spread
 from ..report import CaptureReport, PrefillReport, RuntimeReport
 from . import linear
 from .caches.base import Arena, CannotMove, LayerForm
@@ -84,6 +86,8 @@ class Way:
 class Runtime:
     """The recorded steps of one model, and what they are worth. Copies and pickles start empty."""
 
+    _ranks: OneProcess | None
+
     def __init__(self, model: Any, max_capture_size: int, report: RuntimeReport) -> None:
         self.model = model
         self.max_capture_size = max_capture_size
@@ -99,9 +103,21 @@ class Runtime:
         self._free()
         self._fresh()
 
+    @property
+    def processes(self) -> OneProcess:
+        """The processes that hold the model."""
+        if not is_spread(self.model):
+            return OneProcess()
+        if self._ranks is None:
+            from ..ranks.recorded import StepRanks
+
+            self._ranks = StepRanks()
+        return self._ranks
+
     def _free(self) -> None:
         self.lock = threading.Lock()
         self.owner: int | None = None  # the thread that holds the lock for a generate
+        self._ranks = None
 
     def _fresh(self) -> None:
         self.steps: dict[Any, Any] = {}
@@ -151,6 +167,10 @@ class Runtime:
 
     # whether
 
+    def begin(self) -> str | None:
+        """A generate begins: why none of the processes records a step of this model as it is now, or None."""
+        return self.processes.start(self, self.refusal())
+
     def refusal(self) -> str | None:
         """Why no step of this model may be recorded as it is now, or None."""
         model: Any = self.model
@@ -167,7 +187,7 @@ class Runtime:
         if self.recorder is None:
             return f"there are no CUDA graphs on {device.type}"
         modules = modules_of(model)
-        reason = refusal_of(model, modules)
+        reason = refusal_of(model, modules) or self.processes.refusal(self.recorder)
         if reason is not None:
             return reason
         if self.recorder.compiles:
@@ -206,6 +226,9 @@ class Runtime:
     def prefill(self, batch: int, attention_mask: Tensor | None) -> Any:
         """Compiled layers for a prompt of ``batch`` rows with the mask [B, T], made if they can be; None if not."""
         if not self.compile_layers or self.recorder is None or not self.recorder.compiles:
+            return None
+        if self.processes.several:  # a rank whose compilation fails later would go on with other bits
+            self.report.note("prompts run as the model has them: on several ranks their layers are not compiled")
             return None
         kind = kind_of(batch, attention_mask)
         if kind is None or kind in self.refused:
@@ -263,17 +286,20 @@ class Runtime:
     def _make(self, key: Any) -> Any:
 
         assert self.recorder is not None
+        processes = self.processes
+        processes.holds(self)
         # Static tensors made in inference mode could not be written outside of it.
         with exclusively(), torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
             self.arena = self.arena or Arena()
             try:
-                probe = Probe(self.model, key.rows, key.length)
-                forms, kinds = probe.forms(), probe.kinds
+                probe = processes.together(f"{key}: probe", lambda: Probe(self.model, key.rows, key.length))
+                forms, kinds = processes.together(f"{key}: cache", lambda: (probe.forms(), probe.kinds))
             except CannotMove as error:
                 return self._refuse("model", f"{error}: generate runs without graphs")
             except Exception as error:
                 return self._refuse("model", f"the model's forward is not one a step can be made of ({brief(error)})")
             need, free = self.arena.missing(forms, key.rows, key.length), self.recorder.free_bytes()
+            free = processes.least(f"{key}: memory", free)
             if free is not None and need + _RESERVE_BYTES > free:
                 text = f"{key}: not captured, its cache takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
                 return self._refuse(key, text)
@@ -283,15 +309,22 @@ class Runtime:
                 made = str(way)
                 described = f"{made} ({way.products})" if way.products else made
                 try:
-                    step = DecodeStep(
-                        self.model, key, forms, kinds, self.recorder, self.arena, layer=self._layer(way, key),
-                        any_length=way.layers == "compiled", use_attention=way.own, absorb=way.absorb,
-                        siblings=self.siblings or () if way.packed else (),
+                    make = partial(
+                        DecodeStep, self.model, key, forms, kinds, self.recorder, self.arena,
+                        layer=self._layer(way, key), any_length=way.layers == "compiled", use_attention=way.own,
+                        absorb=way.absorb, siblings=self.siblings or () if way.packed else (),
                     )  # fmt: skip
-                    fault, difference = self._fault_of(step, probe, check)
+                    step = processes.together(f"{key}: {described}", make)
+                    fault, difference = processes.together(
+                        f"{key}: checking", partial(self._fault_of, step, probe, check)
+                    )
+                    fault = processes.reason(f"{key}: fault", fault)
+                    fault = fault or processes.same_bits(f"{key}: bits", step.logits)
                 except torch.OutOfMemoryError:
                     return self._refuse(key, f"{key}: not captured, out of memory")
                 except Exception as failure:
+                    if "OutOfMemoryError" in str(failure):  # of another rank
+                        return self._refuse(key, f"{key}: not captured, out of memory ({failure})")
                     self.report.note(f"{key} with {described}: {brief(failure)}")
                     continue
                 if fault is None:
@@ -311,7 +344,10 @@ class Runtime:
 
     def _layer_check(self, key: StepKey, forms: tuple[LayerForm, ...]) -> LayerCheck | None:
         try:
-            return LayerCheck(self.model, forms, key.rows, key.length)
+            return self.processes.together(
+                f"{key}: conditions",
+                lambda: LayerCheck(self.model, forms, key.rows, key.length, self.processes),
+            )
         except Exception as failure:
             self.report.note(f"steps are checked by whole logits, not by the layer ({brief(failure)})")
             return None
@@ -335,7 +371,7 @@ class Runtime:
             return None
         which = (key.rows, 0 if way.layers == "compiled" else key.length, way.changes)
         if which not in self.layers:
-            self.layers[which] = compiled_layer(key.rows, way.changes)
+            self.layers[which] = compiled_layer(key.rows, way.changes, self.processes)
         return self.layers[which]
 
     def _ways(self, rows: int) -> list[Way]:
@@ -371,7 +407,7 @@ class Runtime:
             return  # they hold the addresses of now
         layers = list(decoder_layers(self.model).values())
         try:
-            found = find_siblings(layers, probe.eager_step)
+            found = self.processes.together("siblings", lambda: find_siblings(layers, probe.eager_step))
         except Exception as failure:
             return self.report.note(f"sibling products are not looked for ({brief(failure)})")
         reasons: dict[str, int] = {}
@@ -381,6 +417,10 @@ class Runtime:
                 self.siblings.append(group)
             else:
                 reasons[reason] = reasons.get(reason, 0) + 1
+        every = [self.processes.least("siblings", count) for count in (len(self.siblings), -len(self.siblings))]
+        if every != [len(self.siblings), -len(self.siblings)]:
+            self.siblings = []
+            self.report.note("linear modules with one input stay apart: the ranks found others")
         for reason, count in reasons.items():
             self.report.note(f"{count} groups of linear modules with one input stay apart: {reason}")
         if self.siblings:

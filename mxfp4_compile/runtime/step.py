@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..processes import announce
 from . import attention, latent
 from .caches.base import CACHE, Arena, LayerForm
 from .caches.kinds import DYNAMIC_MASKS
@@ -131,6 +132,7 @@ class DecodeStep:
 
     def replay(self) -> None:
         """Run the step on what the static tensors hold, asynchronously."""
+        announce("a recorded step")
         self.recording.replay()
 
 

@@ -83,12 +83,21 @@ def checkpoint(folder: Path, family: str, **sizes: Any) -> Path:
     return path if path.exists() else make(family, path, **sizes)
 
 
+def ep_sizes() -> bool:
+    """Whether transformers knows ``ep_size``; 5.17 has ``enable_expert_parallel`` instead, and one implementation."""
+    from transformers.distributed import DistributedConfig
+
+    return hasattr(DistributedConfig, "ep_size")
+
+
 def load(path: Path, dtype: torch.dtype = torch.float32, **distributed: Any) -> Any:
     """The model as transformers loads it, split over the ranks if ``distributed`` says so."""
     import transformers
     from transformers.distributed import DistributedConfig
 
     transformers.logging.set_verbosity_error()
+    if distributed.get("ep_size") and not ep_sizes():
+        distributed = {"tp_size": distributed["tp_size"], "enable_expert_parallel": True}
     split = {"distributed_config": DistributedConfig(**distributed)} if distributed else {}
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **split).eval()
 
@@ -98,9 +107,13 @@ def tokens(batch: int = 2, length: int = 12) -> Tensor:
 
 
 def logits(model: nn.Module) -> Tensor:
+    """On the CPU, wherever the model is."""
     with torch.no_grad():
-        return model(tokens(), use_cache=False).logits.float()
+        return model(tokens().to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
 
 
-def answer(model: Any) -> Tensor:
-    return model.generate(tokens(), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+def answer(model: Any, batch: int = 2, new: int = 6, **options: Any) -> Tensor:
+    """What ``generate`` says, on the CPU."""
+    ids = tokens(batch).to(next(model.parameters()).device)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options
+    return model.generate(ids, max_new_tokens=new, **options).cpu()

@@ -1,4 +1,8 @@
-"""Several ranks on one machine: processes of a gloo group that run functions of a module until they are stopped."""
+"""Several ranks on one machine: processes of a group that run functions of a module until they are stopped.
+
+With NCCL each has a GPU of its own, and NVLink multicast is off: a program that dies in it can leave a machine's GPUs
+unusable for others.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,24 @@ SECONDS = 120
 """How long the group waits for a rank, and the pool for a result."""
 
 
-def _serve(rank: int, size: int, store: str, tasks: Any, results: Any) -> None:
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+
+
+def _serve(rank: int, size: int, backend: str, store: str, tasks: Any, results: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+    device = {}
+    if backend == "nccl":
+        os.environ.update(NO_MULTICAST)
+        torch.cuda.set_device(rank)
+        device = {"device_id": torch.device("cuda", rank)}
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS), **device
     )
     while True:
         task = tasks.get()
         if task is None:
+            torch.distributed.destroy_process_group()
             return
         work, args = task
         try:
@@ -37,14 +50,14 @@ def _serve(rank: int, size: int, store: str, tasks: Any, results: Any) -> None:
 class Pool:
     """``size`` ranks. ``run`` calls work(rank, *args) on each and returns the results by rank."""
 
-    def __init__(self, size: int = 2) -> None:
+    def __init__(self, size: int = 2, backend: str = "gloo") -> None:
         context: Any = mp.get_context("spawn")
         self.size = size
         self.folder = tempfile.TemporaryDirectory()
         store = str(Path(self.folder.name) / "store")
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(size)]
-        arguments = [(rank, size, store, self.tasks[rank], self.results) for rank in range(size)]
+        arguments = [(rank, size, backend, store, self.tasks[rank], self.results) for rank in range(size)]
         self.processes = [context.Process(target=_serve, args=a, daemon=True) for a in arguments]
         for process in self.processes:
             process.start()
