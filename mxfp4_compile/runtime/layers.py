@@ -145,9 +145,7 @@ def compile_options(rows: int, changes: tuple[str, ...] = ()) -> dict[str, Any]:
     return {**options, "coordinate_descent_tuning": True} if rows == 1 else options
 
 
-def compiled_layer(
-    rows: int, changes: tuple[str, ...] = (), processes: OneProcess | None = None
-) -> LayerFunction:
+def compiled_layer(rows: int, changes: tuple[str, ...] = (), processes: OneProcess | None = None) -> LayerFunction:
     """The function that runs decoder layers of ``rows`` rows, compiled once per structure of layer."""
     function = own_code(_run_layer, "_".join(("decode_layer", str(rows), *changes)))
     options = compile_options(rows, changes)
