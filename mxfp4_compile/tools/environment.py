@@ -44,6 +44,7 @@ PURPOSES = {
     "hf": "Hugging Face models; the commands explain and demo",
     "hf4": "models of transformers 4 in memory",
     "demo": "the command demo",
+    "serve": "the commands serve and chat",
     "inspect": "readable dumps of what torch.compile made",
     "gguf": 'GGUF files (save with format="gguf")',
     "bench": "benchmarks and their plots",

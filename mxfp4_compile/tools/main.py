@@ -1,4 +1,4 @@
-"""The command line: ``mxfp4-compile demo | explain | optimize | compare | backends | bench | tune | env``.
+"""The command line: ``mxfp4-compile demo | explain | optimize | compare | serve | chat | ...``.
 
 Exit codes: 0 done; 1 failed, with one line on stderr (``--traceback`` shows where); 2 wrong usage; 130 and 143
 interrupted (Ctrl-C, SIGTERM), with one line too.
@@ -17,11 +17,11 @@ from contextlib import contextmanager
 
 from .. import __version__
 from ..text import missing_package, nearest, printable
-from .commands import backends, bench, compare, demo, env, explain, optimize, tune
+from .commands import backends, bench, chat, compare, demo, env, explain, optimize, serve, tune
 from .commands.output import PROGRAM
 
 # In the order in which ``--help`` lists them.
-COMMANDS = (demo, explain, optimize, compare, tune, backends, bench, env)
+COMMANDS = (demo, explain, optimize, compare, serve, chat, tune, backends, bench, env)
 _PACKAGE = __name__.partition(".")[0]
 
 
