@@ -150,7 +150,7 @@ class _Manager(ModelManager):  # type: ignore[misc]
     get_gen_models = list_models  # as transformers before 5.24 calls it
 
 
-def _refused(why: str) -> Exception:
+def _refused(why: str) -> Any:
     """The answer to a request that cannot be met as it is: status 400."""
     from fastapi import HTTPException
 
