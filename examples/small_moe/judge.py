@@ -108,7 +108,10 @@ def without_descent() -> Iterator[None]:
 def judge(model: Any, text: Any, facts: dict[str, Any], args: argparse.Namespace) -> None:
     """Row after row, until the time is used up; what is there is written after each."""
     run = _Run(model, text, facts, args)
-    run.all()
+    try:
+        run.all()
+    finally:
+        draw(run.result["rows"], args.out / "results.png")
 
 
 class _Run:
@@ -215,25 +218,22 @@ class _Run:
         self.row("GPTQ alone, training text", gptq)
         self.row(f"calibrated on {args.own_tokens} tokens of its own", lambda: full("own", None, args.own_tokens))
         self.row(
-            f"calibrated on {args.own_tokens} tokens of training text",
-            lambda: full("few", both[: args.own_tokens], args.own_tokens),
-        )
-        self.row("calibrated on code alone", lambda: full("code", only("code"), args.calibration_tokens))
-        self.row("calibrated on prose alone", lambda: full("prose", only("prose"), args.calibration_tokens))
-        self.row(
             "calibrated on training text, layer after layer",
             lambda: full("sequential", both, args.calibration_tokens, sequential=True),
         )
-        if args.device == "cpu":
-            return
-        self.row("original in bf16 arithmetic", lambda: (self.model, {}), slow=False)
-        for activations in ("bf16", "fp8"):
-            for key, experts in (("nearest", None), ("calibrated", kept.get("full"))):
-                if key == "nearest" or experts is not None:
-                    self.row(
-                        f"{key}, this library's kernels, {activations} activations",
-                        partial(self.optimized, experts, activations),
-                    )
+        if args.device != "cpu":
+            self.row("original, in bf16", lambda: (self.model, {}), slow=False)
+            for activations in ("bf16", "fp8"):
+                for key, experts in (("nearest", None), ("calibrated", kept.get("full"))):
+                    if key == "nearest" or experts is not None:
+                        made = partial(self.optimized, experts, activations)
+                        self.row(f"{key}, by this library's kernels, {activations} activations", made)
+        self.row("calibrated on prose alone", lambda: full("prose", only("prose"), args.calibration_tokens))
+        self.row("calibrated on code alone", lambda: full("code", only("code"), args.calibration_tokens))
+        self.row(
+            f"calibrated on {args.own_tokens} tokens of training text",
+            lambda: full("few", both[: args.own_tokens], args.own_tokens),
+        )
 
     def optimized(self, experts: dict[str, Tensor] | None, activations: str) -> tuple[Any, dict[str, Any]]:
         """What ``optimize`` makes of the model."""
@@ -246,7 +246,7 @@ class _Run:
         return mxfp4_compile.optimize(model, activation_dtype=activations, verify=False), {}
 
     def write(self) -> None:
-        """``results.json``, ``results.md`` and, where matplotlib is installed, ``results.png``."""
+        """``results.json`` and ``results.md``."""
         out: Path = self.args.out
         self.result["seconds"] = time.monotonic() - self.started
         (out / "results.json").write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
@@ -254,7 +254,6 @@ class _Run:
         head = "| | " + " | ".join(f"{short}: {column}" for short in TEXTS.values() for column in columns) + " |"
         table = [head, "|---" * 7 + "|", *(line(row) for row in self.result["rows"])]
         (out / "results.md").write_text("\n".join(table) + "\n", encoding="utf-8")
-        draw(self.result["rows"], out / "results.png")
 
 
 def asdict_(value: Any) -> dict[str, Any]:

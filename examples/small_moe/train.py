@@ -203,7 +203,7 @@ class Training:
                      "loss": float(torch.stack(sums).mean()), **held}
                 )  # fmt: skip
                 print(json.dumps(self.curve[-1]), flush=True)
-                write_curve(self.curve, args.out)
+                (args.out / "curve.json").write_text(json.dumps(self.curve, indent=1) + "\n", encoding="utf-8")
                 sums, shown = [], now
             if now - saved > args.save_seconds:
                 self.save()

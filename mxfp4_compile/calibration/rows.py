@@ -16,8 +16,8 @@ from .precision import fp32_products, products_of
 
 # Elements of one batch of rows, and how many rows of an expert it has at the least and the most.
 _ELEMENTS = {"cpu": 1 << 20}
-_ELEMENTS_DEVICE = 1 << 26
-_ROWS_LEAST, _ROWS_MOST = 32, 1024
+_ELEMENTS_DEVICE = 1 << 27
+_ROWS_LEAST, _ROWS_MOST, _ROWS_MOST_DEVICE = 32, 1024, 2048
 
 IN_PLACE = ("cuda",)
 """Devices on which a product is added where it lies, in the order of tiles."""
@@ -83,7 +83,8 @@ class Rows:
         counts = counts[experts]
         order = torch.argsort(counts, descending=True, stable=True)
         limit = _ELEMENTS.get(self.x.device.type, _ELEMENTS_DEVICE)
-        size = max(_ROWS_LEAST, min(_ROWS_MOST, limit // max(1, len(counts) * self.x.shape[1])))
+        most = _ROWS_MOST if self.x.device.type in _ELEMENTS else _ROWS_MOST_DEVICE
+        size = max(_ROWS_LEAST, min(most, limit // max(1, len(counts) * self.x.shape[1])))
         for first in range(0, int(counts.max()) if len(counts) else 0, size):
             some = order[: int((counts > first).sum())]
             place = first + torch.arange(size)

@@ -181,7 +181,8 @@ def gptq(weight: Tensor, hessian: Tensor, limits: tuple[int, int]) -> tuple[Tens
         errors = rest.new_empty(e, n, mx.BLOCK)
         if kernels is not None:
             kernels.gptq_block(rest, scale, undo, out, errors, start)
-            rest[:, :, end:].baddbmm_(errors, undo[:, start:end, end:], alpha=-1)
+            if end < k:
+                rest[:, :, end:].baddbmm_(errors, undo[:, start:end, end:], alpha=-1)
             continue
         for column in range(start, end):
             step = scale[:, :, column]
@@ -258,7 +259,7 @@ def _descend_by_kernels(
     slope = (values - weight) @ hessian
     starts = torch.arange(0, k, mx.BLOCK, device=hessian.device)
     inside = starts[:, None] + torch.arange(mx.BLOCK, device=hessian.device)
-    inverses = torch.linalg.inv(hessian[:, inside[:, :, None], inside[:, None, :]])
+    inverses = torch.linalg.inv(hessian[:, inside[:, :, None], inside[:, None, :]]).contiguous()
     for _ in range(sweeps):
         for first in range(0, k, _WIDE):
             last = min(first + _WIDE, k)
