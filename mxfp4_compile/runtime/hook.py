@@ -83,7 +83,7 @@ def _generates(model: Any) -> bool:
 
 
 def capture(model: Any, sizes: Any = None, max_length: int = MIN_LENGTH, progress: bool | None = None) -> RuntimeReport:
-    """Record the decode steps of an optimized model, and compile for its prompts, now instead of when first needed.
+    """Record the decode steps of an optimized model and short prompts, and compile for others, ahead of their use.
 
     Prompts with padding are compiled for when the first one comes. sizes: batch sizes, by default all up to
     ``max_capture_size``. max_length: tokens of prompt and answer together. progress: None shows a bar on a terminal.
@@ -106,7 +106,7 @@ def capture(model: Any, sizes: Any = None, max_length: int = MIN_LENGTH, progres
         for size in wanted if "model" not in runtime.refused else ():
             runtime.prefill(size, None)
             for length in reversed(prompt_lengths(size, runtime.max_capture_size)):
-                runtime.recorded_prompt(size, length)
+                runtime.recorded_prompt(size, length, ahead=True)
     return runtime.report
 
 

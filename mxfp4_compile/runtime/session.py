@@ -229,7 +229,7 @@ class Session:
             or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
         ):
             return self.model(**inputs)
-        if self.runtime.record_prompts and self._plain_prompt(inputs):
+        if self.runtime.prompt_size(*ids.shape[:2]) is not None and self._plain_prompt(inputs):
             recorded = self.runtime.recorded_prompt(*ids.shape)
             if recorded is not None:
                 with torch.inference_mode(False), torch.no_grad():

@@ -28,8 +28,8 @@ from .prompts import Prefill, RecordedPrompt, kind_of
 from .sizes import length_for, prompt_length_for, size_for
 from .step import DecodeStep, StepKey
 
-# Prompts of few tokens are recorded whole if this is 1: not yet by themselves, as captures of it have been seen to
-# work on a GPU for three models only, with eager and sdpa attention (tests/gpu/test_generation_gpu.py, benchmarks).
+# Prompts of few tokens are recorded whole when one of their size comes for the second time; at once if this is 1, never
+# if it is 0.
 RECORD_PROMPTS = "MXFP4_COMPILE_RECORD_PROMPTS"
 # Latents are attended to as they are if this is 1 (latent.py): not yet by themselves, as it was run on a CPU only.
 ABSORB_LATENTS = "MXFP4_COMPILE_ABSORB_LATENTS"
@@ -42,6 +42,8 @@ MOVED = "weights or modules moved: recorded steps were dropped"
 
 # Free memory that a capture must leave for activations and whatever else runs on the device.
 _RESERVE_BYTES = 1 << 30
+# Activations of a prompt, for each token and number of its hidden state: 512 tokens of Qwen3-30B-A3B took a third.
+_ACTIVATIONS_BYTES = 256
 
 # Relative error of a recorded step's logits above which it is not used: against itself without recording, and against
 # eager ones where layers cannot be checked by themselves (layer_check.py). A wrong mask, position or cache comes out
@@ -94,7 +96,7 @@ class Runtime:
         self.report = report
         self.compile_layers = True
         self.use_attention = True
-        self.record_prompts = os.environ.get(RECORD_PROMPTS) == "1"
+        self.record_prompts = {"0": False, "1": True}.get(os.environ.get(RECORD_PROMPTS, ""))  # None: the second time
         self.absorb_latents = os.environ.get(ABSORB_LATENTS) == "1"
         self.pack_linears = os.environ.get(PACK_LINEARS) != "0"
         self.reduce_biased = os.environ.get(REDUCE_BIASED) != "0"
@@ -125,6 +127,7 @@ class Runtime:
         self.layers: dict[tuple[int, int, tuple[str, ...]], Any] = {}
         self.prefills: dict[Any, Any] = {}
         self.prompts: dict[tuple[int, int], Any] = {}
+        self.seen_prompts: set[tuple[int, int]] = set()
         self.siblings: list[Siblings] | None = None  # Linear modules of one product; None until they were looked for
         self.report.packed = ""
         self.arena: Any = None
@@ -250,22 +253,37 @@ class Runtime:
             return self._refuse(kind, f"{kind}: layers are not compiled ({made.broken})")
         return made
 
-    def recorded_prompt(self, batch: int, tokens: int) -> Any:
-        """The recorded forward for a prompt [batch, tokens] without padding, made if it can be; None if not."""
-        rows = size_for(batch, self.max_capture_size) if self.record_prompts else None
+    def prompt_size(self, batch: int, tokens: int) -> tuple[int, int] | None:
+        """Rows and length of the recording for a prompt [batch, tokens] without padding; None if it has none."""
+        rows = size_for(batch, self.max_capture_size) if self.record_prompts is not False else None
         length = prompt_length_for(tokens, rows, self.max_capture_size) if rows else None
-        if rows is None or length is None or tokens < 2:
+        return (rows, length) if rows and length and tokens > 1 else None
+
+    def recorded_prompt(self, batch: int, tokens: int, ahead: bool = False) -> Any:
+        """The recorded forward for a prompt [batch, tokens] without padding; None if there is none.
+
+        It is made if it can be, the second time that it is asked for or ``ahead`` of all.
+        """
+        key = self.prompt_size(batch, tokens)
+        if key is None:
             return None
-        key = (rows, length)
+        rows, length = key
         name = f"prompts, batch {rows}, {length} tokens"
         if key in self.prompts or name in self.refused:
             return self.prompts.get(key)
+        if not (ahead or self.record_prompts or key in self.seen_prompts):
+            self.seen_prompts.add(key)
+            return None
         prefill = self.prefill(rows, None)
         if prefill is None:
             return None
         if not prefill.keys_alone:
             return self._refuse(name, "prompts are not recorded: padding would enter the states that its layers keep")
         assert self.recorder is not None
+        need, free = self._prompt_bytes(rows, length), self.recorder.free_bytes()
+        if free is not None and need + _RESERVE_BYTES > free:
+            free_text = f"about {need / 2**30:.2f} GiB are needed and {free / 2**30:.2f} free"
+            return self._refuse(name, f"{name}: not recorded, {free_text}")
         with exclusively(), torch.inference_mode(False), torch.no_grad(), self.recorder.guard():
             try:
                 made = RecordedPrompt(self.model, rows, length, self.recorder, prefill)
@@ -277,6 +295,13 @@ class Runtime:
         how = self.recorder.name
         self.report.prefills.append(PrefillReport(name, made.seconds, made.error, how, made.bytes))
         return made
+
+    def _prompt_bytes(self, rows: int, length: int) -> int:
+        """About what a recorded prompt holds: keys and values, logits, and a layer's activations, rather too much."""
+        config = self.model.config.get_text_config(decoder=True)
+        forms = next((step.cache.forms for step in self.steps.values()), ())
+        kept = sum(form.bytes(rows, length) for form in forms) + rows * config.vocab_size * 4
+        return int(kept + rows * length * config.hidden_size * _ACTIVATIONS_BYTES)
 
     def _tolerance(self) -> float:
         return _TOLERANCE.get(_dtype(self.model), _HALF_TOLERANCE)
@@ -426,6 +451,7 @@ class Runtime:
         if self.siblings:
             count = sum(len(group.linears) for group in self.siblings)
             self.report.packed = f"{count} linear modules as {len(self.siblings)} products, weights side by side"
+        if found:
             modules = modules_of(self.model)
             self.fingerprint, self.versions = fingerprint_of(self.model, modules), versions_of(modules)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import mxfp4_compile
-from mxfp4_compile.runtime import attention, runtime_of
+from mxfp4_compile.runtime import attention, linear, runtime_of
 from mxfp4_compile.tools.demo import MODEL_DIRECTORY, TEXT_FILE, load
 from mxfp4_compile.tools.families import tiny_model
 
@@ -175,3 +175,29 @@ def test_attention(dtype, rows, heads, groups, length, key_dim, value_dim, sinks
     got = attention.triton_attention(query, keys, values, *arguments)
     expected = attention.reference(query.double(), keys.double(), values.double(), *arguments)
     torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("shape", [(8, 5120, 2048), (64, 2048, 4096), (5, 96, 2880), (33, 40, 64), (2, 128, 2048)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_products_of_few_rows(shape: tuple[int, int, int], biased: bool) -> None:
+    """Against fp64, and the same bits whichever program comes last."""
+    rows, columns, depth = shape
+    generator = torch.Generator("cuda").manual_seed(rows)
+    draw = lambda *size: torch.randn(*size, generator=generator, device="cuda").bfloat16()
+    x, weight, bias = draw(rows, depth), draw(columns, depth), draw(columns) if biased else None
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    first = linear.launch(x, weight, bias, linear.plan(*shape))
+    assert float((first.double() - exact).norm() / exact.norm()) < 2e-3
+    for _ in range(50):
+        assert torch.equal(linear.launch(x, weight, bias, linear.plan(*shape)), first)
+
+
+@pytest.mark.parametrize(("batch", "products"), [(1, "those with a bias as sums"), (8, "by a kernel for few rows")])
+def test_products_in_half_precision_pass_the_check_of_layers(batch: int, products: str) -> None:
+    model = mxfp4_compile.optimize(tiny_model("gpt_oss", layers=2).bfloat16().cuda())
+    runtime = runtime_of(model)
+    runtime.linear_rows = True
+    model.generate(**prompts(batch), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert [c.products for c in runtime.report.captures] == [f"products: those of one input as one, {products}"]
+    assert runtime.report.packed == "6 linear modules as 2 products, weights side by side"
+    assert not runtime.report.notes, str(runtime.report)

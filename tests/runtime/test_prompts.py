@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from recording import (
 )
 
 import mxfp4_compile
-from mxfp4_compile.runtime import runtime_of
+from mxfp4_compile.runtime import runtime_of, state
 from mxfp4_compile.runtime.caches.base import CACHE
 from mxfp4_compile.tools.families import tiny_model
 
@@ -171,17 +172,79 @@ def test_probes_ask_for_the_last_logits_alone(monkeypatch: pytest.MonkeyPatch) -
     assert {shape[1] for shape in made} == {1}
 
 
+class _Recorded:
+    """What stands in for a recording: nothing is compiled or run."""
+
+    error, seconds, bytes = 0.0, 0.0, 0
+
+    def __init__(self, model: Any, rows: int, length: int, recorder: Any, prefill: Any) -> None:
+        self.size = rows, length
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Any:
+    """Of a model whose prompts are recorded as ``_Recorded`` has it."""
+    return runtime_of(mxfp4_compile.optimize(tiny_model("qwen3_moe", layers=2), verify=False))
+
+
+@pytest.fixture
+def stubbed(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(state, "RecordedPrompt", _Recorded)
+    monkeypatch.setattr(runtime, "prefill", lambda batch, mask: SimpleNamespace(keys_alone=True))
+    monkeypatch.setattr(runtime, "recorder", CountingRecorder(compiles=True))
+    monkeypatch.setattr(runtime, "record_prompts", None)
+    runtime.drop()
+    runtime.report.notes.clear()
+    return runtime
+
+
+def test_a_prompt_is_recorded_the_second_time_that_one_of_its_size_comes(stubbed: Any) -> None:
+    assert stubbed.recorded_prompt(1, 9) is None
+    assert stubbed.recorded_prompt(1, 40) is None  # of another size
+    made = stubbed.recorded_prompt(1, 16)
+    assert made.size == (1, 16)
+    assert stubbed.recorded_prompt(1, 2) is made
+    assert stubbed.recorded_prompt(1, 33).size == (1, 64)
+    assert stubbed.recorded_prompt(3, 100, ahead=True).size == (4, 128)
+    assert [stubbed.recorded_prompt(1, n) for n in (1, 1, 513, 513)] == [None] * 4  # a step, and too long
+    assert not stubbed.report.notes
+
+
 @pytest.mark.slow
-def test_prompts_are_recorded_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_records_a_prompt_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
     counting_backend(monkeypatch)
-    ids = torch.randint(3, 60, (1, 9))
-    for wanted in (False, True):
-        monkeypatch.setenv("MXFP4_COMPILE_RECORD_PROMPTS", str(int(wanted)))
-        model = mxfp4_compile.optimize(tiny_model("qwen3_moe", layers=2), verify=False)
-        runtime = runtime_of(model)
-        runtime.recorder = CountingRecorder(compiles=True)
-        model.generate(ids, max_new_tokens=3, pad_token_id=0, eos_token_id=None, do_sample=False)
-        assert [bool(p.replay) for p in runtime.report.prefills] == [False, True][: 1 + wanted], str(runtime.report)
+    model = mxfp4_compile.optimize(tiny_model("qwen3_moe", layers=2), verify=False)
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    ids = torch.randint(3, 60, (1, 14))
+    expected = [model.generate(ids[:, :n], **options) for n in (9, 14)]
+    recorded(model, compiles=True)
+    runtime_of(model).record_prompts = None
+    for count in (0, 1, 1):
+        for n, want in zip((9, 14), expected, strict=True) if count else [(9, expected[0])]:
+            assert torch.equal(model.generate(ids[:, :n], **options), want)
+        assert sum(bool(p.replay) for p in runtime_of(model).report.prefills) == count
+
+
+def test_prompts_are_recorded_at_once_or_never_as_is_asked_for(stubbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, wanted in (("1", True), ("0", False), ("", None)):
+        monkeypatch.setenv(state.RECORD_PROMPTS, value)
+        stubbed.record_prompts = state.Runtime(stubbed.model, 512, stubbed.report).record_prompts
+        assert stubbed.record_prompts is wanted
+        stubbed.drop()
+        assert [stubbed.recorded_prompt(1, 9) is not None for _ in range(2)] == [wanted is True, wanted is not False]
+        stubbed.drop()
+        assert (stubbed.recorded_prompt(1, 9, ahead=True) is not None) == (wanted is not False)
+
+
+def test_a_prompt_for_which_memory_is_short_is_not_recorded_and_said(stubbed: Any) -> None:
+    need = stubbed._prompt_bytes(1, 16)
+    assert need > 0
+    stubbed.recorder.free = (1 << 30) + need - 1
+    assert [stubbed.recorded_prompt(1, 9) for _ in range(3)] == [None] * 3
+    assert [n.split(", about")[0] for n in stubbed.report.notes] == ["prompts, batch 1, 16 tokens: not recorded"]
+    stubbed.drop()
+    stubbed.recorder.free += 1
+    assert stubbed.recorded_prompt(1, 9, ahead=True).size == (1, 16)
 
 
 def test_prompts_that_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

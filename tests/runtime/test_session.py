@@ -134,6 +134,16 @@ def test_an_assistant_is_said() -> None:
     assert "assisted decoding" in notes(model)
 
 
+def test_early_exit_is_said() -> None:
+    model = mxfp4_compile.optimize(tiny_model("qwen3_moe", layers=2), verify=False)
+    inputs = {"input_ids": torch.randint(3, 60, (1, 5)), "assistant_early_exit": 1}
+    for _ in range(2):
+        expected, got, recorder = both(model, inputs, max_new_tokens=6, eos_token_id=None)
+        assert torch.equal(got, expected)
+        assert recorder.recorded == 0
+    assert notes(model).count("assisted decoding") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
