@@ -73,3 +73,29 @@ def test_weights_of_few_rows_go_from_registers_to_wgmma():
 def test_kernels_between(target, tmp_path):
     for part in ("activation", "weights"):
         assert spilled(compiled(target, "gpt_oss", 32768, part), target, tmp_path) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm90", "gfx942"])
+def test_kernels_of_a_layer_with_adapters(target, tmp_path):
+    from triton.backends.compiler import GPUTarget
+
+    from mxfp4_compile.ops.backends.triton import adapted
+    from mxfp4_compile.ops.backends.triton.moe import linear_step
+    from mxfp4_compile.ops.backends.triton.select import choose_linear
+
+    e, top_k, h, i, act = SHAPES["gpt_oss"]
+    bf16 = torch.bfloat16
+    params = MoEParams(e, h, i, act, "interleaved", 0, False, bf16, bf16)
+    gpu = GPUTarget(*TARGETS[target][:2], 64 if target.startswith("gfx") else 32)
+    width = 2 * i
+    linear = linear_step(
+        target, e, width, h, h, (bf16, bf16, bf16), 1 - target.startswith("gfx"), choose_linear(target, e, 8192)
+    )
+    arrays = _ARRAYS | {"again": "*bf16", "h": "*bf16", "bias": "*bf16"}
+    for step, absent in (
+        (adapted._gradient_step(params, top_k, h, (bf16,) * 6), set()),
+        (adapted._activate_step(params, bf16)[0], set()),
+        (linear, {"order", "weights", "x_scales", "bases"}),
+    ):
+        assert spilled(compile_step(step, gpu, absent, arrays)[0], target, tmp_path) == 0, step.kernel
