@@ -80,6 +80,11 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
         if site is None:
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                f"{_name(site)}: torch.export is not served with adapters on MXFP4 experts. Export under "
+                "peft_model.disable_adapter(), or restore(peft_model.get_base_model()), merge, and optimize again"
+            )
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("lora.ParamWrapper does not support mixed batch inference")
         wrappers: dict[str, ParamWrapper] = {}

@@ -48,6 +48,8 @@ class Backend(ABC):
     """A way to compute MXFP4 experts. Subclasses import their library inside methods only."""
 
     name: str
+    native_gradients: bool = False
+    """Whether gradients have kernels of their own, that read prepared weights as they lie."""
 
     @abstractmethod
     def supports(self, request: Request, target: Target) -> list[Requirement]:

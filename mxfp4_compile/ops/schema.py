@@ -7,6 +7,7 @@ what they compute); the other ops have none, and a backward through them raises 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -286,17 +287,40 @@ def _no_backward(name: str) -> Any:
     return backward
 
 
-def _refuse_weight_gradients(name: str, tensors: list[Tensor | None]) -> None:
-    if any(t is not None and t.requires_grad for t in tensors):
+def _check_gradients(name: str, backend: str, layout: str, x: Tensor, frozen: list[Tensor | None]) -> None:
+    """Errors of a call whose gradients are asked for; a warning, once, where they cost a dequantization."""
+    tensors = [t for t in frozen if t is not None]
+    if any(t.requires_grad for t in tensors):
         raise RuntimeError(
             f"mxfp4::{name}: a weight or bias of MXFP4 experts requires a gradient; they are frozen. "
             "Train adapters or other parameters, or mxfp4_compile.restore(model) for full fine-tuning."
         )
+    if any(t.is_inference() for t in (x, *tensors)):
+        raise RuntimeError(
+            f"mxfp4::{name}: a gradient is asked for, but the tokens or the experts' weights were made under "
+            "torch.inference_mode(). Call optimize() or load() outside of it, and train outside of it."
+        )
+    served = get_backend(backend)
+    if served.slack(layout):
+        raise NotImplementedError(
+            f"mxfp4::{name}: gradients do not pass through activations of 8 bits (backend {backend!r}, layout "
+            f"{layout!r}). Optimize with activation_dtype='bf16' to train, or run this under torch.no_grad()."
+        )
+    if x.is_cuda and not served.native_gradients and backend not in _SAID:
+        _SAID.add(backend)
+        warnings.warn(
+            f"backend {backend!r} has no backward kernels: gradients dequantize the experts that have tokens, a few at "
+            "a time, and wait for the GPU. backend='triton' has them.",
+            stacklevel=2,
+        )
+
+
+_SAID: set[str] = set()
 
 
 def _moe_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, ids, weights, up, down, up_bias, down_bias, *rest = inputs
-    _refuse_weight_gradients("moe", [*up, *down, up_bias, down_bias])
+    _check_gradients("moe", *rest[-2:], x, [*up, *down, up_bias, down_bias])
     ctx.rest, ctx.up, ctx.down = tuple(rest), len(up), len(down)
     ctx.has_up_bias = up_bias is not None
     ctx.save_for_backward(x, ids, weights, *up, *down, *(b for b in (up_bias, down_bias) if b is not None))
@@ -314,7 +338,7 @@ def _moe_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _grouped_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, offsets, weight, _, _, ctx.backend, ctx.layout = inputs
-    _refuse_weight_gradients("grouped_linear", weight)
+    _check_gradients("grouped_linear", ctx.backend, ctx.layout, x, list(weight))
     ctx.k, ctx.dtype = x.shape[1], x.dtype
     ctx.save_for_backward(offsets, *weight)
 
@@ -327,7 +351,7 @@ def _grouped_linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _adapted_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, ids, weights, up, down, up_bias, down_bias, a, b, *rest = inputs
-    _refuse_weight_gradients("adapted_moe", [*up, *down, up_bias, down_bias])
+    _check_gradients("adapted_moe", *rest[-2:], x, [*up, *down, up_bias, down_bias])
     ctx.rest, ctx.counts, ctx.biases = tuple(rest), (len(up), len(down), len(a)), (up_bias, down_bias)
     ctx.save_for_backward(x, ids, weights, *up, *down, *a, *b)
 

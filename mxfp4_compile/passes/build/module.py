@@ -102,6 +102,11 @@ class MXFP4Experts(PreparedWeights):
                 f"{', '.join(self.training_only)}, which the rewritten graph lacks. Set it to 0 before optimize(), or "
                 "leave these experts in eval mode"
             )
+        if self.__dict__.get("_is_fsdp_managed_module") and torch.is_grad_enabled():  # either FSDP sets it
+            raise NotImplementedError(
+                f"{self.__dict__.get('site_name', 'these experts')}: MXFP4 experts are not trained under FSDP, which "
+                "shards parameters that they no longer have. Train with all experts on each rank (DDP)"
+            )
         leaves = [*args, *[kwargs[name] for name in pattern.keywords]]
         autocast = torch.is_autocast_enabled(self.device.type)
         cast = [

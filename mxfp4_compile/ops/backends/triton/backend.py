@@ -51,6 +51,7 @@ class TritonBackend(Backend):
     """MXFP4 experts in Triton: NVIDIA GPUs from Ampere on, AMD CDNA, or Triton's interpreter on the CPU."""
 
     name = "triton"
+    native_gradients = True
 
     def supports(self, request: Request, target: Target) -> list[Requirement]:
         """Triton, a device it compiles for, and a dtype that the kernels round to."""
