@@ -320,7 +320,7 @@ _SAID: set[str] = set()
 
 def _moe_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, ids, weights, up, down, up_bias, down_bias, *rest = inputs
-    _check_gradients("moe", *rest[-2:], x, [*up, *down, up_bias, down_bias])
+    _check_gradients("moe", rest[-2], rest[-1], x, [*up, *down, up_bias, down_bias])
     ctx.rest, ctx.up, ctx.down = tuple(rest), len(up), len(down)
     ctx.has_up_bias = up_bias is not None
     ctx.save_for_backward(x, ids, weights, *up, *down, *(b for b in (up_bias, down_bias) if b is not None))
@@ -351,7 +351,7 @@ def _grouped_linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _adapted_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, ids, weights, up, down, up_bias, down_bias, a, b, *rest = inputs
-    _check_gradients("adapted_moe", *rest[-2:], x, [*up, *down, up_bias, down_bias])
+    _check_gradients("adapted_moe", rest[-2], rest[-1], x, [*up, *down, up_bias, down_bias])
     ctx.rest, ctx.counts, ctx.biases = tuple(rest), (len(up), len(down), len(a)), (up_bias, down_bias)
     ctx.save_for_backward(x, ids, weights, *up, *down, *a, *b)
 
