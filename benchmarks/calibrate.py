@@ -124,10 +124,16 @@ def main() -> None:
 
     clock = Clock()
     started = time.perf_counter()
-    with timed_phases(clock):
-        report = mxfp4_compile.calibrate(
-            model, ids, tokens=args.tokens, window=args.window, sequential=args.sequential, progress=False
-        )
+    try:
+        with timed_phases(clock):
+            report = mxfp4_compile.calibrate(
+                model, ids, tokens=args.tokens, window=args.window, sequential=args.sequential, progress=False
+            )
+    except BaseException as error:
+        result["failed"] = f"{type(error).__name__}: {error}"
+        result["phases"] = dict(clock.seconds)
+        save(result, file)
+        raise
     synchronize()
     total = time.perf_counter() - started
     clock.seconds["anything else"] = total - sum(clock.seconds.values())
@@ -163,8 +169,8 @@ def passes_of(model: Any, args: argparse.Namespace) -> tuple[int, float]:
     beside one pass of this one. Each pass ends at the last layer that it records.
     """
     layers = model.config.num_hidden_layers
-    if args.sequential:  # a site's own forwards go through all layers before it
-        return 1 + args.whole, (args.whole + 1) / (layers + 1)
+    if args.sequential:  # after one through all of them a site's own forwards go through the layers before it
+        return 1 + args.whole, (args.whole + 3) / (layers + 3)
     if args.record_on == "host":
         return 1, 1.0
     own = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".layers." in n) / layers
