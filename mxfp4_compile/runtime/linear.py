@@ -41,16 +41,18 @@ class Plan:
 def plan(rows: int, columns: int, depth: int, block_k: int | None = None, programs: int = _PROGRAMS) -> Plan:
     """For ``rows`` rows of ``depth`` numbers and ``columns`` columns of the result."""
     block_k = block_k or (128 if depth % 128 == 0 else 64)
+    block_m = max(16, 1 << (rows - 1).bit_length())
     blocks = -(-columns // _BLOCK_N)
     all_steps = -(-depth // block_k)
     steps = -(-all_steps // max(1, min(programs // blocks, all_steps // 2)))
     return Plan(
-        block_m=max(16, 1 << (rows - 1).bit_length()),
+        block_m=block_m,
         block_k=block_k,
         blocks=blocks,
         steps=steps,
         splits=-(-all_steps // steps),
-        stages=4 if block_k >= 128 else 6,
+        # Two programs on a multiprocessor: at most 96 KiB of shared memory each.
+        stages=min(6, (96 << 10) // (2 * block_k * (_BLOCK_N + block_m))),
     )
 
 

@@ -58,7 +58,7 @@ def test_compiled_for_sm90() -> None:
     constants = {"BIAS": True, "SPLIT": True, "EVEN": True, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128}
     aligned = {(linear_rows.arg_names.index(n),): [["tt.divisibility", 16]] for n in (*pointers, "N", "K", "x_stride")}
     source = ASTSource(linear_rows, pointers | numbers | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 4})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
     ptx = made.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.cg" in ptx
