@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import gc
 import json
 import os
 import time
@@ -308,7 +309,7 @@ def measured(
         found["weights_gib"] = torch.cuda.memory_allocated(device) / 2**30
     save(found)
     for batch, recorded in [(b, True) for b in args.batches] + ([(args.batches[0], False)] if args.eager else []):
-        if time.perf_counter() - args.started > args.seconds:
+        if late(ranks, args):
             found["decode"].append({"batch": batch, "recorded": recorded, "left_out": "no time was left"})
             continue
         row = decode(model, batch, args.new, args.prompt, device, recorded)
@@ -330,7 +331,17 @@ def measured(
     runtime: Any = runtime_of(model)
     runtime.drop()
     del model, runtime
+    torch._dynamo.reset()
+    gc.collect()
     return found
+
+
+def late(ranks: int, args: argparse.Namespace) -> bool:
+    """Whether no more is to be measured of a model; the first rank says so for all."""
+    said = [time.perf_counter() - args.started > args.seconds]
+    if ranks > 1:
+        dist.broadcast_object_list(said, 0, group=args.control)
+    return said[0]
 
 
 def versions() -> dict[str, Any]:
@@ -384,7 +395,8 @@ def main() -> None:
     more = {} if args.tiny else {"device_id": device}
     dist.init_process_group("gloo" if args.tiny else "nccl", timeout=datetime.timedelta(minutes=5), **more)
     ranks = dist.get_world_size()
-    control: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=10))
+    options = {k: str(v) for k, v in vars(args).items()}
+    args.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=10))
 
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     table: list[str] = []
@@ -392,7 +404,7 @@ def main() -> None:
         args.started = time.perf_counter()
         result: dict[str, Any] = {
             "model": name, "ranks": ranks, "date": day, "versions": versions(),
-            "arguments": {k: str(v) for k, v in vars(args).items()},
+            "arguments": options,
         }  # fmt: skip
 
         def save(name: str = name, result: dict[str, Any] = result) -> None:
@@ -428,12 +440,12 @@ def main() -> None:
 
         run("ranks_together", ranks, layers)
         every: list[Any] = [None] * ranks
-        dist.all_gather_object(every, result["ranks_together"].get("weights_gib"), group=control)
+        dist.all_gather_object(every, result["ranks_together"].get("weights_gib"), group=args.control)
         result["weights_gib_by_rank"] = every
         if args.card_layers and rank == 0:
             args.started = time.perf_counter()
             run("one_card", 1, min(args.card_layers, whole))
-        dist.barrier(group=control)
+        dist.barrier(group=args.control)
         save()
         table += rows(name, result)
     if rank == 0:
