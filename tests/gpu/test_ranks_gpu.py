@@ -50,6 +50,10 @@ def made(path: Path, dtype: torch.dtype, how: dict[str, Any]) -> Any:
     return mxfp4_compile.load(path, progress=False, dtype=dtype, tp_plan="auto", **how)
 
 
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
 def on_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.cpu() for name, value in state.items()}
 
@@ -95,11 +99,17 @@ def test_two_gpus_do_what_one_does(
     path = checkpoint(folder, family, **SIZES)
     whole: Any = mxfp4_compile.load(path, progress=False, dtype=dtype, device_map={"": 0})
     logits = models.logits(whole)
+    whole.save_pretrained(tmp_path / "one")
     first, second = nccl.run(computed, path, dtype, how, tmp_path / "two")
     assert first["shards"] and set(first["shards"]) == {kind}
     assert torch.equal(first["logits"], second["logits"])
-    error = float((first["logits"] - logits).norm() / logits.norm())
-    assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+    if dtype == torch.float32:
+        assert distance(first["logits"], logits) < 1e-5
+    else:  # in half precision both are rounded: two ranks are as far from the same weights in fp32 as one process is
+        wide: Any = mxfp4_compile.load(tmp_path / "one", progress=False, dtype=torch.float32, device_map={"": 0})
+        full = models.logits(wide)
+        assert distance(first["logits"], full) < 1.25 * distance(logits, full) + 1e-3
+        assert distance(first["logits"], logits) < 2e-2
     for name in ("eager", "tokens", "sampled"):
         assert torch.equal(first[name], second[name]), name
     assert first["captures"], first["notes"]
@@ -111,7 +121,6 @@ def test_two_gpus_do_what_one_does(
     assert first["state"].keys() == state.keys()
     for name, value in state.items():
         assert torch.equal(first["state"][name], value), name
-    whole.save_pretrained(tmp_path / "one")
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert one == two
 
@@ -135,7 +144,7 @@ def replays(rank: int, path: Path, dtype: torch.dtype, how: dict[str, Any], time
         for turn in range(times):
             step = steps[turn % 2]
             tokens = torch.randint(3, 120, (step.key.rows, 1), generator=generator)
-            place = turn // 2 % 500
+            place = 10 + turn // 2 % 490  # behind the tokens of the probe, the first of which one row has as padding
             checked = turn < 20 or turn % 100 < 2
             seen = []
             for run in (step.run_unrecorded, step.replay) if checked else (step.replay,):
