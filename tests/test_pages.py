@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -105,3 +106,17 @@ def test_layer_times_are_those_of_the_file() -> None:
     assert len(times) == 24
     for time in times:
         assert re.search(rf"(?<![\d.]){re.escape(time)}(?!\d)", text), time
+
+
+def test_the_page_of_versions_is_as_its_script_writes_it() -> None:
+    """But for the files of measurements, of which more may come: their versions are there."""
+    spec = importlib.util.spec_from_file_location("generate_versions", ROOT / "docs" / "generate_versions.py")
+    assert spec is not None and spec.loader is not None
+    versions: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(versions)
+    written, made = page("versions.md"), versions.render()
+    assert written.partition(versions.MEASURED)[0] == made.partition(versions.MEASURED)[0], "docs/generate_versions.py"
+    for key in versions.measured():
+        assert f"| {' | '.join(key)} |" in written, "docs/generate_versions.py"
+    script = "fresh a\n pip install -q x==1\nf() {\n  fresh b\n  pytest -m slow\n}\nmypy\n"
+    assert list(versions.environments(script)) == [("a", ["x==1"], ["`mypy`"]), ("b", [], ["`pytest -m slow`"])]
