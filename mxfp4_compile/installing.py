@@ -31,7 +31,7 @@ from .passes.find.discover import experts_implementation
 from .passes.find.foreign_hooks import carry_hooks, unhooked
 from .passes.match import FusedMatch
 from .passes.observe import observe
-from .passes.trace.guards import quietly
+from .passes.trace.program import quietly
 from .passes.weights import Projection, Stack, projections_of, source_names, stack
 from .planning import OptimizeError, Site, Structure, Trial
 from .processes import OneProcess

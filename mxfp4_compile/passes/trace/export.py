@@ -11,7 +11,6 @@ Contract: the module is read, never changed; nothing is computed on its weights 
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from ..alterations import without_hooks
 from ..calls import TensorInfo
 from .failures import in_words
-from .guards import Exported, Sizes, quietly, settle
+from .guards import Exported, Sizes, settle
+from .program import exported, functional
 from .traced import CallPattern, Traced, TraceError, free_dims, named_dims
 
 
@@ -30,7 +30,8 @@ def trace(module: nn.Module, pattern: CallPattern) -> Traced:
     return settle(lambda called, sizes: _exported(module, called, sizes), pattern)
 
 
-def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Exported:
+def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes, at_once: bool = False) -> Exported:
+    """One trace; ``at_once``: made functional here, so that what fails at that is traced in the other way, too."""
     example = [leaf.zeros() if isinstance(leaf, TensorInfo) else leaf for leaf in pattern.leaves]
     args, kwargs = pattern.arrange(example)
     error: Exception | None = None
@@ -39,24 +40,27 @@ def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Exported
     for shapes in (named_dims(pattern), free_dims(pattern)):
         arg_shapes, kwarg_shapes = pattern.arrange(shapes)
         try:
-            with torch.no_grad(), warnings.catch_warnings(), without_hooks(module), quietly():
-                warnings.simplefilter("ignore")
+            with without_hooks(module):
                 sizes.forget()
                 # A wrapper gives every module the signature forward(args, kwargs): HF's own wrappers have
                 # names in their signatures that the implementation behind them does not accept.
-                program = torch.export.export(
-                    _Caller(module, sizes),
-                    (args, kwargs),
-                    dynamic_shapes={"args": arg_shapes, "kwargs": kwarg_shapes},
-                    strict=False,
-                ).run_decompositions({})
+                program = exported(_Caller(module, sizes), args, kwargs, {"args": arg_shapes, "kwargs": kwarg_shapes})
+            done = functional(program) if at_once else None
             break
         except Exception as failure:
             error = error or failure
     else:
         assert error is not None
         raise TraceError(f"does not trace: {in_words(error)}") from error
-    return Exported(_sort_placeholders(program, pattern), program, sizes)
+
+    def finish() -> tuple[Traced, torch.export.ExportedProgram]:
+        try:
+            whole = done or functional(program)
+        except Exception:
+            return _exported(module, pattern, sizes, at_once=True).finished
+        return _sort_placeholders(whole, pattern), whole
+
+    return Exported(program, sizes, finish)
 
 
 class _Caller(nn.Module):

@@ -18,9 +18,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import io
 import itertools
-import logging
 import math
 import re
 import sys
@@ -354,11 +352,25 @@ def _of_torch(frame: Any) -> bool:
 
 @dataclass(frozen=True)
 class Exported:
-    """One trace: its graph, the program it was made of, and what was seen of sizes and layouts while it ran."""
+    """One trace: the program, and what was seen of sizes and layouts while it ran.
 
-    traced: Traced
+    ``finish`` makes its graph functional and sorts it, which takes longer than the trace did; the program that it
+    returns beside that has the guards of both.
+    """
+
     program: torch.export.ExportedProgram
     sizes: Sizes
+    finish: Callable[[], tuple[Traced, torch.export.ExportedProgram]]
+
+    @functools.cached_property
+    def finished(self) -> tuple[Traced, torch.export.ExportedProgram]:
+        """What ``finish`` returned."""
+        return self.finish()
+
+    @property
+    def traced(self) -> Traced:
+        """The functional graph; TraceError where it is none that can be served."""
+        return self.finished[0]
 
 
 Take = Callable[[CallPattern, Sizes], Exported]
@@ -369,15 +381,17 @@ def settle(take: Take, pattern: CallPattern) -> Traced:
     axes = axes_of(pattern)
     first = take(pattern, Sizes(symbolic=False))
     _check_layout(take, pattern, first)
-    conditions = _failing(_conditions(first.program, pattern, axes))
-    if not conditions:
-        return first.traced
+    # The graph of one that branches is thrown away as a rule: then it is not even made functional.
+    if not _failing(_conditions(first.program, pattern, axes)):
+        if not _branches(first, pattern, axes):
+            return first.traced
     try:
         exported = take(pattern, Sizes(symbolic=True))
+        exported.finished  # noqa: B018
     except TraceError:
-        exported = replace(first, sizes=Sizes(symbolic=False))
+        exported = Exported(first.program, Sizes(symbolic=False), lambda: first.finished)
     symbolic = exported.sizes.symbolic
-    found, kinks = [_failing(_conditions(exported.program, pattern, axes))], _kinks(exported, pattern, axes)
+    found, kinks = [_branches(exported, pattern, axes)], _kinks(exported, pattern, axes)
     graph = _spelled(exported.traced.graph)
     while (point := _uncovered(found, axes)) is not None:
         reason = _words(found[0])
@@ -387,19 +401,25 @@ def settle(take: Take, pattern: CallPattern) -> Traced:
         resized = axes.resized(pattern, point)
         try:
             other = take(resized, Sizes(symbolic))
+            other.finished  # noqa: B018
         except TraceError as error:
             raise TraceError(f"it branches on {reason}; with {_shown(point)}: {error}") from error
         if _spelled(other.traced.graph) != graph:
             raise TraceError(f"it branches on {reason}, and does something else with {_shown(point)}")
-        found.append(_failing(_conditions(other.program, resized, axes)))
+        found.append(_branches(other, resized, axes))
         kinks += _kinks(other, pattern, axes)
         if not all(c.function()(*point) for c in found[-1]):
             raise TraceError(f"it branches on {reason}")
-    changing = list(dict.fromkeys([*itertools.chain(*found), *kinks])) or conditions
+    changing = list(dict.fromkeys([*itertools.chain(*found), *kinks])) or _branches(first, pattern, axes)
     sides = _sides(changing)
     if sides and math.prod(sides[-1]) > LARGEST:
         raise TraceError(f"it branches on {_words(changing)} (verification tries up to {LARGEST} tokens)")
     return replace(exported.traced, sides=tuple(sides), branches=_words(changing))
+
+
+def _branches(exported: Exported, pattern: CallPattern, axes: Axes) -> list[Condition]:
+    """The guards of a trace, with what its functional graph asks, that do not hold for all sizes."""
+    return _failing(_conditions(exported.finished[1], pattern, axes))
 
 
 def _failing(conditions: Sequence[Condition]) -> list[Condition]:
@@ -484,6 +504,7 @@ def _check_layout(take: Take, pattern: CallPattern, first: Exported) -> None:
         raise TraceError(reason)
     try:
         other = take(pattern, Sizes(symbolic=False, turned=True))
+        other.finished  # noqa: B018
     except TraceError as error:
         raise TraceError(f"{reason}: {error}") from error
     if _spelled(other.traced.graph) != _spelled(first.traced.graph):
@@ -521,19 +542,4 @@ class _Name(str):
     __slots__ = ()
 
 
-# quiet failures
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """What torch logs and prints of failures that are handled here does not reach the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
-
-
-__all__ = ["LARGEST", "Axes", "Condition", "Exported", "Sizes", "axes_of", "quietly", "settle"]
+__all__ = ["LARGEST", "Axes", "Condition", "Exported", "Sizes", "axes_of", "settle"]

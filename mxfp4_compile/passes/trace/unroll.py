@@ -12,7 +12,6 @@ each expert without tokens once.
 from __future__ import annotations
 
 import sys
-import warnings
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +27,8 @@ from ..weights import families, stack
 from .all_in_use import AllInUse
 from .collapse import collapse, expression
 from .failures import in_words
-from .guards import Exported, Sizes, quietly, settle
+from .guards import Exported, Sizes, settle
+from .program import exported, functional
 from .traced import CallPattern, Traced, TraceError, free_dims, named_dims
 
 aten = torch.ops.aten
@@ -110,7 +110,8 @@ def unroll(module: nn.Module, pattern: CallPattern) -> Traced:
     return settle(lambda called, sizes: _exported(module, called, sizes), pattern)
 
 
-def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Exported:
+def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes, at_once: bool = False) -> Exported:
+    """One trace; ``at_once``: made functional here, so that what fails at that is traced in the other ways, too."""
     example = [leaf.zeros() if isinstance(leaf, TensorInfo) else leaf for leaf in pattern.leaves]
     args, kwargs = pattern.arrange(example)
     error: Exception | None = None
@@ -119,21 +120,12 @@ def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Exported
     while waiting:
         arg_shapes, kwarg_shapes = pattern.arrange(waiting[0](pattern))
         try:
-            with torch.no_grad(), warnings.catch_warnings(), without_hooks(module), _casts_of_nothing(), quietly():
-                warnings.simplefilter("ignore")
+            with without_hooks(module), _casts_of_nothing():
                 sizes.forget()
                 caller = _Caller(module, without_last, experts, sizes)
-                program = torch.export.export(
-                    caller,
-                    (args, kwargs),
-                    dynamic_shapes={"args": arg_shapes, "kwargs": kwarg_shapes},
-                    strict=False,
-                ).run_decompositions({})
-            traced = _sorted(program, pattern)
-            _check_names(traced, caller.seen)
-            traced.branched_sizes = frozenset(caller.seen.branched_sizes)
-            traced.graph.eliminate_dead_code()  # its masks were named above
-            return Exported(traced, program, sizes)
+                program = exported(caller, args, kwargs, {"args": arg_shapes, "kwargs": kwarg_shapes})
+            done = _finished(functional(program), pattern, caller.seen) if at_once else None
+            break
         except TraceError:
             raise
         except IndexError as failure:
@@ -144,8 +136,30 @@ def _exported(module: nn.Module, pattern: CallPattern, sizes: Sizes) -> Exported
         except Exception as failure:
             error = failure
             waiting.pop(0)
-    assert error is not None
-    raise TraceError(f"its loop over experts does not trace: {in_words(error)}") from error
+    else:
+        assert error is not None
+        raise TraceError(f"its loop over experts does not trace: {in_words(error)}") from error
+
+    def finish() -> tuple[Traced, torch.export.ExportedProgram]:
+        try:
+            return done or _finished(functional(program), pattern, caller.seen)
+        except TraceError:
+            raise
+        except Exception:
+            return _exported(module, pattern, sizes, at_once=True).finished
+
+    return Exported(program, sizes, finish)
+
+
+def _finished(
+    program: torch.export.ExportedProgram, pattern: CallPattern, seen: AllInUse
+) -> tuple[Traced, torch.export.ExportedProgram]:
+    """What a functional program comes to, and the program."""
+    traced = _sorted(program, pattern)
+    _check_names(traced, seen)
+    traced.branched_sizes = frozenset(seen.branched_sizes)
+    traced.graph.eliminate_dead_code()  # its masks were named above
+    return traced, program
 
 
 def _experts(module: nn.Module) -> int | None:

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from mxfp4_compile.passes.calls import Call, TensorInfo
+from mxfp4_compile.passes.trace import export
 from mxfp4_compile.passes.trace.export import trace
 from mxfp4_compile.passes.trace.guards import LARGEST
+from mxfp4_compile.passes.trace.program import functional
 from mxfp4_compile.passes.trace.traced import TraceError, call_pattern
 
 WIDTH = 4
@@ -135,6 +137,34 @@ def test_pieces_of_the_tokens_are_taken_as_one(function):
     many = 3 if function is _chunk else 32
     assert {(1, many), (1, many + 1), (1, 2 * many + 1)} <= set(traced.sides)
     _same_at(traced, function, [(1, WIDTH), (31, WIDTH), (33, WIDTH), (100, WIDTH)])
+
+
+@pytest.mark.parametrize(("function", "pattern"), [(_capacity, BATCHES), (_split, TOKENS), (torch.sin, TOKENS)])
+def test_only_a_trace_that_is_kept_is_made_functional(monkeypatch, function, pattern):
+    made = []
+    monkeypatch.setattr(export, "functional", lambda program: made.append(program) or functional(program))
+    trace(_module(function), pattern)
+    assert len(made) == 1
+
+
+def test_what_cannot_be_made_functional_is_traced_in_the_other_way(monkeypatch):
+    """Equal sizes as one size come first; each by itself is what is left."""
+    made = []
+
+    def fails_at_first(program):
+        made.append(program)
+        if len(made) < 3:
+            raise RuntimeError("no kernel")
+        return functional(program)
+
+    monkeypatch.setattr(export, "functional", fails_at_first)
+    pattern = _pattern(((18, WIDTH), (33, WIDTH)), ((18, WIDTH), (33, WIDTH)))
+    traced = trace(_module(lambda x, y: x.sin() + y), pattern)
+    assert len(made) == 3
+    assert torch.equal(_run(traced, torch.ones(5, WIDTH), torch.ones(5, WIDTH)), torch.ones(5, WIDTH).sin() + 1)
+    monkeypatch.setattr(export, "functional", lambda program: 1 / 0)
+    with pytest.raises(TraceError, match="does not trace"):
+        trace(_module(lambda x, y: x.sin() + y), pattern)
 
 
 def test_sizes_that_follow_from_each_other_are_no_branch():
