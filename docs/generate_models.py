@@ -56,6 +56,11 @@ def table_file(version: str) -> Path:
 
 def survey(family: str) -> list[dict[str, Any]]:
     """The rows of one family: sites that differ in their number only are one row."""
+    return surveyed(family)[1]
+
+
+def surveyed(family: str) -> tuple[Any, list[dict[str, Any]]]:
+    """The optimized model of a family, None where there is none, and the rows of its report."""
     import torch
 
     import mxfp4_compile
@@ -65,13 +70,13 @@ def survey(family: str) -> list[dict[str, Any]]:
     try:
         model = tiny_model(family, dtype=torch.bfloat16)
     except RuntimeError as error:
-        return [_row("", "not built", reason=str(error))]
+        return None, [_row("", "not built", reason=str(error))]
     try:
         mxfp4_compile.optimize(model, backend="cpu", strict=False, example_inputs=tiny_inputs(model), progress=False)
     except Exception as error:  # whatever it is, it is what a user would see
-        return [_row("", "error", reason=f"{type(error).__name__}: {error}")]
+        return None, [_row("", "error", reason=f"{type(error).__name__}: {error}")]
     if not model.mxfp4_report.sites:
-        return [_row("", "none found")]
+        return model, [_row("", "none found")]
     rows: list[dict[str, Any]] = []
     for site in model.mxfp4_report.sites:
         if site.rewritten:
@@ -85,7 +90,7 @@ def survey(family: str) -> list[dict[str, Any]]:
             same["sites"] += 1
             for key in ("error", "original"):
                 same[key] = max(same[key], row[key]) if row[key] is not None else None
-    return rows
+    return model, rows
 
 
 def _row(cls: str, outcome: str, **more: Any) -> dict[str, Any]:

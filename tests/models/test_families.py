@@ -1,7 +1,7 @@
 """Every family that transformers decorates: rewritten, verified, and equal to the original on the same weights.
 
-Families whose experts have the same code share a trace here (support/remembered.py); test_models_doc.py traces and
-matches each of them by itself.
+In fp32, families whose experts have the same code share a trace (support/remembered.py); in bf16 each is traced and
+matched by itself, once for this and for test_models_doc.py (support/surveys.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 from remembered import match_of
+from surveys import group, surveyed
 from torch import Tensor, nn
 
 import mxfp4_compile
@@ -71,11 +72,6 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def _optimized(family: str, dtype: torch.dtype) -> nn.Module:
-    model = tiny_model(family, dtype=dtype)
-    return mxfp4_compile.optimize(model)
-
-
 def _check_sites(family: str, model: nn.Module) -> dict[str, MXFP4Experts]:
     report = model.mxfp4_report
     left = [s for s in report.sites if not s.rewritten]
@@ -105,7 +101,7 @@ def test_the_census_is_whole() -> None:
 
 @pytest.mark.parametrize("family", SOME)
 def test_fp32(family: str) -> None:
-    model = _optimized(family, torch.float32)
+    model = mxfp4_compile.optimize(tiny_model(family, dtype=torch.float32))
     sites = _check_sites(family, model)
     for name, site in sites.items():
         original = _dequantized_original(site, torch.float32)
@@ -120,9 +116,10 @@ def test_fp32(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.matching
+@pytest.mark.parametrize("family", [pytest.param(f, marks=group(f)) for f in FAMILIES])
 def test_bf16(family: str) -> None:
-    model = _optimized(family, torch.bfloat16)
+    model, _ = surveyed(family)
     sites = _check_sites(family, model)
     ours = theirs = total = 0.0
     for site in sites.values():

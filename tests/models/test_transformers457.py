@@ -7,6 +7,7 @@ import inspect
 import io
 import re
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ transformers = pytest.importorskip("transformers")
 if not transformers.__version__.startswith("4.57."):
     pytest.skip("for transformers 4.57", allow_module_level=True)
 
+from surveys import group, surveyed  # noqa: E402
 from test_remote_code import check_rewritten_and_generating, publish  # noqa: E402
 
-import mxfp4_compile.passes.find.discover  # noqa: E402
+import mxfp4_compile  # noqa: E402
 from mxfp4_compile import CheckpointError, OptimizeError  # noqa: E402
+from mxfp4_compile.passes.find.discover import DiscoveryError, find_candidates, record_calls  # noqa: E402
 from mxfp4_compile.tools.families import listed_families, tiny_inputs, tiny_model, undecorated_families  # noqa: E402
 
 # Experts in a ModuleList or ModuleDict.
@@ -56,17 +59,29 @@ def tiny(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     return tiny_model(family, dtype=dtype, layers=2 if family in ("qwen3_next", "granitemoehybrid") else 1)
 
 
+def of_each(families: Iterable[str]) -> list[Any]:
+    """Parameters: what becomes of a family is found once, for test_models_doc.py too."""
+    return [pytest.param(f, marks=group(f)) for f in families]
+
+
 def test_every_family_is_in_one_of_the_lists() -> None:
     assert sorted([*FUSED, *SPLIT, *REFUSED, *BROKEN]) == sorted({*listed_families(), *undecorated_families()})
 
 
-@pytest.mark.parametrize("family", [*FUSED, *SPLIT])
+@pytest.mark.matching
+@pytest.mark.parametrize("family", of_each(REFUSED))
+def test_refused_with_the_property_it_lacks(family: str) -> None:
+    model, _ = surveyed(family)  # of nllb_moe the longest of all: first
+    assert model.mxfp4_report.sites
+    assert {s.outcome for s in model.mxfp4_report.sites} <= {"unmatched", "dense"}
+    assert all(re.search(REFUSED[family], s.reason) for s in model.mxfp4_report.sites)
+
+
+@pytest.mark.matching
+@pytest.mark.parametrize("family", of_each([*FUSED, *SPLIT]))
 def test_rewritten_verified_and_put_back(family: str) -> None:
-    model = tiny(family)
-    inputs = tiny_inputs(model)
-    keys = set(model.state_dict())
-    # A causal LM needs no example inputs.
-    mxfp4_compile.optimize(model, example_inputs=None if family in CAUSAL else inputs, strict=family not in PARTLY)
+    model, _ = surveyed(family)
+    inputs, keys = tiny_inputs(model), set(tiny_model(family, dtype=torch.bfloat16).state_dict())
     outcome = "split" if family in SPLIT else "fused"
     rewritten = [s for s in model.mxfp4_report.sites if s.outcome == outcome]
     assert rewritten
@@ -84,14 +99,12 @@ def test_rewritten_verified_and_put_back(family: str) -> None:
         assert (y - z).norm() <= 0.05 * z.norm()
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_refused_with_the_property_it_lacks(family: str) -> None:
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_causal_model_needs_no_example_inputs(family: str) -> None:
     model = tiny(family)
-    inputs = tiny_inputs(model)
-    mxfp4_compile.optimize(model, example_inputs=inputs, strict=False)
-    assert model.mxfp4_report.sites
-    assert {s.outcome for s in model.mxfp4_report.sites} <= {"unmatched", "dense"}
-    assert all(re.search(REFUSED[family], s.reason) for s in model.mxfp4_report.sites)
+    candidates = find_candidates(model)
+    record_calls(model, candidates)
+    assert any(c.calls for c in candidates)
 
 
 @pytest.mark.parametrize("family", BROKEN)
@@ -99,7 +112,7 @@ def test_does_not_run_by_itself(family: str) -> None:
     model = tiny(family)
     with pytest.raises(TypeError, match="must be Tensor, not tuple"):
         model(**tiny_inputs(model))
-    with pytest.raises((OptimizeError, mxfp4_compile.passes.find.discover.DiscoveryError)):
+    with pytest.raises((OptimizeError, DiscoveryError)):
         mxfp4_compile.optimize(model)
 
 
