@@ -8,7 +8,7 @@ A real configuration with random weights. ``--whole``: the whole model with MXFP
 may not fit a card; ``--few`` layers are trained in bf16 (transformers' grouped experts) and with MXFP4 experts, 0 for
 none. What trains is PEFT's LoRA of rank 16 on attention, or on attention and every expert (``--lora``), the adapters in
 ``--adapters``. A step is forward, backward and the optimizer; the figure is the median of five steps after two. Memory
-is the peak of what PyTorch allocated in these steps. ``--loss chunked`` makes the logits 512 tokens at a time and again
+is the peak of what PyTorch allocated in these steps. ``--loss chunked`` makes the logits 256 tokens at a time and again
 in the backward, as trainers with a fused loss do. One layer's router and experts are timed apart, with the adapters
 that they have, with gradients to their input and to these.
 """
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 WARM, TIMED = 2, 5
-LOSS_TOKENS = 512
+LOSS_TOKENS = 256
 ATTENTION, EXPERTS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["experts.gate_up_proj", "experts.down_proj"]
 
 
