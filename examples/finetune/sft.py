@@ -4,7 +4,7 @@
     python examples/finetune/sft.py --model Qwen/Qwen3-30B-A3B --text my.txt --steps 200 --length 2048 --out adapter
 
 The demo model's tokens are bytes; it learns to write in capitals. Any other model trains in bf16 on a GPU, its adapters
-in bf16, the loss made a few logits at a time. Prints the held-out loss before and after, saves the adapter, and checks
+in bf16, too; TRL makes a few logits at a time. Prints the held-out loss before and after, saves the adapter, and checks
 that it gives the same logits when it is read back.
 """
 
@@ -58,8 +58,7 @@ def main() -> None:  # load, train, save, read back
         settings = SFTConfig(
             output_dir=args.out or temporary, max_steps=args.steps, per_device_train_batch_size=args.batch,
             learning_rate=args.rate, lr_scheduler_type="constant", max_length=args.length, bf16=gpu,
-            loss_type="chunked_nll" if gpu else "nll", gradient_checkpointing=True, use_cpu=not gpu, save_strategy="no",
-            logging_steps=5, report_to="none",
+            gradient_checkpointing=True, use_cpu=not gpu, save_strategy="no", logging_steps=5, report_to="none",
         )  # fmt: skip
         trainer = SFTTrainer(model=model, args=settings, train_dataset=train, eval_dataset=held_out)
         before = trainer.evaluate()["eval_loss"]
