@@ -1,7 +1,8 @@
 """Several ranks on one machine: processes of a group that run functions of a module until they are stopped.
 
 With NCCL each has a GPU of its own, and NVLink multicast is off: a program that dies in it can leave a machine's GPUs
-unusable for others.
+unusable for others. On CPUs equal experts are traced and matched once a rank (``remembered``), as in the process of the
+tests: none that several ranks run there is about that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from remembered import match_of
+
+from mxfp4_compile import planning
 
 SECONDS = 120
 """How long the group waits for a rank, and the pool for a result."""
@@ -32,6 +36,8 @@ def _serve(rank: int, size: int, backend: str, store: str, tasks: Any, results: 
         os.environ.update(NO_MULTICAST)
         torch.cuda.set_device(rank)
         device = {"device_id": torch.device("cuda", rank)}
+    else:
+        planning._match_of = match_of
     torch.distributed.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS), **device
     )
