@@ -159,6 +159,10 @@ def models(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
+def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
 def far(mine: dict[str, Tensor], exact: dict[str, Tensor], what: str) -> float:
     """The relative distance of the gradients of ``what``, all together."""
     names = [n for n in exact if what in n]
@@ -171,7 +175,7 @@ def test_gradients_of_a_model(models: tuple[nn.Module, nn.Module]) -> None:
     from mxfp4_compile.tools.families import tiny_inputs
 
     ours, theirs = models
-    inputs = {k: v.cuda() for k, v in tiny_inputs(theirs.get_base_model()).items()}
+    inputs = on_gpu(tiny_inputs(theirs.get_base_model()))
     exact = gradients(copy.deepcopy(theirs).float(), inputs)
     mine, usual = gradients(ours, inputs), gradients(theirs, inputs)
     assert set(mine) == set(usual) == set(exact)
@@ -185,7 +189,7 @@ def test_checkpointing_gives_the_same_bits(models: tuple[nn.Module, nn.Module], 
 
     ours, _ = models
     base = ours.get_base_model()
-    inputs = {k: v.cuda() for k, v in tiny_inputs(base).items()}
+    inputs = on_gpu(tiny_inputs(base))
     plain = gradients(ours, inputs)
     base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     base.enable_input_require_grads()
@@ -204,7 +208,7 @@ def test_compiled(models: tuple[nn.Module, nn.Module]) -> None:
     from mxfp4_compile.tools.families import tiny_inputs
 
     ours, _ = models
-    inputs = {k: v.cuda() for k, v in tiny_inputs(ours.get_base_model()).items()}
+    inputs = on_gpu(tiny_inputs(ours.get_base_model()))
     plain = gradients(ours, inputs)
     mine = gradients(ours, inputs, torch.compile(ours, fullgraph=True))
     torch.compiler.reset()
