@@ -108,8 +108,8 @@ def test_calls_differ_in_kernels_and_begin_with_what_is_met_first() -> None:
     assert inputs.up_bias is None and inputs.x.device.type == "meta"
 
 
-def test_it_can_be_turned_off(ahead: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ahead.VARIABLE, "0")
+def test_it_has_to_be_turned_on(ahead: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ahead.VARIABLE, raising=False)
     assert ahead.begin([types()], torch.device("cuda", 0)) == 0
     assert BACKEND.compile_ahead([types()], torch.device("cpu")) == ""
 

@@ -9,7 +9,7 @@
 A process never touches the GPU: it is told for which one, and compiles what ``moe`` would launch for tensors without
 data. Nothing waits for it, and nothing depends on it: a kernel that is not in the cache when it is launched is compiled
 there and then, as ever. What was compiled is marked in the cache, so that the next time no process is started.
-``MXFP4_COMPILE_AHEAD=0`` turns it off.
+Only with ``MXFP4_COMPILE_AHEAD=1``.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def calls_of(types: MoETypes, arch: str, device: torch.device | None) -> list[Ca
 
 def begin(layers: Iterable[MoETypes], device: torch.device) -> int:
     """Begin to compile what such layers launch on a CUDA device; the number of processes that do."""
-    if os.environ.get(VARIABLE, "1") == "0" or not sys.executable:
+    if os.environ.get(VARIABLE, "0") != "1" or not sys.executable:
         return 0
     from triton.runtime import driver
 

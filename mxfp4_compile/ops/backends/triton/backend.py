@@ -117,9 +117,7 @@ class TritonBackend(Backend):
         processes = begin(layers, device)
         if not processes:
             return ""
-        return (
-            f"{processes} processes compile native kernels of other numbers of tokens meanwhile ({VARIABLE}=0: none do)"
-        )
+        return f"{processes} processes compile native kernels of other numbers of tokens meanwhile ({VARIABLE}=1)"
 
     def moe(self, inputs: MoEInputs) -> Tensor:
         """x [T, H] -> [T, H]; no host synchronization, safe under CUDA-graph capture."""
