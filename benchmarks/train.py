@@ -121,11 +121,11 @@ def training(
     model: Any, shape: tuple[int, int], checkpointing: bool, optimizer_name: str, loss_name: str
 ) -> dict[str, Any]:
     """Seconds a step and peak memory for ``shape`` = (rows, tokens of each)."""
+    # Enabling also makes the embeddings' output require gradients, by a hook: disabling leaves it.
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    else:
-        model.gradient_checkpointing_disable()
     model.train()
     device = next(model.parameters()).device
     ids = torch.randint(1, model.config.get_text_config().vocab_size, shape, device=device)
@@ -170,6 +170,7 @@ def measure(
             save(out)
     if layers:
         peft.gradient_checkpointing_disable()
+        peft.disable_input_require_grads()
         hidden = model.config.get_text_config().hidden_size
         out["one_layer"] = []
         for tokens in args.tokens:

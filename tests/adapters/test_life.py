@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_checkpoints import gradient_checkpointing
 from test_lora import both, config, distance, loss_and_gradients
 from torch import Tensor, nn
 
@@ -44,15 +45,8 @@ def apart(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def test_checkpointing(pair: tuple[nn.Module, nn.Module], reentrant: bool) -> None:
     ours, theirs = pair
     base, inputs = ours.get_base_model(), tiny_inputs(pair[1].get_base_model())
-    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    base.enable_input_require_grads()
-    ours.train()
-    try:
+    with gradient_checkpointing(base, reentrant):
         logits, mine = loss_and_gradients(ours, inputs)
-    finally:
-        ours.eval()
-        base.gradient_checkpointing_disable()
-        base.disable_input_require_grads()
     expected, usual = loss_and_gradients(theirs, inputs)
     assert distance(logits, expected) <= 2e-5 and apart(mine, usual) <= 2e-5
 
