@@ -80,8 +80,8 @@ def render() -> str:
         [name, ", ".join(f"`{one}`" for one in installed), "; ".join(run)]
         for name, installed, run in environments(script)
     ]
-    columns = ("python", *PACKAGES, "arguments", "outcome", "day")
-    by_hand = [[f"`{r[c]}`" if c == "arguments" else r[c] for c in columns] for r in sorted(runs, key=_order)]
+    columns = ("python", *PACKAGES, "command", "outcome", "day")
+    by_hand = [[f"`{r[c]}`" if c == "command" else r[c] for c in columns] for r in sorted(runs, key=_order)]
     files = [[*key, f"{len(found)}, as `{found[-1]}`"] for key, found in sorted(measured().items())]
     parts = [
         "# Versions",
@@ -90,7 +90,8 @@ def render() -> str:
         "`.ci/run`, on the Python that it is started with. What has no version is the newest that pip finds.",
         _table(("environment", "installed", "run"), ci),
         "## By hand, on a CPU",
-        _table(("Python", "torch", "Triton", "transformers", "`pytest`", "outcome", "day"), by_hand),
+        "A dash: what pip chose, not noted.",
+        _table(("Python", "torch", "Triton", "transformers", "command", "outcome", "day"), by_hand),
         MEASURED,
         "By the files of `benchmarks/results/`, most of them of GPUs; a dash where a file does not say it.",
         _table(("torch", "Triton", "transformers", "files"), files),
@@ -99,7 +100,7 @@ def render() -> str:
 
 
 def _order(run: dict[str, str]) -> tuple[list[int], str]:
-    return [int(part) for part in re.findall(r"\d+", run["transformers"])], run["arguments"]
+    return [int(part) for part in re.findall(r"\d+", run["transformers"])], run["command"]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -115,11 +116,11 @@ def keep_run(arguments: list[str]) -> None:
     outcome = next((s for s in reversed(done.stdout.splitlines()) if re.search(r"\d+ (passed|failed|error)", s)), "")
     row = {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
-        "arguments": " ".join(arguments),
+        "command": " ".join(["pytest", *arguments]),
         "outcome": re.sub(r" in [\d.]+s.*| \(.*|=", "", outcome).strip() or f"exit code {done.returncode}",
         "day": datetime.date.today().isoformat(),
     }
-    same = ("python", "arguments", *PACKAGES)
+    same = ("python", "command", *PACKAGES)
     kept = json.loads(RUNS.read_text(encoding="utf-8")) if RUNS.exists() else []
     kept = [r for r in kept if any(r[k] != row[k] for k in same)] + [row]
     RUNS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
