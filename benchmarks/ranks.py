@@ -23,6 +23,7 @@ import datetime
 import gc
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,29 +33,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+from generate_ranks import MODELS as PUBLISHED
+
 # Set before the first communicator is made.
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
-# Sizes as published in the models' own config.json; what is not here is the default of the configuration's class.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Qwen3-30B-A3B": ("Qwen3MoeConfig", {
-        "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
-        "head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768, "vocab_size": 151936,
-        "norm_topk_prob": True}),
-    "gpt-oss-120b": ("GptOssConfig", {
-        "hidden_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "head_dim": 64, "num_local_experts": 128, "intermediate_size": 2880, "vocab_size": 201088}),
-    "Mixtral-8x22B": ("MixtralConfig", {
-        "hidden_size": 6144, "num_hidden_layers": 56, "num_attention_heads": 48, "num_key_value_heads": 8,
-        "num_local_experts": 8, "intermediate_size": 16384, "vocab_size": 32768}),
-    "MiniMax-M2": ("MiniMaxM2Config", {
-        "hidden_size": 3072, "num_hidden_layers": 62, "num_attention_heads": 48, "num_key_value_heads": 8,
-        "head_dim": 128, "num_local_experts": 256, "intermediate_size": 1536, "vocab_size": 200064}),
-    "Qwen3-235B-A22B": ("Qwen3MoeConfig", {
-        "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4,
-        "head_dim": 128, "num_experts": 128, "moe_intermediate_size": 1536, "vocab_size": 151936,
-        "norm_topk_prob": True}),
-}  # fmt: skip
+# Of the table of docs/several-gpus.md; what is not there is the default of the configuration's class.
+NAMES = ("Qwen3-30B-A3B", "gpt-oss-120b", "Mixtral-8x22B", "MiniMax-M2", "Qwen3-235B-A22B")
+# What says nothing about sizes.
+BESIDE: dict[str, dict[str, Any]] = {"Qwen3MoeConfig": {"norm_topk_prob": True}}
 
 TINY = {
     "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -67,7 +55,8 @@ def config_of(name: str, layers: int, tiny: bool) -> tuple[Any, int]:
     """A configuration with ``layers`` layers, and how many the model has."""
     import transformers
 
-    kind, sizes = MODELS[name]
+    kind, sizes = PUBLISHED[name]
+    sizes = {**sizes, **BESIDE.get(kind, {})}
     sizes = {**sizes, **{k: v for k, v in TINY.items() if k in sizes or k == "num_experts_per_tok"}} if tiny else sizes
     whole = sizes["num_hidden_layers"]
     sizes = {**sizes, "num_hidden_layers": layers, "tie_word_embeddings": False}
@@ -369,7 +358,7 @@ def main() -> None:
     """Command line; started by torchrun on every rank."""
     numbers = lambda text: [int(n) for n in text.split(",") if n]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="none", help=f"none, or one or several of {', '.join(MODELS)}, by commas")
+    parser.add_argument("--model", default="none", help=f"none, or one or several of {', '.join(NAMES)}, by commas")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has: its own time is extrapolated")
     parser.add_argument("--card-layers", type=int, default=4, help="layers of the model on one card, 0 for none")
     parser.add_argument("--batches", type=numbers, default=[1, 8, 64])
@@ -382,8 +371,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for the JSON")
     args = parser.parse_args()
     names = [] if args.model == "none" else args.model.split(",")
-    if set(names) - MODELS.keys():
-        parser.error(f"models are {', '.join(MODELS)}")
+    if set(names) - set(NAMES):
+        parser.error(f"models are {', '.join(NAMES)}")
     os.environ.update(NO_MULTICAST)
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu") if args.tiny else torch.device("cuda", local)

@@ -241,6 +241,19 @@ def _refill(value: Any, inside: Any) -> None:
         value.update(inside)
 
 
+def random_state(device: torch.device) -> Tensor:
+    """Of the generator that draws on ``device``, a tensor on the CPU."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Put back what ``random_state`` gave."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
 __all__ = [
     "State",
     "StateChange",
@@ -250,4 +263,6 @@ __all__ = [
     "kept_state",
     "others_wait",
     "plain_modes",
+    "random_state",
+    "set_random_state",
 ]

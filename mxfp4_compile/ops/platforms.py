@@ -5,6 +5,7 @@ Selection puts these into a report's notes, ``env`` prints them. Nothing in here
 
 from __future__ import annotations
 
+import os
 import platform
 
 from .target import Target
@@ -20,6 +21,11 @@ SYSTEMS = {
     "directories cannot be synced to disk, so that a crash of the machine may undo the last step of a save.",
     "Darwin": "macOS: nothing was run there; no kernel runs on Apple GPUs: optimize on the CPU, to check results.",
 }
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def note_of_choice(backend: str, target: Target, reasons: str = "") -> str:
@@ -79,4 +85,4 @@ def of_system(system: str | None = None) -> str:
     return SYSTEMS.get(name, "" if name == "Linux" else f"{name or 'this system'}: nothing was run there.")
 
 
-__all__ = ["amd", "before_ampere", "note_of_choice", "of_devices", "of_system", "refusal_to_quantize"]
+__all__ = ["amd", "before_ampere", "note_of_choice", "of_devices", "of_system", "processors", "refusal_to_quantize"]

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..buffers import as_bytes
+from ..circumstances import random_state, set_random_state
 from ..processes import ANNOUNCER, OneProcess, is_dtensor
 from .agree import Agreement
 from .plans import installed_again
@@ -63,11 +64,11 @@ class StepRanks(OneProcess):
         """
         own = _digest(reason, runtime)
         device = next(runtime.model.parameters()).device
-        state = _random_state(device)
+        state = random_state(device)
         message = torch.cat([state, torch.frombuffer(bytearray(own), dtype=torch.uint8)])
         every = [torch.empty_like(message) for _ in range(self.agreement.size)]
         dist.all_gather(every, message, group=self.agreement.group)
-        _set_random_state(device, every[0][: state.numel()].clone())
+        set_random_state(device, every[0][: state.numel()].clone())
         if all(torch.equal(other[state.numel() :], message[state.numel() :]) for other in every):
             return reason
         reason = self.reason("generate", reason)
@@ -175,17 +176,6 @@ def _digest(reason: str | None, runtime: Any) -> bytes:
     """Of what ranks must agree on before a generate, as far as it depends on what was before."""
     known = (reason, sorted(map(str, runtime.steps)), sorted(map(str, runtime.refused)), runtime.max_capture_size)
     return hashlib.sha256(repr(known).encode()).digest()
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 def _drop_all() -> None:

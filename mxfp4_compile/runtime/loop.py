@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..circumstances import random_state, set_random_state
+
 
 class Decoding(Protocol):
     """What the loop needs of a call of ``generate``: the model, its recorded step, and the cache that moves into it."""
@@ -98,7 +100,7 @@ def plain_loop(
         else:
             scores = logits_processor(sequences[:, :length].contiguous(), logits)
             if do_sample:
-                drawn = _random_state(device) if ends else None
+                drawn = random_state(device) if ends else None
                 tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
             else:
                 tokens = torch.argmax(scores, dim=-1)
@@ -138,7 +140,7 @@ def plain_loop(
         # Everything had finished one step before the newest token was drawn.
         length -= 1
         if drawn is not None:
-            _set_random_state(device, drawn)
+            set_random_state(device, drawn)
     if session.handed_in:
         session.cache.settle(seen + length - start - 1)
     if streamer is not None:
@@ -152,14 +154,3 @@ def feed_tokens(step: Any, tokens: Tensor) -> None:
     step.tokens[:batch, 0].copy_(tokens)
     if batch < step.key.rows:
         step.tokens[batch:, 0].copy_(tokens[0].expand(step.key.rows - batch))
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)

@@ -6,7 +6,6 @@ Data only; ``commands/env.py`` prints it. Nothing optional is imported: versions
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 from dataclasses import asdict, dataclass
@@ -200,7 +199,7 @@ def installed(package: str) -> str | None:
 
 def hardware() -> Hardware:
     """The machine, as far as this process may use it."""
-    return Hardware(_cpu_name(), _cores(), torch.get_num_threads(), gpus())
+    return Hardware(_cpu_name(), platforms.processors(), torch.get_num_threads(), gpus())
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -247,12 +246,6 @@ def _lack(package: str, versions: str) -> str:
     if have is None:
         return package
     return "" if SpecifierSet(versions).contains(have, prereleases=True) else f"{package}{versions} (found {have})"
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

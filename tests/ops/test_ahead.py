@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from cross_compile import HopperDriver
 from torch import nn
 
 import mxfp4_compile
-from mxfp4_compile.ops.arguments import MoETypes
+from mxfp4_compile.ops.arguments import MoEInputs, MoETypes
 from mxfp4_compile.ops.backends.reference import BACKEND as REFERENCE
 from mxfp4_compile.ops.backends.triton.backend import BACKEND
 from mxfp4_compile.spec import Activation, MoEParams
@@ -40,19 +41,6 @@ def ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return ahead
 
 
-class Driver:
-    def get_current_device(self) -> int:
-        return 98  # no real one, whose compiled kernels are remembered under its number
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.mark.slow
 def test_a_launch_finds_what_other_processes_compiled(
     ahead: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -62,7 +50,7 @@ def test_a_launch_finds_what_other_processes_compiled(
     from mxfp4_compile.ops.backends.triton import moe, tuned
     from mxfp4_compile.ops.backends.triton.launch import Step
 
-    target = Driver().get_current_target()
+    target = HopperDriver().get_current_target()
     assert ahead.start([types()], None, "sm90", target) == 1
     assert [process.wait() for process in ahead._running] == [0]
     (mark,) = tmp_path.glob("mxfp4_compile-*")
@@ -76,13 +64,15 @@ def test_a_launch_finds_what_other_processes_compiled(
         step.compile(*args)
         launched.append(step.kernel.__name__)
 
-    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(driver, "_active", HopperDriver())
     monkeypatch.setattr(Step, "__call__", compiled)
     monkeypatch.setattr(tuned, "meta_device", "sm90")
     tuned.architecture.cache_clear()
     moe.launch_plan.cache_clear()
-    (call,) = ahead.calls_of(types(), "sm90", None)
-    moe.moe(call.inputs())  # the rules choose
+    new = lambda *size, dtype=BF16: torch.empty(size, dtype=dtype, device="meta")
+    weight = [new(1, dtype=torch.int32)] * 2
+    routing = new(1, 2, dtype=torch.int64), new(1, 2)
+    moe.moe(MoEInputs(new(1, 128), *routing, weight, weight, None, new(1), types().params, "sm80"))  # the rules choose
     tuned.architecture.cache_clear()
     moe.launch_plan.cache_clear()
     assert launched == ["vector_up", "vector_down"]

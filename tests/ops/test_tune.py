@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross_compile import HopperDriver
 from interpreter import interpret
 
 from mxfp4_compile.ops.arguments import MoEInputs
@@ -311,21 +312,6 @@ def test_candidates() -> None:
 # compilation
 
 
-class _FakeDriver:
-    """A Hopper that is not here, as far as compiling for it goes."""
-
-    def get_current_device(self) -> int:
-        return 99  # no real one, whose compiled kernels are remembered under its number
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
 def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from triton.runtime import driver
@@ -341,7 +327,7 @@ def test_compiling_without_tensors_and_why_it_fails(monkeypatch: pytest.MonkeyPa
         compiled.append(step.kernel.__name__)
 
     monkeypatch.setattr(Step, "__call__", noted)
-    monkeypatch.setattr(driver, "_active", _FakeDriver())
+    monkeypatch.setattr(driver, "_active", HopperDriver())
     job = tune._Job(LayerShape(4, 2, 128, 64, biased=True), 1, VECTOR, "sm80")
     assert tune._compile(job) == (job, "")
     assert compiled == ["vector_up", "vector_down"]
@@ -364,7 +350,7 @@ def test_kernels_of_a_first_call_are_compiled_side_by_side(
 
     from mxfp4_compile.ops.backends.triton import launch, moe, select
 
-    monkeypatch.setattr(driver, "_active", _FakeDriver())
+    monkeypatch.setattr(driver, "_active", HopperDriver())
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     launches: list[launch.Launch] = []
     monkeypatch.setattr(moe, "launch", launches.extend)
@@ -424,7 +410,7 @@ def test_what_does_not_compile_fails_when_it_is_launched(monkeypatch: pytest.Mon
     from mxfp4_compile.ops.backends.triton.combine import combine
     from mxfp4_compile.ops.backends.triton.launch import Step, compile_together
 
-    monkeypatch.setattr(driver, "_active", _FakeDriver())
+    monkeypatch.setattr(driver, "_active", HopperDriver())
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     # A block of columns that is no power of two.
     constants = {"E": 4, "TOP_K": 2, "SPLIT_K": 1, "N": 24, "BLOCK": 24, "PDL": 0}

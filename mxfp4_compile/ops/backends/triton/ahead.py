@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import MoEInputs, MoETypes
+from ...platforms import processors
 from . import tuned
 from .launch import Step
 from .moe import moe, pairs_class
@@ -139,14 +140,14 @@ def start(layers: Iterable[MoETypes], device: torch.device | None, arch: str, ta
     turns = [calls_of(types, arch, device) for types in dict.fromkeys(layers)]
     calls = [of[at] for at in range(max(map(len, turns), default=0)) for of in turns if at < len(of)]
     calls = [call for call in calls if not _mark(call, target).exists()]
-    processes = min(max(_processors() // 2, 1), _MOST_PROCESSES, len(calls))
+    workers = min(max(processors() // 2, 1), _MOST_PROCESSES, len(calls))
     # The same modules as here, whatever lies in the current directory.
     program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
     # No business on the GPU, whose memory is the model's.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    for at in range(processes):
+    for at in range(workers):
         with tempfile.TemporaryFile() as jobs:
-            pickle.dump((arch, target, calls[at::processes]), jobs)
+            pickle.dump((arch, target, calls[at::workers]), jobs)
             jobs.seek(0)
             _running.append(
                 subprocess.Popen(
@@ -157,7 +158,7 @@ def start(layers: Iterable[MoETypes], device: torch.device | None, arch: str, ta
                     env=environment,
                 )
             )
-    return processes
+    return workers
 
 
 @atexit.register
@@ -168,10 +169,6 @@ def stop() -> None:
     for process in _running:
         process.wait()
     _running.clear()
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # the processes

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import math
 import multiprocessing
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from ....timing import median_us
 from ...arguments import MoETypes
+from ...platforms import processors
 from ...synthetic import Inputs, LayerShape, Prepared, call, moe_inputs, prepare, random_inputs, random_layer
 from ...target import Target
 from .. import reference
@@ -338,7 +338,7 @@ def tune(
         jobs = [_Job(shape, t, shipped[t], layout) for t in counts]
         turns = itertools.zip_longest(*([_Job(shape, t, _both(c), layout) for c in work[t]] for t in counts))
         jobs += [job for turn in turns for job in turn if job is not None]
-        workers = processes or max(min(_cores() - 1, 16), 1)
+        workers = processes or max(min(processors() - 1, 16), 1)
         done = _compile_all(jobs, device, workers, start + budget * _COMPILE_UNTIL, progress)
         for t in counts:
             ready = []
@@ -377,10 +377,6 @@ def tune(
         shape, tuple(points), tuple(untouched), considered, tally.timed, tally.failed, tally.wrong,
         max(unreached, 0), dict(tally.failures), time.monotonic() - start,
     )  # fmt: skip
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shipped(arch: str, shape: LayerShape, tokens: int) -> TileChoice:
