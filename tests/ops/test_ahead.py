@@ -54,8 +54,8 @@ def test_a_launch_finds_what_other_processes_compiled(
     assert ahead.start([types()], None, "sm90", target) == 1
     assert [process.wait() for process in ahead._running] == [0]
     (mark,) = tmp_path.glob("mxfp4_compile-*")
-    kernels = {file.name: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")}
-    assert sorted(kernels) == ["vector_down.cubin", "vector_up.cubin"]
+    kernels = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")}
+    assert sorted(file.name for file in kernels) == ["vector_down.cubin", "vector_up.cubin"]
 
     # What this process would launch for real tensors of these types is there.
     launched: list[str] = []
@@ -76,7 +76,7 @@ def test_a_launch_finds_what_other_processes_compiled(
     tuned.architecture.cache_clear()
     moe.launch_plan.cache_clear()
     assert launched == ["vector_up", "vector_down"]
-    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")} == kernels
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")} == kernels
 
     # No process the second time; other types are other kernels.
     assert ahead.start([types()], None, "sm90", target) == 0
